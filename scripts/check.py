@@ -1,0 +1,146 @@
+"""Every check of this project, in order; stops at the first that fails. Name some to run only those.
+
+python scripts/check.py              all of them
+python scripts/check.py drift lint   these two
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+from zipfile import ZipFile
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+STEPS = {}
+
+
+class Failed(Exception):
+    """A step failed; the text is what to show."""
+
+
+def step(function):
+    """Register `function` as a check under its own name."""
+    STEPS[function.__name__] = function
+    return function
+
+
+def run(*command, cwd=ROOT, **env) -> str:
+    """Run a command and return its output; raise `Failed` with that output when it fails."""
+    command = [str(part) for part in command]
+    path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, "PATH": path, "PYTHONUTF8": "1", **env},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    )
+    if done.returncode:
+        raise Failed(f"{done.stdout}\nexit code {done.returncode}: {' '.join(command)}")
+    return done.stdout
+
+
+def python(*arguments, **options) -> str:
+    return run(sys.executable, *arguments, **options)
+
+
+@step
+def drift():
+    """The notebooks are clean, and exporting them again gives exactly the committed package."""
+    run(BIN / "nbdev_clean")
+    for module in (ROOT / "lora_mvp").rglob("*.py"):
+        if "assets" not in module.parts:
+            module.unlink()  # a module whose notebook is gone must not stay
+    run(BIN / "nbdev_export")
+    changed = run("git", "status", "--porcelain", "--", "lora_mvp", "nbs")
+    if changed:
+        raise Failed(f"{changed}\nThese differ from the last commit after clean and export. Look, then commit them.")
+
+
+@step
+def lint():
+    """ruff: rules everywhere, format in what people write."""
+    run(BIN / "ruff", "check", ".")
+    run(BIN / "ruff", "format", "--check", ".")
+
+
+@step
+def notebooks():
+    """Every chapter runs top to bottom; the tutorials are left to the `outputs` step."""
+    run(BIN / "nbdev_test", "--n_workers", "2", "--timing", OMP_NUM_THREADS="1")
+
+
+@step
+def tests():
+    """Plain pytest: what a notebook cannot show."""
+    python("-m", "pytest", "-q", "tests")
+
+
+@step
+def outputs():
+    """Chapters and tutorials in a real Jupyter kernel, as a reader runs them."""
+    hand_run = [f"--ignore={path.relative_to(ROOT)}" for path in (ROOT / "nbs").glob("9*.ipynb")]
+    python("-m", "pytest", "-q", "--nbval-lax", "--nbval-current-env", "nbs", *hand_run)
+
+
+@step
+def readme():
+    """README.md is what nbs/index.ipynb says."""
+    python("scripts/readme.py", "--check")
+
+
+@step
+def wheel():
+    """The wheel, alone in a second environment outside the checkout, does the whole job."""
+    with tempfile.TemporaryDirectory(prefix="lora-mvp-wheel-") as temp:
+        folder = Path(temp)
+        source = folder / "source"
+        tracked = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+        for name in filter(lambda name: name and (ROOT / name).is_file(), tracked):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, source / name)
+        python("-m", "build", "--outdir", folder / "dist", source)  # its environment holds setuptools only
+        (built,) = (folder / "dist").glob("*.whl")
+        missing = {name for name in tracked if name.startswith("lora_mvp/")} - set(ZipFile(built).namelist())
+        if missing:
+            raise Failed(f"these files of the package are not in the wheel: {', '.join(sorted(missing))}")
+        venv.create(folder / "venv", with_pip=True)
+        scripts = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
+        run(scripts / "python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", built, cwd=folder)
+        run(scripts / "lora-mvp", "demo", "--out", folder / "demo", cwd=folder, PATH=os.defpath, PYTHONPATH="")
+        if not (folder / "demo" / "before_after.png").is_file():
+            raise Failed("lora-mvp demo ended well but wrote no before_after.png")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="*", metavar="step", help="of: " + ", ".join(STEPS))
+    chosen = parser.parse_args().steps or list(STEPS)
+    unknown = [name for name in chosen if name not in STEPS]
+    if unknown:
+        parser.error(f"no step named {', '.join(unknown)}; there are: {', '.join(STEPS)}")
+    begin = time.monotonic()
+    for name in chosen:
+        print(f"{name:<10} {STEPS[name].__doc__.splitlines()[0]}", flush=True)
+        start = time.monotonic()
+        try:
+            STEPS[name]()
+        except Failed as failure:
+            print(f"{failure}\n{name} FAILED after {time.monotonic() - start:.1f} s", flush=True)
+            return 1
+        print(f"{'':<10} ok, {time.monotonic() - start:.1f} s", flush=True)
+    print(f"all {len(chosen)} checks passed in {time.monotonic() - begin:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

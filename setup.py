@@ -1,0 +1,35 @@
+"""Package definition. Every value comes from settings.ini."""
+
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+parser = ConfigParser(delimiters=["="])
+parser.read(here / "settings.ini", encoding="utf-8")
+cfg = parser["DEFAULT"]
+package = cfg["lib_name"]
+
+setup(
+    name=cfg["repo"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    url=cfg["git_url"],
+    keywords=cfg["keywords"],
+    license=cfg["license"],
+    license_files=["LICENSE"],
+    python_requires=f">={cfg['min_python']}",
+    packages=find_packages(include=[package, f"{package}.*"]),
+    package_data={package: ["assets/**"]},
+    install_requires=cfg["requirements"].split(),
+    extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{package}={package}._modidx:d"],  # turns backticks in the docs into links
+    },
+    zip_safe=False,
+)

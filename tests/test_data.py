@@ -1,0 +1,554 @@
+"What the data chapters promise and a notebook cannot show: hostile files, time limits, foreign files, other processes."
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from lora_mvp.config import LoraMvpError, load_config
+from lora_mvp.data import (
+    load_image,
+    parse_manifest,
+    portable_name,
+    prepare_data,
+    read_manifest,
+    scan,
+    split_label,
+    summary,
+)
+from lora_mvp.images import REASONS, decode, inspect_image, open_rgb
+
+
+def picture(seed=0, size=(96, 80)):
+    "Sharp random blocks: different for each seed."
+    blocks = np.random.default_rng(seed).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
+
+
+def fill(raw, **labels):
+    "A raw folder with so many pictures per label."
+    for label, n in labels.items():
+        (raw / label).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            picture(zlib.crc32(label.encode()) + i).save(raw / label / f"{label}_{i}.png")
+    return raw
+
+
+def settings(tmp_path, **keys):
+    "A configuration for `tmp_path/raw` and `tmp_path/out`."
+    base = {"raw_data_dir": str(tmp_path / "raw"), "processed_dir": str(tmp_path / "out")}
+    base |= {"image_size": 32, "min_resolution": 64} | keys
+    return load_config(overrides={f"data.{k}": v for k, v in base.items()})
+
+
+def tree(folder):
+    "Every file of a folder with the hash of its bytes."
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def code(f, *args, **kwargs):
+    "The code of the user error a call raises; its text must be a sentence."
+    with pytest.raises(LoraMvpError) as e:
+        f(*args, **kwargs)
+    assert len(str(e.value)) > 20
+    return e.value.code
+
+
+def png_header(width, height, bits=1, color=0):
+    "A PNG of any claimed size, with almost no data."
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    )
+
+
+def encoded(im, fmt="PNG", **kwargs):
+    "A picture as the bytes of a file."
+    buffer = io.BytesIO()
+    im.save(buffer, fmt, **kwargs)
+    return buffer.getvalue()
+
+
+# ---- one image
+
+
+def zoo():
+    "Hostile files: name -> bytes, expected reason."
+    im, other = picture(0), picture(1)
+    jpeg, png = encoded(im, "JPEG", quality=95), encoded(im)
+    return {
+        "good.png": (png, None),
+        "good.jpg": (jpeg, None),
+        "good.webp": (encoded(im, "WEBP", lossless=True), None),
+        "good.bmp": (encoded(im, "BMP"), None),
+        "good.gif": (encoded(im, "GIF"), None),
+        "good.tif": (encoded(im, "TIFF"), None),
+        "cmyk.jpg": (encoded(im.convert("CMYK"), "JPEG", quality=95), None),
+        "palette.png": (encoded(im.convert("P")), None),
+        "no_ending": (png, None),
+        "wrong_ending.jpg": (png, None),
+        "empty.png": (b"", "empty_file"),
+        "text.png": (b"hello", "unreadable"),
+        "page.jpg": (b"<html>404</html>", "unreadable"),
+        "vector.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not_an_image"),
+        "notes.md": (b"# notes", "not_an_image"),
+        "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not_an_image"),
+        "cut_end.jpg": (jpeg[:-200], "unreadable"),
+        "cut_half.jpg": (jpeg[: len(jpeg) // 2], "unreadable"),
+        "cut_half.png": (png[: len(png) // 2], "unreadable"),
+        "cut_head.png": (png[:20], "unreadable"),
+        "cut_head.jpg": (jpeg[:20], "unreadable"),
+        "restarts.jpg": (jpeg[: len(jpeg) // 2] + jpeg, "unreadable"),
+        "bomb.png": (png_header(20_000, 20_000), "too_large"),
+        "big_bomb.png": (png_header(1_000_000, 1_000_000), "too_large"),
+        "just_too_large.png": (png_header(8001, 8000), "too_large"),
+        "no_pixels.png": (png_header(0, 0), "unreadable"),
+        "lies_about_size.png": (png_header(500, 500, 8, 2), "unreadable"),
+        "moves.gif": (encoded(im, "GIF", save_all=True, append_images=[other]), "animated"),
+        "moves.png": (encoded(im, "PNG", save_all=True, append_images=[other]), "animated"),
+        "moves.webp": (encoded(im, "WEBP", save_all=True, append_images=[other]), "animated"),
+        "pages.tif": (encoded(im, "TIFF", save_all=True, append_images=[other]), "animated"),
+        "float.tif": (encoded(Image.new("F", (96, 96)), "TIFF"), "unsupported_mode"),
+        "int32.tif": (encoded(Image.new("I", (96, 96), 70000), "TIFF"), "unsupported_mode"),
+        "small.png": (encoded(picture(0, (96, 40))), "too_small"),
+        "dot.png": (encoded(Image.new("RGB", (1, 1))), "too_small"),
+        "soft.png": (encoded(im.filter(ImageFilter.GaussianBlur(8))), "blurry"),
+        "flat.png": (encoded(Image.new("RGB", (96, 96), "red")), "blurry"),
+        "broken_exif.jpg": (encoded(im, "JPEG", exif=b"Exif\0\0garbage"), None),
+        "broken_icc.png": (encoded(im, icc_profile=b"not a profile"), None),
+    }
+
+
+def test_zoo(tmp_path):
+    for name, (data, expected) in zoo().items():
+        (tmp_path / name).write_bytes(data)
+        record = inspect_image(tmp_path / name, min_resolution=64)
+        assert (name, record.reason) == (name, expected), record
+        assert expected is None or (record.detail and expected in REASONS)
+        assert str(tmp_path) not in (record.detail or "") and "0x" not in (record.detail or "")
+        if expected is not None and expected not in ("too_small", "blurry"):
+            assert code(open_rgb, tmp_path / name) in (expected, "unreadable")
+
+
+def test_details_hold_value_and_threshold(tmp_path):
+    for name, parts in {
+        "small.png": ("40", "64"),
+        "soft.png": ("100",),
+        "bomb.png": ("400,000,000", "64,000,000"),
+    }.items():
+        (tmp_path / name).write_bytes(zoo()[name][0])
+        record = inspect_image(tmp_path / name, min_resolution=64)
+        assert all(part in record.detail for part in parts), record.detail
+
+
+def test_notes(tmp_path):
+    "What had to be done to a good image is remembered."
+    rgba = picture(0).convert("RGBA")
+    rgba.putalpha(200)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    grey16 = Image.fromarray(np.asarray(picture(0).convert("L")).astype(np.uint16) * 257)
+    cases = {
+        "alpha.png": (encoded(rgba), ["had_alpha"], (96, 80)),
+        "turned.jpg": (encoded(picture(0), "JPEG", exif=exif), ["rotated"], (80, 96)),
+        "grey16.png": (encoded(grey16), ["16bit"], (96, 80)),
+        "cmyk.jpg": (encoded(picture(0).convert("CMYK"), "JPEG"), ["cmyk"], (96, 80)),
+        "really_png.jpg": (encoded(picture(0)), ["extension_mismatch"], (96, 80)),
+    }
+    for name, (data, notes, size) in cases.items():
+        (tmp_path / name).write_bytes(data)
+        record = inspect_image(tmp_path / name, min_resolution=64)
+        assert (record.reason, record.warnings, (record.width, record.height)) == (None, notes, size)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation(orientation):
+    "All eight orientations give the same upright picture (PNG: exact)."
+    upright = picture(3)
+    undo = [None, None, 0, 3, 1, 5, 2, 6, 4][orientation]  # Pillow's transpose that a camera would have stored
+    stored = upright if undo is None else upright.transpose(Image.Transpose(undo))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    got, notes = decode(encoded(stored, exif=exif))
+    assert np.array_equal(np.asarray(got), np.asarray(upright))
+    assert notes == ([] if orientation == 1 else ["rotated"])
+
+
+def test_not_regular(tmp_path):
+    "Pipes, links, link loops and folders are refused, and none of them blocks."
+    os.mkfifo(tmp_path / "pipe.png")
+    picture().save(tmp_path / "real.png")
+    (tmp_path / "link.png").symlink_to("real.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "folder.png").mkdir()
+    start = time.monotonic()
+    for name in ("pipe.png", "link.png", "loop.png", "folder.png"):
+        assert inspect_image(tmp_path / name).reason == "not_a_file"
+    assert inspect_image("/dev/zero").reason == "not_a_file"
+    assert time.monotonic() - start < 2
+
+
+def test_bomb_costs_no_memory(tmp_path):
+    "20,000 x 20,000 pixels are refused from the header."
+    (tmp_path / "bomb.png").write_bytes(png_header(20_000, 20_000))
+    script = (
+        "import resource, sys; from lora_mvp.images import inspect_image;"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; r = inspect_image(sys.argv[1]);"
+        "print(r.reason, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000)"
+    )
+    got = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "bomb.png"], capture_output=True, text=True, timeout=60
+    )
+    assert got.stdout.split() == ["too_large", "True"], got.stderr
+
+
+def test_import_without_torch():
+    script = "import sys, lora_mvp.data; print([m for m in ('torch', 'diffusers', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+# ---- a folder
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_hostile_folder(tmp_path, copy):
+    "Every file is accepted or named with its reason; the raw folder keeps its bytes; a second run changes nothing."
+    raw, files = tmp_path / "raw", zoo()
+    (raw / "zoo").mkdir(parents=True)
+    for name, (data, _) in files.items():
+        (raw / "zoo" / name).write_bytes(data)
+    os.mkfifo(raw / "zoo" / "pipe.png")
+    (raw / "zoo" / ".DS_Store").write_bytes(b"x")
+    (raw / "linked_label").symlink_to(raw / "zoo", target_is_directory=True)
+    (raw / ".git").mkdir()
+    (raw / ".git" / "config").write_text("x")
+    picture(99).save(raw / "lost.png")
+    before = tree(raw)
+    manifest = prepare_data(settings(tmp_path), copy=copy)
+    assert tree(raw) == before
+    seen = [r.path for r in manifest.rejected] + [row.source for row in manifest.images]
+    expected = {f"zoo/{n}" for n in [*files, "pipe.png", ".DS_Store"]} | {"linked_label", ".git", "lost.png"}
+    assert sorted(seen) == sorted(expected)
+    reasons = {r.path: r.reason for r in manifest.rejected}
+    for name, (_, reason) in files.items():
+        assert reasons.get(f"zoo/{name}") in (reason, "duplicate"), name
+    assert reasons["lost.png"] == "no_label" and reasons["linked_label"] == reasons["zoo/pipe.png"] == "not_a_file"
+    assert reasons[".git"] == reasons["zoo/.DS_Store"] == "hidden"
+    assert set(reasons.values()) <= set(REASONS)
+    text = summary(manifest)
+    assert all(reason in text for reason in set(reasons.values())) and "zoo/bomb.png" in text
+    assert {row.stored for row in manifest.images} == ({"processed"} if copy else {"linked"})
+    after = tree(tmp_path / "out")
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.*")}
+    assert prepare_data(settings(tmp_path), copy=copy) == manifest == read_manifest(tmp_path / "out" / "manifest.json")
+    assert tree(tmp_path / "out") == after
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    for row in manifest.images:
+        path = manifest.path_of(row)
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == row.sha256
+        assert open_rgb(path).size == (row.width, row.height)
+        assert np.array_equal(load_image(path, 32), load_image(raw / row.source, 32))
+
+
+def test_manifest_names_no_folder_of_this_machine(tmp_path):
+    fill(tmp_path / "raw", cat=3)
+    prepare_data(settings(tmp_path))
+    text = (tmp_path / "out" / "manifest.json").read_text()
+    assert str(tmp_path) not in text
+    assert json.loads(text)["config"]["raw_data_dir"] == "../raw"
+    shutil.move(tmp_path / "out", tmp_path / "elsewhere")
+    moved = read_manifest(tmp_path / "elsewhere" / "manifest.json")
+    assert all(moved.path_of(row).is_file() for row in moved.images)
+
+
+def test_same_stem(tmp_path):
+    "cat.png, cat.jpg, Cat.png and a name that looks like ours do not write over each other."
+    raw = fill(tmp_path / "raw", cat=0)
+    for i, name in enumerate(["cat.png", "cat.jpg", "Cat.png", "cat.bmp"]):
+        picture(i).save(raw / "cat" / name)
+    (raw / "cat" / "sub").mkdir()
+    picture(7).save(raw / "cat" / "sub" / "cat.png")
+    sha = hashlib.sha256((raw / "cat" / "cat.png").read_bytes()).hexdigest()
+    picture(8).save(raw / "cat" / f"cat-{sha[:12]}.png")
+    for copy in (True, False):
+        manifest = prepare_data(settings(tmp_path), copy=copy)
+        files = [row.file.casefold() for row in manifest.images]
+        assert len(files) == len(set(files)) == 6
+        for row in manifest.images:
+            assert np.array_equal(load_image(manifest.path_of(row), 32), load_image(raw / row.source, 32))
+
+
+def test_odd_names(tmp_path):
+    "Names that are no text, emoji, backslashes, very long names."
+    raw = fill(tmp_path / "raw", **{"grüne_katze": 1})
+    names = [
+        b"caf\xe9.png",
+        "😀 smile.png".encode(),
+        b"a\\..\\b.png",
+        b"x" * 250 + b".png",
+        b"what?.png",
+        b"{label}.png",
+    ]
+    for i, name in enumerate(names):
+        with open(os.path.join(os.fsencode(raw / "grüne_katze"), name), "wb") as f:
+            f.write(encoded(picture(50 + i)))
+    with open(os.path.join(os.fsencode(raw / "grüne_katze"), b"\xff.png"), "wb") as f:
+        f.write(b"broken")
+    for copy in (True, False):
+        manifest = prepare_data(settings(tmp_path, caption_template="{stem}, {label}"), copy=copy)
+        assert len(manifest.images) == 7 and len(manifest.rejected) == 1
+        assert read_manifest(tmp_path / "out" / "manifest.json") == manifest
+        summary(manifest).encode()
+    captions = {row.caption for row in manifest.images}
+    assert {"😀 smile, grüne katze", "{label}, grüne katze"} <= captions
+    assert portable_name("..") == "_"
+
+
+def test_stale_and_foreign_files(tmp_path):
+    "Only what an earlier manifest of ours lists is removed; a foreign file is never replaced."
+    raw, out = fill(tmp_path / "raw", cat=4, dog=4), tmp_path / "out"
+    first = prepare_data(settings(tmp_path))
+    (out / "train" / "cat" / "mine.png").write_bytes(b"foreign")
+    (out / "notes.txt").write_text("foreign")
+    shutil.rmtree(raw / "dog")
+    (raw / "cat" / "cat_0.png").unlink()
+    second = prepare_data(settings(tmp_path))
+    gone = {row.file for row in first.images} - {row.file for row in second.images}
+    assert gone and not any((out / file).exists() for file in gone)
+    assert not (out / "train" / "dog").exists() and not (out / "val" / "dog").exists()
+    assert (out / "train" / "cat" / "mine.png").read_bytes() == b"foreign" and (out / "notes.txt").exists()
+    picture(77).save(raw / "cat" / "mine.png")
+    for split in ("train", "val"):
+        (out / split / "cat").mkdir(exist_ok=True, parents=True)
+        (out / split / "cat" / "mine.png").write_bytes(b"foreign")
+    for copy in (True, False):
+        assert code(prepare_data, settings(tmp_path), copy=copy) == "output_occupied"
+    assert (out / "train" / "cat" / "mine.png").read_bytes() == b"foreign"
+    assert parse_manifest(out / "manifest.json") == second  # the failed runs left the manifest alone
+    (out / "manifest.json").write_text('{"somebody": "else"}')
+    assert code(prepare_data, settings(tmp_path)) == "output_occupied"
+    assert (out / "manifest.json").read_text() == '{"somebody": "else"}'
+
+
+def test_links(tmp_path):
+    "Links share the raw file; going back and forth between the modes never writes through one."
+    raw = fill(tmp_path / "raw", cat=5)
+    before = tree(raw)
+    for copy in (False, True, False, True):
+        manifest = prepare_data(settings(tmp_path), copy=copy)
+        for row in manifest.images:
+            assert os.path.samefile(manifest.path_of(row), raw / row.source) != copy
+        assert tree(raw) == before
+    picture(500).save(raw / "cat" / "cat_0.png")  # changed in place by its owner
+    manifest = prepare_data(settings(tmp_path), copy=False)
+    assert all(row.stored == "linked" and row.sha256 == row.source_sha256 for row in manifest.images)
+    assert read_manifest(tmp_path / "out" / "manifest.json") == manifest
+
+
+def test_link_falls_back_to_copy(tmp_path, monkeypatch):
+    fill(tmp_path / "raw", cat=3)
+
+    def refuse(*args, **kwargs):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    manifest = prepare_data(settings(tmp_path), copy=False)
+    assert {row.stored for row in manifest.images} == {"copied"}
+    assert all(manifest.path_of(r).read_bytes() == (tmp_path / "raw" / r.source).read_bytes() for r in manifest.images)
+    assert prepare_data(settings(tmp_path), copy=False) == manifest
+
+
+def test_split_depends_on_content_only(tmp_path):
+    "Renaming files, adding a label or another order moves nothing."
+    raw = fill(tmp_path / "raw", cat=12)
+    first = {r.source_sha256: r.split for r in prepare_data(settings(tmp_path)).images}
+    for i, path in enumerate(sorted((raw / "cat").iterdir())):
+        path.rename(path.with_name(f"{(i * 7) % 12:02}_renamed.png"))
+    fill(raw, dog=9)
+    second = {r.source_sha256: r.split for r in prepare_data(settings(tmp_path)).images if r.label == "cat"}
+    assert second == first and Counter(first.values()) == {"train": 10, "val": 2}
+    third = {r.source_sha256: r.split for r in prepare_data(settings(tmp_path, seed=7)).images if r.label == "cat"}
+    assert third != first
+
+
+def test_split_always_has_both_sides():
+    for n in range(1, 30):
+        for ratio in (0.01, 0.5, 0.8, 0.9, 0.99, 1.0):
+            counts = Counter(split_label([str(i) for i in range(n)], ratio, 0).values())
+            assert counts["train"] >= 1
+            assert (counts["val"] >= 1) == (n >= 2 and ratio < 1)
+
+
+def test_captions(tmp_path):
+    raw = fill(tmp_path / "raw", **{"big-red_dog": 6})
+    names = sorted(p.stem for p in (raw / "big-red_dog").iterdir())
+    texts = [
+        b"by  hand\r\nsecond line",
+        b"",
+        b"\xef\xbb\xbfwith BOM",
+        "ünïcode \u200d ok".encode("utf-16"),
+        b"bad \xff byte",
+    ]
+    for name, data in zip(names, texts, strict=False):
+        (raw / "big-red_dog" / f"{name}.txt").write_bytes(data)
+    manifest = prepare_data(settings(tmp_path))
+    got = [(row.caption, row.caption_source) for row in manifest.images]
+    assert got[:5] == [
+        ("by hand second line", "sidecar"),
+        ("A photo of big red dog", "template"),
+        ("with BOM", "sidecar"),
+        ("ünïcode \u200d ok", "sidecar"),
+        ("bad \ufffd byte", "sidecar"),
+    ]
+    assert manifest.rejected == []  # captions are no images, and no strangers either
+
+
+def test_duplicates(tmp_path):
+    raw = fill(tmp_path / "raw", cat=3, dog=3)
+    shutil.copy(raw / "cat" / "cat_1.png", raw / "dog" / "a_cat.png")
+    manifest = prepare_data(settings(tmp_path))
+    assert [(r.path, r.reason) for r in manifest.rejected] == [("dog/a_cat.png", "duplicate")]
+    assert "cat/cat_1.png" in manifest.rejected[0].detail
+
+
+# ---- errors a user can mend
+
+
+def test_bad_folders(tmp_path):
+    config = settings(tmp_path)
+    assert code(prepare_data, config) == "raw_missing"
+    (tmp_path / "raw").mkdir()
+    assert code(prepare_data, config) == "raw_empty"
+    (tmp_path / "raw" / ".DS_Store").touch()
+    assert code(prepare_data, config) == "raw_empty"
+    picture().save(tmp_path / "raw" / "a.png")
+    assert code(prepare_data, config) == "no_labels"
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "raw" / "cat").mkdir()
+    assert code(prepare_data, config) == "nothing_accepted"
+    (tmp_path / "raw" / "cat" / "small.png").write_bytes(zoo()["small.png"][0])
+    with pytest.raises(LoraMvpError, match=r"1 too_small.*cat/small.png.*at least 64.*data.min_resolution"):
+        prepare_data(config)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    (tmp_path / "file").touch()
+    assert code(prepare_data, settings(tmp_path, raw_data_dir=str(tmp_path / "file"))) == "raw_missing"
+
+
+@pytest.mark.parametrize("where", ["raw", "raw/out", "raw/cat", ".", "link_to_raw/x"])
+def test_folders_overlap(tmp_path, where):
+    fill(tmp_path / "raw", cat=2)
+    (tmp_path / "link_to_raw").symlink_to(tmp_path / "raw", target_is_directory=True)
+    before = tree(tmp_path)
+    assert code(prepare_data, settings(tmp_path, processed_dir=str(tmp_path / where))) == "folders_overlap"
+    assert tree(tmp_path) == before
+
+
+def test_output_not_writable(tmp_path):
+    fill(tmp_path / "raw", cat=2)
+    (tmp_path / "file").touch()
+    assert code(prepare_data, settings(tmp_path, processed_dir=str(tmp_path / "file" / "out"))) == "not_writable"
+    assert code(prepare_data, settings(tmp_path, processed_dir=str(tmp_path / "file"))) == "not_writable"
+    if os.geteuid() != 0:  # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=0o500)
+        assert code(prepare_data, settings(tmp_path, processed_dir=str(tmp_path / "locked"))) == "not_writable"
+
+
+@pytest.mark.parametrize("template", ["{lable}", "{", "{}", "{label.__class__}", "{label[0]}", "{label:d}"])
+def test_bad_template(tmp_path, template):
+    fill(tmp_path / "raw", cat=2)
+    with pytest.raises(LoraMvpError):  # by the configuration or by the chapter, never a KeyError
+        prepare_data(settings(tmp_path, caption_template=template))
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_manifests(tmp_path):
+    fill(tmp_path / "raw", cat=3)
+    manifest = prepare_data(settings(tmp_path))
+    path = tmp_path / "out" / "manifest.json"
+    good = json.loads(path.read_text())
+    assert code(read_manifest, tmp_path / "no.json") == "manifest_missing"
+    assert code(read_manifest, tmp_path / "out") == "manifest_missing"
+    for text in ("", "{", "[]", "null", '"x"', '{"schema_version": 1}', '{"images": 3}', "\xff", "[" * 100_000):
+        path.write_bytes(text.encode("latin-1"))
+        assert code(read_manifest, path) == "manifest_invalid", text[:20]
+    path.write_text(json.dumps(good | {"schema_version": 2, "images": "changed"}))
+    assert code(read_manifest, path) == "manifest_newer"
+    for file in ("../x.png", "train/../../x.png", "/etc/passwd", "C:\\x.png", "..\\x.png", "\\\\host\\x.png", ""):
+        path.write_text(json.dumps(good | {"images": [good["images"][0] | {"file": file}]}))
+        assert code(read_manifest, path) == "manifest_escapes", file
+    path.write_text(json.dumps(good | {"from_the_future": 1}))
+    assert read_manifest(path) == manifest  # unknown keys of the same version are no problem
+    manifest.path_of(manifest.images[0]).unlink()
+    with pytest.raises(LoraMvpError, match=manifest.images[0].file) as e:
+        read_manifest(path)
+    assert e.value.code == "manifest_file_gone"
+
+
+def test_stopped_in_the_middle(tmp_path, monkeypatch):
+    "An error while writing leaves the earlier manifest and its files; the next run completes."
+    import lora_mvp.data as data
+
+    raw = fill(tmp_path / "raw", cat=4)
+    first = prepare_data(settings(tmp_path))
+    fill(raw, dog=4)
+    write, calls = data.atomic_write, []
+
+    def fail_third(path, content):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(data, "atomic_write", fail_third)
+    with pytest.raises(LoraMvpError, match="No space left") as e:
+        prepare_data(settings(tmp_path))
+    assert e.value.code == "not_writable"
+    assert read_manifest(tmp_path / "out" / "manifest.json") == first
+    monkeypatch.setattr(data, "atomic_write", write)
+    assert len(prepare_data(settings(tmp_path)).images) == 8
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file() and p.suffix not in (".png", ".json")]
+
+
+def test_manifest_is_always_whole(tmp_path):
+    "A reader in another thread sees a whole manifest at every moment of a re-run."
+    fill(tmp_path / "raw", cat=6)
+    prepare_data(settings(tmp_path))
+    stop, seen = threading.Event(), []
+
+    def read():
+        while not stop.is_set():
+            seen.append(len(parse_manifest(Path(tmp_path / "out" / "manifest.json")).images))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for seed in range(5):
+        prepare_data(settings(tmp_path, seed=seed))
+    stop.set()
+    reader.join()
+    assert set(seen) == {6}
+
+
+def test_scan_is_in_order_of_bytes(tmp_path):
+    raw = fill(tmp_path / "raw", b=2, a=2)
+    (raw / "A").mkdir()
+    picture().save(raw / "A" / "z.png")
+    paths = [record.path for _, record in scan(raw)]
+    assert paths == sorted(paths, key=str.encode)

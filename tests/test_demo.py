@@ -1,0 +1,86 @@
+"""The demo keeps its promises: it shows the bad files, learns the style, keeps the subject, repeats to the byte."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "lora_mvp" / "assets" / "demo"
+WEIGHTS = Path("lora", "lora_adapter", "pytorch_lora_weights.safetensors")
+
+
+def demo(out: Path, *arguments: str) -> str:
+    """Run `lora-mvp demo` as a user does; what it printed."""
+    command = [sys.executable, "-m", "lora_mvp.cli", "demo", "--out", str(out), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """One whole demo: its folder, what it printed and the peak memory of the process in bytes."""
+    out = tmp_path_factory.mktemp("demo") / "run"
+    printed = demo(out)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return out, printed, peak
+
+
+def metrics(out: Path) -> dict:
+    return json.loads((out / "demo.json").read_text())["metrics"]
+
+
+def test_bad_files_are_named_with_their_reason(full):
+    out, printed, _ = full
+    rejected = {
+        Path(r["path"]).name: r["reason"]
+        for r in json.loads((out / "processed" / "manifest.json").read_text())["rejected"]
+    }
+    assert rejected == {"broken-download.png": "unreadable", "out-of-focus.png": "blurry", "thumbnail.png": "too_small"}
+    assert all(name in printed for name in rejected)
+
+
+def test_everything_is_left_behind(full):
+    out, printed, _ = full
+    for name in (
+        "before_after.png",
+        "lora/loss_curve.png",
+        "lora/samples.png",
+        "lora/run.json",
+        "lora/model_index.json",
+    ):
+        assert (out / name).is_file(), name
+    assert (out / WEIGHTS).is_file()
+    assert Image.open(out / "before_after.png").height > 1000  # eight prompts
+
+
+def test_memory(full):
+    assert full[2] < 2e9
+
+
+def test_no_held_out_thing_is_trained_on():
+    names = {part: {p.stem for p in (DEMO / part).rglob("*.png")} for part in ("raw", "heldout")}
+    assert len(names["raw"]) >= 40 and not names["raw"] & names["heldout"]
+
+
+def test_two_runs_give_the_same_adapter(tmp_path):
+    for name in ("a", "b"):
+        demo(tmp_path / name, "--steps", "6")
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+def test_the_style_is_learnt_and_the_subject_kept(full):
+    """The bars that the demo promises; the figures of one run are in README.md."""
+    scores = metrics(full[0])["scores"]
+    distance, alignment = scores["frechet[tiny-clip]"]["change"], scores["clip_score[tiny-clip]"]
+    assert distance["value"] <= -0.15 and distance["high"] < 0, distance
+    assert alignment["lora"]["value"] >= 0.9 * alignment["base"]["value"], alignment
+    losses = list(json.loads((full[0] / "lora" / "run.json").read_text())["validation_loss"].values())
+    assert losses[-1] < losses[0]

@@ -1,0 +1,131 @@
+"""The rules of the house that one notebook alone cannot hold; docs/architecture.md says why they are there."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from configparser import ConfigParser
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "lora_mvp"
+DIRECTIVE = re.compile(r"(?m)^#\s*\|\s*(\S+)(?:\s+(\S+))?")
+
+
+class Chapter:
+    """One numbered notebook: its floor, its module and its exported source."""
+
+    def __init__(self, path: Path):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        directives = [dict(DIRECTIVE.findall(source)) for source in sources]
+        self.name = path.stem
+        self.floor = int(path.stem.split("_")[0])
+        self.module = next((found["default_exp"] for found in directives if "default_exp" in found), None)
+        self.exported = [source for source, found in zip(sources, directives, strict=True) if "export" in found]
+
+    def imports(self) -> set[str]:
+        """Every module that an exported cell imports, at its top or inside a function, as a full dotted name."""
+        found = set()
+        for source in self.exported:
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    assert node.level == 0, (
+                        f"{self.name}: relative import in line {node.lineno}; nbdev cannot export it"
+                    )
+                    found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        return found
+
+
+CHAPTERS = [Chapter(path) for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))]
+EXPORTING = [chapter for chapter in CHAPTERS if chapter.module]
+FLOORS = {f"{PACKAGE}.{chapter.module}": chapter.floor for chapter in EXPORTING}
+
+
+def outside_imports() -> set[str]:
+    """The top-level names that the package imports from elsewhere, the standard library aside."""
+    names = {name.split(".")[0] for chapter in EXPORTING for name in chapter.imports()}
+    return names - set(sys.stdlib_module_names) - {PACKAGE}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared() -> set[str]:
+    """The names of the requirements in settings.ini."""
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    return {normal(re.match(r"[\w.-]+", text)[0]) for text in settings["DEFAULT"]["requirements"].split()}
+
+
+def modules_after(code: str) -> set[str]:
+    """The top-level modules that are loaded after `code` ran in a fresh interpreter."""
+    code += "\nimport sys\nprint('\\n' + ' '.join({name.split('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_no_two_chapters_share_a_floor_or_a_module():
+    floors = [chapter.floor for chapter in CHAPTERS]
+    assert len(set(floors)) == len(floors)
+    assert len(FLOORS) == len(EXPORTING)
+
+
+@pytest.mark.parametrize("chapter", EXPORTING, ids=lambda chapter: chapter.name)
+def test_imports_point_down(chapter):
+    for name in chapter.imports():
+        if name in FLOORS:
+            assert FLOORS[name] < chapter.floor, f"{chapter.name} imports {name}, which is not on a lower floor"
+
+
+@pytest.mark.parametrize("chapter", EXPORTING, ids=lambda chapter: chapter.name)
+def test_every_chapter_has_its_title_and_its_module(chapter):
+    assert (ROOT / PACKAGE / (chapter.module.replace(".", "/") + ".py")).is_file(), "run nbdev_export"
+
+
+def test_every_module_has_its_chapter():
+    generated = {path for path in (ROOT / PACKAGE).rglob("*.py") if not {"assets", "__pycache__"} & set(path.parts)}
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in generated}
+    left_over = {name for name in names if name.rsplit(".", 1)[1] not in ("__init__", "_modidx")} - set(FLOORS)
+    assert not left_over, f"no notebook exports {left_over}"
+
+
+def test_nothing_imports_torchvision():
+    for path in [*ROOT.glob("nbs/**/*.ipynb"), *ROOT.glob("scripts/*.py"), *ROOT.glob("examples/*.py")]:
+        assert not re.search(r"(?:import|from) +torchvision", path.read_text(encoding="utf-8")), path
+
+
+def test_every_import_is_declared():
+    owners = packages_distributions()
+    for name in outside_imports():
+        assert {normal(owner) for owner in owners.get(name, [name])} & declared(), f"{name} is not in settings.ini"
+
+
+def test_every_requirement_is_pinned_in_constraints():
+    pinned = {
+        normal(line.split("==")[0]) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    }
+    assert declared() <= pinned
+
+
+HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "cv2", "matplotlib"}
+
+
+def test_config_is_light():
+    assert not modules_after("import lora_mvp.config") & HEAVY
+
+
+@pytest.mark.skipif(f"{PACKAGE}.cli" not in FLOORS, reason="the command line is not written yet")
+def test_help_is_light():
+    code = (
+        "from lora_mvp.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit as end:\n    assert not end.code"
+    )
+    assert not modules_after(code) & HEAVY
