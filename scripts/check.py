@@ -15,6 +15,8 @@ import venv
 from pathlib import Path
 from zipfile import ZipFile
 
+import nbformat
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 STEPS = {}
@@ -88,8 +90,16 @@ def tests():
 @step
 def outputs():
     """Chapters and tutorials in a real Jupyter kernel, as a reader runs them."""
-    hand_run = [f"--ignore={path.relative_to(ROOT)}" for path in (ROOT / "nbs").glob("9*.ipynb")]
-    python("-m", "pytest", "-q", "--nbval-lax", "--nbval-current-env", "nbs", *hand_run)
+    with tempfile.TemporaryDirectory(prefix="lora-mvp-notebooks-") as temp:
+        copy = Path(shutil.copytree(ROOT / "nbs", Path(temp) / "nbs"))
+        for path in copy.rglob("*.ipynb"):
+            nb = nbformat.read(path, as_version=4)
+            for number, cell in enumerate(nb.cells, 1):
+                if cell.cell_type == "code":
+                    cell.execution_count = number  # nbdev_clean removes it, nbval takes its absence for an unrun cell
+            nbformat.write(nb, path)
+        hand_run = [f"--ignore={path}" for path in copy.glob("9*.ipynb")]
+        python("-m", "pytest", "-q", "--nbval-lax", "--nbval-current-env", copy, *hand_run)
 
 
 @step

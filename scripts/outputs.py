@@ -7,6 +7,8 @@ print to stderr. Afterwards `nbdev_clean` has nothing to do.
 """
 
 import argparse
+import base64
+import io
 import re
 import tempfile
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import nbformat
 from nbconvert.preprocessors import ExecutePreprocessor
 from nbdev.clean import nbdev_clean
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -31,9 +34,19 @@ def keep(output) -> bool:
 
 
 def shrink(data: dict) -> None:
-    """Jupyter keeps a Pillow picture twice; the smaller form is enough."""
+    """Jupyter keeps a Pillow picture twice; the smaller form is enough, and a large plot reads as well as a JPEG."""
+    if len(data.get("image/png", "")) > 200_000 and "image/jpeg" not in data:
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB").save(buffer, "JPEG", quality=85)
+        data["image/jpeg"] = base64.b64encode(buffer.getvalue()).decode()
     if {"image/png", "image/jpeg"} <= set(data):
         del data[max("image/png", "image/jpeg", key=lambda kind: len(data[kind]))]
+
+
+def hide_temp(holder: dict, key: str) -> None:
+    """Names of temporary folders differ at every run."""
+    if key in holder:
+        holder[key] = TEMP.sub("TEMP", holder[key])
 
 
 def execute(path: Path) -> None:
@@ -47,8 +60,8 @@ def execute(path: Path) -> None:
             cell.outputs = [output for output in cell.outputs if keep(output)]
             for output in cell.outputs:
                 shrink(output.get("data", {}))
-                if "text" in output:
-                    output["text"] = TEMP.sub("TEMP", output["text"])
+                hide_temp(output.get("data", {}), "text/plain")
+                hide_temp(output, "text")
     nb.metadata.pop("widgets", None)
     nbformat.write(nb, path)
     nbdev_clean(fname=str(path))
