@@ -84,7 +84,7 @@ def _anchor_model(name: str, info) -> str:
         return name
     folder = _absolute(name, info.context["base"])
     looks_local = name.startswith((".", "~", "/", "\\")) or os.path.isabs(name) or name.count("/") > 1
-    return str(folder) if looks_local or folder.is_dir() else name
+    return str(folder) if looks_local or folder.exists() else name
 
 # %% ../nbs/00_config.ipynb #3c471d3d
 _logger = logging.getLogger("lora_mvp")
@@ -158,14 +158,15 @@ class DataConfig(_Section):
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 
-class TrainingConfig(_Section):
-    "How to train, and where the results go."
-
+class _LoopKeys(_Section):
     pretrained_model: ModelKey = Field(
-        "runwayml/stable-diffusion-v1-5", description="base model: hub id, folder, or tiny (embedded, 64 px)"
+        "runwayml/stable-diffusion-v1-5",
+        description="base: hub id, folder, .safetensors file, or tiny (embedded, 64 px)",
     )
+    revision: str | None = Field(None, description="branch, tag or commit of a base from the hub; null: main")
     output_dir: PathKey = Field(Path("outputs/lora"), description="folder of the run: adapter, checkpoints, samples")
     resolution: Size = Field(512, description="side of the images the model sees, in pixels")
+    aspect_buckets: bool = Field(False, description="keep each image's shape, at the area of resolution squared")
     batch_size: Count = Field(1, description="images per micro-batch")
     gradient_accumulation: Count = Field(4, description="micro-batches per optimiser step")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="peak learning rate of AdamW")
@@ -173,19 +174,58 @@ class TrainingConfig(_Section):
     lr_scheduler: Scheduler = Field("cosine", description="course of the learning rate after the warm-up")
     lr_warmup_steps: int = Field(100, ge=0, description="optimiser steps until the learning rate is at its peak")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="compute type; adapters are always fp32")
+    gradient_checkpointing: bool = Field(False, description="less memory, about a third more time per step")
+    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are shortened to this norm")
     checkpointing_steps: Count = Field(100, description="optimiser steps between two checkpoints")
-    max_checkpoints: Count = Field(3, description="how many of the newest checkpoints are kept")
+    max_checkpoints: Count = Field(3, description="how many of the newest checkpoints are kept, beside the best one")
     resume_from: PathKey | None = Field(None, description="checkpoint folder to continue from")
     seed: Seed = Field(42, description="decides noise, timesteps, data order and the first adapter weights")
+    cache_dir: PathKey | None = Field(None, description="encoded images and captions; null: beside the manifest")
+    save_pipeline: bool = Field(True, description="also save the full model with the adapter fused in")
+    sample_prompts: list[Prompt] = Field([], description="prompts drawn at each checkpoint; []: validation captions")
+
+# %% ../nbs/00_config.ipynb #b8125209
+def _targets(value: str) -> str:
+    "A word for a preset stays; anything else must compile as a regular expression."
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"is neither attention, attention_ff, all nor a regular expression ({error})") from None
+    return value
+
+
+class _AdapterKeys(_LoopKeys):
     lora_rank: Count = Field(8, description="inner size of the adapter; more learns more and weighs more")
     lora_alpha: Count = Field(16, description="strength of the adapter; it acts with alpha / rank")
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="share of adapter inputs dropped while training")
-    lora_targets: Literal["attention", "attention_ff", "all"] = Field(
-        "attention", description="layers that get an adapter; all: attention, feed-forward and convolutions"
+    lora_variant: Literal["lora", "rslora", "dora"] = Field(
+        "lora", description="rslora: strength alpha / sqrt(rank); dora: also learns the weights' length"
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are shortened to this norm")
-    save_pipeline: bool = Field(True, description="also save the full model with the adapter fused in")
-    sample_prompts: list[Prompt] = Field([], description="prompts drawn at each checkpoint; []: validation captions")
+    lora_targets: Annotated[str, BeforeValidator(_not_empty), AfterValidator(_targets)] = Field(
+        "attention", description="attention, attention_ff, all, or a regular expression on module names"
+    )
+    text_encoder_learning_rate: float | None = Field(
+        None, gt=0, le=1, description="also adapts the text encoder, at this rate; null: leaves it alone"
+    )
+
+# %% ../nbs/00_config.ipynb #35a5f717
+class TrainingConfig(_AdapterKeys):
+    "How to train, and where the results go."
+
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="null: what the base says; a base that says otherwise is refused"
+    )
+    snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weighting, 5 in its paper; null: none")
+    noise_offset: float = Field(0.0, ge=0, le=1, description="a constant added to the noise of each channel")
+    zero_terminal_snr: bool = Field(False, description="noise the last timestep fully; v_prediction bases only")
+    caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of captions replaced by an empty one")
+    shuffle_tags: bool = Field(False, description="shuffle the comma-separated parts of captions")
+    keep_tags: int = Field(1, ge=0, description="first parts of a caption that shuffle_tags leaves in place")
+    regularization_dir: PathKey | None = Field(
+        None, description="images of the class, for prior preservation; captions in .txt files beside them"
+    )
+    regularization_prompt: Prompt | None = Field(None, description="caption of those images that have no .txt file")
+    prior_weight: float = Field(1.0, gt=0, description="weight of the loss on the regularisation images")
 
 # %% ../nbs/00_config.ipynb #d7999e8e
 class EvaluationConfig(_Section):

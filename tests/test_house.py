@@ -24,7 +24,7 @@ class Chapter:
         sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
         directives = [dict(DIRECTIVE.findall(source)) for source in sources]
         self.name = path.stem
-        self.floor = int(path.stem.split("_")[0])
+        self.floor = path.stem.split("_")[0]  # "05" is below "05a", "05a" below "06"
         self.module = next((found["default_exp"] for found in directives if "default_exp" in found), None)
         self.exported = [source for source, found in zip(sources, directives, strict=True) if "export" in found]
 
