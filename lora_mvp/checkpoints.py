@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .config import LoraMvpError
@@ -49,6 +50,15 @@ def _sync(path: Path) -> None:
 def _digest(path: Path) -> dict:
     return {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
+
+def _discard(folder: Path) -> None:
+    "Remove a folder; it loses its name first, so that a kill half way leaves nothing that looks like a checkpoint."
+    hidden = folder.with_name(f".{folder.name.lstrip('.')}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, hidden)
+        shutil.rmtree(hidden)
+
 # %% ../nbs/08_checkpoints.ipynb #d08d9b27
 def save_checkpoint(
     output_dir: Path,
@@ -57,10 +67,32 @@ def save_checkpoint(
     state: dict,  # all else that is needed, as JSON
     identity: dict[str, str],  # what must be the same for this checkpoint to be resumed
     keep: int = 3,  # newest checkpoints that stay
+    best: int | None = None,  # a step whose checkpoint stays as well
 ) -> Path:
-    "Publish `checkpoint-<step>` in one rename, then remove the oldest beyond `keep`."
+    "Publish `checkpoint-<step>` in one rename, then remove the oldest; `LoraMvpError` `checkpoint_not_written`."
     final, staging = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.part"
-    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        for left_over in output_dir.glob(".checkpoint-*"):
+            shutil.rmtree(left_over)
+        _write_files(staging, step, tensors, state, identity)
+        _discard(final)  # there is one of the same step only when a run goes on from before a damaged one
+        os.replace(staging, final)
+        _sync(output_dir)
+        problem = damage(final)
+        if problem:
+            _discard(final)
+            raise OSError(None, f"what was written does not read back: {problem}")
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise _not_written(output_dir, step, e) from e
+    for old in checkpoints(output_dir)[:-keep]:
+        if old.name != f"checkpoint-{best}":
+            _discard(old)
+    return final
+
+
+def _write_files(staging: Path, step: int, tensors: dict, state: dict, identity: dict) -> None:
+    "All files of a checkpoint, its manifest last, and all of it on the disk."
     staging.mkdir(parents=True)
     for name, content in tensors.items():
         save_file(content, staging / f"{name}.safetensors")
@@ -70,12 +102,15 @@ def save_checkpoint(
     (staging / MANIFEST).write_text(json.dumps(record, indent=2))
     for path in [*staging.iterdir(), staging]:
         _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(staging, final)
-    _sync(output_dir)
-    for old in checkpoints(output_dir)[:-keep]:
-        shutil.rmtree(old)
-    return final
+
+
+def _not_written(output_dir: Path, step: int, error: Exception) -> LoraMvpError:
+    left = checkpoints(output_dir)
+    last = f"{left[-1].name} is intact; make room and go on with --resume" if left else "there is no earlier one"
+    why = getattr(error, "strerror", None) or error
+    return LoraMvpError(
+        "checkpoint_not_written", f"checkpoint {step} could not be written to {output_dir}: {why}. {last}."
+    )
 
 # %% ../nbs/08_checkpoints.ipynb #c593026e
 def checkpoints(output_dir: Path) -> list[Path]:  # oldest first
@@ -101,6 +136,7 @@ def damage(folder: Path) -> str | None:  # what is wrong, or None
 def load_checkpoint(
     folder: Path,
     identity: dict[str, str],  # of the run that wants to go on
+    free: frozenset[str] = frozenset(),  # keys of the identity that may differ
 ) -> tuple[int, dict[str, dict[str, torch.Tensor]], dict]:  # step, tensors, state
     "Verify and read; `LoraMvpError` `checkpoint_damaged` or `checkpoint_of_another_run`, with what differs."
     problem = damage(folder)
@@ -110,10 +146,11 @@ def load_checkpoint(
         )
     record = json.loads((folder / MANIFEST).read_text())
     theirs = record["identity"]
-    differs = [k for k in sorted({*identity, *theirs}) if identity.get(k) != theirs.get(k)]
+    differs = [k for k in sorted({*identity, *theirs} - free) if identity.get(k) != theirs.get(k)]
     if differs:
         lines = "; ".join(f"{k} was {theirs.get(k)}, is now {identity.get(k)}" for k in differs)
-        text = f"{folder} belongs to another run: {lines}. Put these back, or train into another output_dir."
+        more = " To train longer, use --extend." if differs == ["max_train_steps"] else ""
+        text = f"{folder} belongs to another run: {lines}. Put these back, or train into another output_dir.{more}"
         raise LoraMvpError("checkpoint_of_another_run", text)
     tensors = {p.stem: load_file(p) for p in sorted(folder.glob("*.safetensors"))}
     return record["step"], tensors, json.loads((folder / "state.json").read_text())
