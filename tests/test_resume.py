@@ -1,0 +1,204 @@
+"""The promise of chapter 08: whatever stops a run, going on ends in the same bytes.
+
+Runs are real processes that are really killed. They are forked from a server that has imported the package, so that
+each costs a second and not ten.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+KILLS = 20
+STEPS = 12
+PROVED = ["loss_history.csv", "validation.csv", "lora_adapter/pytorch_lora_weights.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lora_mvp.cli", "lora_mvp.train"])
+    return context
+
+
+def command(arguments: list[str], log: str) -> None:
+    """`lora-mvp ARGUMENTS` in this process, its output in a file."""
+    from lora_mvp.cli import main
+
+    with open(log, "a") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+        sys.exit(main(arguments))
+
+
+class Run:
+    """One run folder, trained by the command line in processes of its own."""
+
+    def __init__(self, server, manifest: Path, settings: dict):
+        self.server, self.manifest, self.settings = server, manifest, settings
+        self.folder = Path(settings["training.output_dir"])
+        self.log = self.folder.with_suffix(".log")
+
+    def start(self, *options: str):
+        sets = [f"--set={key}={json.dumps(value, default=str)}" for key, value in self.settings.items()]
+        arguments = ["train", "--manifest", str(self.manifest), *sets, *options]
+        process = self.server.Process(target=command, args=(arguments, str(self.log)))
+        process.start()
+        return process
+
+    def finish(self, *options: str) -> int:
+        process = self.start(*options)
+        process.join(120)
+        return process.exitcode
+
+    def bytes(self) -> dict[str, bytes]:
+        return {name: (self.folder / name).read_bytes() for name in PROVED}
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def left_alone(server, drawings, small_run, tmp_path_factory):
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("left_alone") / "run"
+    run = Run(server, drawings, small_run(folder, max_train_steps=STEPS))
+    assert run.finish() == 0, run.said()
+    return run
+
+
+def wait_for(condition, process, limit: float) -> bool:
+    """Wait until `condition` holds; False when the process ends or the time is up before."""
+    end = time.monotonic() + limit
+    while process.is_alive() and time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+def test_killed_twenty_times_and_the_bytes_are_the_same(server, drawings, small_run, left_alone, tmp_path):
+    rng, kills, in_a_write, in_a_row, whole = random.Random(5), 0, 0, 0, 0
+    run = fresh = None
+    while kills < KILLS or fresh is not None:
+        if fresh is None:
+            run = Run(server, drawings, small_run(tmp_path / f"run-{whole}", max_train_steps=STEPS))
+        process = run.start(*(["--resume"] if fresh else []))
+        fresh, before = True, kills
+        if kills < KILLS:
+            if rng.random() < 0.4:  # in the middle of a checkpoint
+                if wait_for(lambda: any(run.folder.glob(".checkpoint-*")), process, 60):
+                    time.sleep(rng.random() * 0.01)
+                    in_a_write += any(run.folder.glob(".checkpoint-*"))
+            else:
+                process.join(rng.random() * 2.5)
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+        process.join(120)
+        if process.exitcode == 0:
+            assert run.bytes() == left_alone.bytes()
+            assert not list(run.folder.glob(".checkpoint-*"))
+            shutil.rmtree(run.folder)
+            whole, fresh = whole + 1, None
+        else:
+            assert process.exitcode == -signal.SIGKILL, run.said()
+            in_a_row += kills > before
+    print(f"{kills} kills, {in_a_write} inside a checkpoint, over {whole} runs")
+    assert in_a_write >= 3 and in_a_row >= 2 and whole >= 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_asked_to_stop_it_saves_within_a_step(server, drawings, small_run, left_alone, tmp_path, number):
+    run = Run(server, drawings, small_run(tmp_path / "run", max_train_steps=STEPS))
+    process = run.start()
+    history = run.folder / "loss_history.csv"
+    assert wait_for(lambda: history.is_file() and history.read_text().count("\n") >= 4, process, 60), run.said()
+    steps = history.read_text().count("\n") - 1
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 130 and "--resume" in run.said()
+    newest = max(int(p.name.split("-")[1]) for p in run.folder.glob("checkpoint-*"))
+    assert steps <= newest <= steps + 2  # the step that was going on, and one that ended while the signal travelled
+    assert run.finish("--resume") == 0, run.said()
+    assert run.bytes() == left_alone.bytes()
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(server, drawings, small_run, left_alone, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(left_alone.folder, folder)
+    (folder / "run.json").unlink()
+    weights = folder / f"checkpoint-{STEPS}" / "optimizer.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    run = Run(server, drawings, small_run(folder, max_train_steps=STEPS))
+    assert run.finish("--resume") == 0, run.said()
+    assert f"checkpoint-{STEPS} is damaged (optimizer.safetensors has changed" in run.said()
+    assert run.bytes() == left_alone.bytes()
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"training.lora_rank": 8}, "lora_rank was 4, is now 8"),
+        ({"training.seed": 1}, "seed was 42, is now 1"),
+        ({"training.snr_gamma": 5.0}, "snr_gamma was null, is now 5.0"),
+        ({"training.max_train_steps": STEPS + 2}, "To train longer, use --extend"),
+    ],
+)
+def test_another_run_is_refused_with_what_differs(server, drawings, left_alone, changed, said):
+    run = Run(server, drawings, left_alone.settings | changed)
+    assert run.finish("--resume") == 2
+    assert said in run.said()
+
+
+def test_other_data_is_refused(server, drawings, left_alone, tmp_path):
+    shutil.copytree(drawings.parent, tmp_path / "data")
+    manifest = tmp_path / "data" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("disc, number 3", "a round thing"))
+    run = Run(server, manifest, left_alone.settings)
+    assert run.finish("--resume") == 2
+    assert "dataset was" in run.said()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 24 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True)
+    if mount.returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_intact(server, drawings, small_run, tmp_path, small_disk):
+    settings = small_run(small_disk / "run", max_train_steps=STEPS, lora_rank=32)
+    settings["training.cache_dir"] = tmp_path / "cache"
+    run = Run(server, drawings, settings)
+    run.log = tmp_path / "run.log"
+    process = run.start()
+    assert wait_for(lambda: (run.folder / "checkpoint-2").exists(), process, 60), run.said()
+    filler = small_disk / "filler"
+    with filler.open("wb") as file, pytest.raises(OSError):
+        while True:
+            file.write(bytes(4096))
+            file.flush()
+    process.join(60)
+    assert process.exitcode == 2, run.said()
+    assert "No space left on device" in run.said() and "is intact" in run.said() and "Traceback" not in run.said()
+    filler.unlink()
+    assert run.finish("--resume") == 0, run.said()
+    undisturbed = Run(server, drawings, settings | {"training.output_dir": tmp_path / "undisturbed"})
+    assert undisturbed.finish() == 0
+    assert run.bytes() == undisturbed.bytes()
