@@ -22,7 +22,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save
 
 from .config import LoraMvpError, TrainingConfig, atomic_write, derive_seed
-from .models import text_parts
+from .models import no_bars, text_parts
 
 # %% ../nbs/05_adapters.ipynb #b7ec1fe1
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -207,7 +207,8 @@ def load_adapter(
         if not any(name.startswith("unet.") for name in stored):
             raise ValueError("it holds nothing for the UNet")
         diffusers_logging.set_verbosity_error()  # it warns of every text encoder that has no adapter
-        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=ADAPTER)
+        with no_bars():
+            pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=ADAPTER)
     except Exception as e:  # a damaged file and a misfit raise many types
         first = str(e).strip().split("\n")[0]
         raise LoraMvpError("adapter_unfit", f"{file} does not load into this base: {first}") from e
