@@ -22,7 +22,8 @@ from .eval import Metrics, score, scorer_for, table
 from .images import open_rgb
 from .infer import load_run, render
 from .models import asset
-from .train import RunFolder, RunRecord, train
+from .runs import RunFolder, RunRecord
+from .train import train
 
 # %% ../nbs/17_demo.ipynb #31e64138
 log = logging.getLogger("lora_mvp")

@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from .adapters import WEIGHTS, fuse, load_adapter, set_scale
 from .config import LoraMvpError
 from .models import load_base, native_size, sample
-from .train import RunFolder, read_run
+from .runs import RunFolder, read_run
 
 # %% ../nbs/10_infer.ipynb #80ca5711
 @dataclass

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FREE', 'ImageLosses', 'RunFolder', 'prepare_folder', 'clear_folder', 'RunRecord', 'read_run', 'dataset_hash',
-           'run_identity', 'StepReport', 'table_csv', 'mean_interval', 'ValidationRow', 'validation_rows', 'best_step',
-           'loss_figure', 'sample_sheet']
+           'run_identity', 'StepReport', 'table_csv', 'append_row', 'mean_interval', 'ValidationRow', 'validation_rows',
+           'best_step', 'loss_figure', 'sample_sheet']
 
 # %% ../nbs/08a_runs.ipynb #b9a9c9f9
 import csv
@@ -91,6 +91,7 @@ class RunRecord(BaseModel):
     dataset_sha256: str
     train_images: int
     steps: int
+    extended: list[int] = []  # steps at which the run was made longer
     validation_loss: dict[int, float]  # step -> mean over fixed noise; empty without a validation split
     best_step: int | None = None  # with the smallest of them
     adapter_sha256: str
@@ -167,6 +168,17 @@ def table_csv(kind: type, rows: list) -> str:
     writer.writeheader()
     writer.writerows(asdict(r) for r in rows)
     return out.getvalue()
+
+
+def append_row(file: Path, row) -> None:
+    "Add a row to a table; `LoraMvpError` `not_writable` when the disk is full."
+    try:
+        with file.open("a") as f:
+            f.write(table_csv(type(row), [row]).split("\n", 1)[1])
+    except OSError as e:
+        left = checkpoints(file.parent)
+        last = f" {left[-1].name} is intact; make room and go on with --resume." if left else ""
+        raise LoraMvpError("not_writable", f"cannot write {file}: {e.strerror}.{last}") from e
 
 # %% ../nbs/08a_runs.ipynb #bf478d29
 def mean_interval(values: list[float], seed: int = 0) -> tuple[float, float | None, float | None]:  # mean, low, high

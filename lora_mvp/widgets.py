@@ -13,7 +13,7 @@ from PIL import Image
 
 from .config import LoraMvpError
 from .infer import LoadedRun, render
-from .train import StepReport, loss_figure
+from .runs import StepReport, loss_figure
 
 # %% ../nbs/16_widgets.ipynb #c55fe738
 def png_bytes(picture: Image.Image, side: int = 256) -> bytes:
