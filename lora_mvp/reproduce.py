@@ -98,6 +98,8 @@ def reproduction_text(result: Reproduction) -> str:
     if not result.identical:
         share = result.adapter_difference / result.adapter_size
         lines.append(f"largest difference of a loss   {result.loss_difference:.2e}")
-        lines.append(f"largest difference of a weight {result.adapter_difference:.2e} ({share:.1%} of the largest weight)")
+        lines.append(
+            f"largest difference of a weight {result.adapter_difference:.2e} ({share:.1%} of the largest weight)"
+        )
     lines += [f"{key}: was {a}, is now {b}" for key, (a, b) in result.differs.items()]
     return "\n".join(lines)

@@ -38,19 +38,29 @@ from lora_mvp.checkpoints import (
     restore_optimizer,
     save_checkpoint,
 )
-from .config import AppConfig, LoraMvpError, TrainingConfig, atomic_write, derive_seed
+from .config import AppConfig, LoraMvpError, atomic_write, derive_seed
 from .data import Manifest, read_manifest
 from .exports import certify, export_fused, write_kohya
 from lora_mvp.latents import (
     LatentSet,
     Plan,
     TextTable,
+    cache_folder,
     caption_variants,
     encode_images,
     regularization_sources,
     sources,
 )
-from .models import base_revision, encode_text, find_base, load_base, sample, text_parts, unet_arguments, weights_hash
+from lora_mvp.models import (
+    base_revision,
+    encode_text,
+    find_base,
+    load_base,
+    sample,
+    text_parts,
+    unet_arguments,
+    weights_hash,
+)
 from .objectives import draw_noise, image_losses, min_snr_weights, noise_schedule, noisy_and_target
 from lora_mvp.runs import (
     ImageLosses,
@@ -133,14 +143,15 @@ VALIDATION_IMAGES = 32  # at most, of each split: a mark must stay short beside 
 @patch
 def load_data(self: Trainer) -> list[list[str]]:  # content and caption of the regularisation images
     "Encode the images of all streams and of validation, and every caption that may be drawn."
-    t, cache = self.config.training, self.config.training.cache_dir or self.manifest.folder / "cache"
+    t, cache = self.config.training, cache_folder(self.config.training, self.manifest)
     train, val = sources(self.manifest, "train"), sources(self.manifest, "val")
     prior = regularization_sources(t.regularization_dir, t.regularization_prompt) if t.regularization_dir else []
     train_set = encode_images(self.pipe, train, t, self.config.data.augmentations, cache)
     self.streams = [Stream(train_set, Plan(train_set.shapes, t.batch_size, t.seed), 1.0, t.seed)]
     if prior:
         prior_set, seed = encode_images(self.pipe, prior, t, [], cache), derive_seed(t.seed, "prior")
-        self.streams.append(Stream(prior_set, Plan(prior_set.shapes, t.batch_size, seed), t.prior_weight, seed))
+        size = min(t.batch_size, len(prior))
+        self.streams.append(Stream(prior_set, Plan(prior_set.shapes, size, seed), t.prior_weight, seed))
     self.val_set = encode_images(self.pipe, val, t, [], cache) if val else None
     self.texts = None
     if t.text_encoder_learning_rate is None:
@@ -261,13 +272,11 @@ def limit_gradients(self: Trainer) -> float:  # the norm before
 @patch
 def check_moved(self: Trainer) -> None:
     "After the first step with a learning rate the second matrices (B) must have left zero in every adapted part."
-    still = {name.split(".")[0]: True for name in (state := adapter_state(self.pipe)) if "lora_B" in name}
-    for name, value in state.items():
-        if "lora_B" in name and value.any():
-            still[name.split(".")[0]] = False
-    if any(still.values()):
-        parts = ", ".join(part for part, at_zero in still.items() if at_zero)
-        raise LoraMvpError("adapter_does_not_learn", f"the first step did not change the adapter of: {parts}.")
+    seconds = {name: value for name, value in adapter_state(self.pipe).items() if "lora_B" in name}
+    parts = {name.split(".")[0] for name in seconds} - {name.split(".")[0] for name, b in seconds.items() if b.any()}
+    if parts:
+        text = f"the first step did not change the adapter of: {', '.join(sorted(parts))}."
+        raise LoraMvpError("adapter_does_not_learn", text)
     self.moved = True
 
 # %% ../nbs/09_train.ipynb #22ab12ce
@@ -448,6 +457,24 @@ def run(
                 raise Interrupted("interrupted", text + "Run the same command with --resume to go on.")
     return seconds
 
+# %% ../nbs/09_train.ipynb #97a7edb6
+@patch
+def facts(self: Trainer) -> dict:
+    "What the header of the exported adapter says about its training."
+    t = self.config.training
+    return {
+        "title": self.folder.kohya.stem,
+        "base": t.pretrained_model,
+        "steps": self.step_number,
+        "train_images": len(self.streams[0].images),
+        "batch_size": t.batch_size * t.gradient_accumulation * self.accelerator.num_processes,
+        "resolution": t.resolution,
+        "learning_rate": t.learning_rate,
+        "seed": t.seed,
+        "prediction_type": self.noise.prediction_type,
+        "trigger": self.streams[0].images.captions[0],
+    }
+
 # %% ../nbs/09_train.ipynb #c287eeaf
 @patch
 def save_results(self: Trainer) -> None:
@@ -456,7 +483,7 @@ def save_results(self: Trainer) -> None:
     for module in (self.pipe.unet, *text_parts(self.pipe).values()):
         module.eval()
     save_adapter(self.pipe, folder.adapter, t.pretrained_model)
-    write_kohya(self.pipe, folder.kohya, self.kohya_facts())
+    write_kohya(self.pipe, folder.kohya, self.facts())
 
     def fresh():
         return load_base(t.pretrained_model, revision=t.revision)
@@ -473,7 +500,7 @@ def save_results(self: Trainer) -> None:
 
 # %% ../nbs/09_train.ipynb #43798afd
 @patch
-def record(self: Trainer, seconds: float) -> RunRecord:
+def make_record(self: Trainer, seconds: float) -> RunRecord:
     "The run's record; its files must be written."
     t, steps, acc = self.config.training, self.step_number - self.first_step, self.accelerator
     plan, window = self.streams[0].plan, t.gradient_accumulation * acc.num_processes
@@ -508,7 +535,7 @@ def finish(self: Trainer, seconds: float) -> RunRecord:
     "Write everything that a finished run leaves (main process only)."
     if self.accelerator.is_main_process:
         self.save_results()
-        atomic_write(self.folder.record, self.record(seconds).model_dump_json(indent=2) + "\n")
+        atomic_write(self.folder.record, self.make_record(seconds).model_dump_json(indent=2) + "\n")
     self.accelerator.wait_for_everyone()
     return read_run(self.folder.root)
 
@@ -534,7 +561,9 @@ def finished_run(config: AppConfig, manifest: Manifest, found: Path, extend: boo
     free = {"base", "regularization_images"} | ({"max_train_steps"} if extend else set())
     step, _, _ = load_checkpoint(found, identity, frozenset(free))
     if step > t.max_train_steps:
-        text = f"{found} is beyond training.max_train_steps ({t.max_train_steps}); a run can be made longer, not shorter."
+        text = (
+            f"{found} is beyond training.max_train_steps ({t.max_train_steps}); a run can be made longer, not shorter."
+        )
         raise LoraMvpError("extend_shorter", text)
     if step < t.max_train_steps or not folder.record.is_file():
         return None

@@ -81,7 +81,7 @@ def wait_for(condition, process, limit: float) -> bool:
     while process.is_alive() and time.monotonic() < end:
         if condition():
             return True
-        time.sleep(0.0005)
+        time.sleep(0.001)
     return False
 
 
@@ -190,10 +190,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(server, drawings, small_r
     process = run.start()
     assert wait_for(lambda: (run.folder / "checkpoint-2").exists(), process, 60), run.said()
     filler = small_disk / "filler"
-    with filler.open("wb") as file, pytest.raises(OSError):
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError):
         while True:
             file.write(bytes(4096))
-            file.flush()
     process.join(60)
     assert process.exitcode == 2, run.said()
     assert "No space left on device" in run.said() and "is intact" in run.said() and "Traceback" not in run.said()
