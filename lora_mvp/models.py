@@ -480,14 +480,13 @@ def read_file(file: Path) -> StableDiffusionPipeline | StableDiffusionXLPipeline
             "base_unreadable", f"{file} is a {family.title} model, but {folder} has the settings of a {kind.__name__}."
         )
     how = {"config": str(folder), "local_files_only": True, **family.options}
-    with no_bars():
-        pipe = family.pipeline.from_single_file(str(file), **how)
-    for part in (pipe.unet, pipe.vae, *text_parts(pipe).values()):
-        for name, value in part.named_parameters():
-            if value.is_meta:
-                raise LoraMvpError(
-                    "base_unreadable", f"{file} could not be loaded: {name} of {type(part).__name__} is missing."
-                )
+    try:
+        with no_bars():
+            pipe = family.pipeline.from_single_file(str(file), **how)
+    except NotImplementedError as e:  # torch cannot move what was never read
+        raise LoraMvpError(
+            "base_unreadable", f"{file} could not be loaded: weights of its UNet or autoencoder are missing."
+        ) from e
     predicts = pipe.scheduler.config.prediction_type
     if stated not in (None, predicts):
         reason = f"{file} states the prediction type {stated}, the settings in {folder} say {predicts}"
@@ -502,7 +501,19 @@ def _read_folder(folder: Path) -> StableDiffusionPipeline | StableDiffusionXLPip
     kind = check_folder(folder)
     options = next(family.options for family in FAMILIES.values() if family.pipeline is kind)
     with no_bars():
-        return kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **options)
+        pipe = kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **options)
+    for part, module in text_parts(pipe).items():  # transformers fills holes with random numbers and only warns
+        files = (folder / part).glob("*.safetensors")
+        held = {name.removeprefix("text_model.") for file in files for name in safe_open(file, "pt").keys()}
+        _complete(folder / part, sorted({name.removeprefix("text_model.") for name in module.state_dict()} - held))
+    return pipe
+
+
+def _complete(where: Path | str, missing: list[str]) -> None:
+    if missing:
+        raise LoraMvpError(
+            "base_unreadable", f"{where} could not be loaded: {missing[0]} is missing. Get the base model again."
+        )
 
 
 def _snapshot(hub_id: str, revision: str | None, here: bool) -> Path:
@@ -547,11 +558,16 @@ def load_base(
     except Exception as e:  # diffusers, transformers and the hub client raise many types for one fact: it did not load
         raise _load_error(name, source, e) from e
     for part in (pipe.unet, pipe.vae, *text_parts(pipe).values()):
+        _complete(source, [name for name, value in part.named_parameters() if value.is_meta])
         wanted = family_of(pipe).vae_dtype or dtype if part is pipe.vae else dtype
         torch.nn.Module.to(part, wanted)  # diffusers' own `to` warns about an empty list of exceptions
         part.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    pipe.to(device)
+    for value in (v for part in (pipe.unet, pipe.vae, *text_parts(pipe).values()) for v in part.parameters()):
+        if value.data_ptr() % 64:
+            value.data = value.data.clone()
+    return pipe
 
 
 def _load_error(name: str, source: str, error: Exception) -> LoraMvpError:
