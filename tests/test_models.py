@@ -111,10 +111,11 @@ def test_python_files_are_refused(folder, script):
         ("tokenizer/tokenizer_config.json", "auto_map"),
         ("unet/config.json", "trust_remote_code"),
         ("scheduler/scheduler_config.json", "auto_map"),
+        ("unet/config.json", "_class_name"),
     ],
 )
 def test_hints_at_code_are_refused(folder, config, key):
-    edit(folder / config, **{key: {"AutoModel": "my_code.Model"}})
+    edit(folder / config, **{key: ["my_code", "Model"]})
     error = refusal(folder)
     assert error.code == "base_unsafe" and key in error.message and Path(config).name in error.message
 
@@ -182,6 +183,29 @@ def test_damaged_folders_say_so(folder):
     assert error.code == "base_unreadable" and "config.json" in error.message
     (folder / "model_index.json").write_text("[]")
     assert refusal(folder).code == "base_unreadable"
+
+
+@pytest.mark.parametrize(
+    "file, lost",
+    [
+        ("unet/diffusion_pytorch_model", "mid_block.attentions.0.proj_in.weight"),
+        ("vae/diffusion_pytorch_model", "decoder.conv_in.weight"),
+        ("text_encoder/model", "encoder.layers.1.mlp.fc1.weight"),
+    ],
+)
+def test_folders_with_holes_are_refused(folder, file, lost):
+    path = folder / f"{file}.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if not k.endswith(lost)}, path, {"format": "pt"})
+    error = refusal(folder)
+    assert error.code == "base_unreadable" and lost in error.message and "missing" in error.message
+
+
+def test_text_encoders_under_their_older_names_are_read(bases, folder):
+    path = folder / "text_encoder" / "model.safetensors"
+    save_file(
+        {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(path).items()}, path, {"format": "pt"}
+    )
+    assert weights_hash(load_base(str(folder)).text_encoder) == weights_hash(load_base(str(bases["sd1"])).text_encoder)
 
 
 def test_names_that_lead_nowhere(tmp_path):
@@ -527,12 +551,19 @@ def test_a_file_without_one_of_the_parts_is_refused(bases, tmp_path, drop, said)
     assert error.code == "base_unsupported" and said in error.message
 
 
-def test_a_file_with_holes_is_refused(bases, tmp_path):
-    drop = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_v"
+@pytest.mark.parametrize(
+    "drop, said",
+    [
+        ("model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_v", "UNet or autoencoder"),
+        ("first_stage_model.decoder.mid.attn_1.q", "UNet or autoencoder"),
+        ("cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1", "layers.1.mlp.fc1"),
+    ],
+)
+def test_a_file_with_holes_is_refused(bases, tmp_path, drop, said):
     file = one_file(bases["sd1"], "sd1", tmp_path / "model.safetensors", drop=drop)
     shutil.copytree(bases["sd1"], tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     error = refusal(file)
-    assert error.code == "base_unreadable" and "mid_block.attentions.0.transformer_blocks.0.attn2.to_v" in error.message
+    assert error.code == "base_unreadable" and said in error.message and "missing" in error.message
 
 
 def test_other_files_are_refused(bases, tmp_path):
