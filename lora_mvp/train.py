@@ -9,9 +9,11 @@ __all__ = ['log', 'DTYPES', 'VALIDATION_IMAGES', 'check_settings', 'Stream', 'Tr
 # %% ../nbs/09_train.ipynb #c4b4fdc3
 import logging
 import platform
+import shutil
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,6 +34,7 @@ from .adapters import WEIGHTS, adapter_state, add_lora, restore_adapter, save_ad
 from lora_mvp.checkpoints import (
     MANIFEST,
     checkpoints,
+    disk_trouble,
     load_checkpoint,
     newest_checkpoint,
     optimizer_tensors,
@@ -435,7 +438,7 @@ def run(
     "Step until max_train_steps; validate, sample and save on the way. Raises `Interrupted` after a stop request."
     t, seconds, main = self.config.training, 0.0, self.accelerator.is_main_process
     bar = tqdm(total=t.max_train_steps, initial=self.step_number, unit="step", disable=not (progress and main))
-    with stop_request() as stop, bar:
+    with stop_request() as stop, bar, disk_trouble(self.folder.root):
         while self.step_number < t.max_train_steps:
             start = time.perf_counter()
             report = self.step()
@@ -461,18 +464,22 @@ def run(
 @patch
 def facts(self: Trainer) -> dict:
     "What the header of the exported adapter says about its training."
-    t = self.config.training
-    return {
+    t, train = self.config.training, self.manifest.rows("train")
+    names = ("learning_rate", "text_encoder_learning_rate", "lr_scheduler", "mixed_precision", "seed", "resolution")
+    names += ("max_train_steps", "gradient_accumulation", "noise_offset", "snr_gamma", "caption_dropout")
+    captions = {
+        label: dict(Counter(row.caption for row in train if row.label == label)) for label in {r.label for r in train}
+    }
+    return {name: getattr(t, name) for name in names} | {
         "title": self.folder.kohya.stem,
-        "base": t.pretrained_model,
+        "trigger": ", ".join(sorted(captions)),
+        "base": Path(t.pretrained_model).name,
+        "images": len(train),
+        "regularization_images": sum(len(stream.images) for stream in self.streams[1:]),
         "steps": self.step_number,
-        "train_images": len(self.streams[0].images),
         "batch_size": t.batch_size * t.gradient_accumulation * self.accelerator.num_processes,
-        "resolution": t.resolution,
-        "learning_rate": t.learning_rate,
-        "seed": t.seed,
-        "prediction_type": self.noise.prediction_type,
-        "trigger": self.streams[0].images.captions[0],
+        "optimizer": "AdamW",
+        "tag_frequency": captions,
     }
 
 # %% ../nbs/09_train.ipynb #c287eeaf
@@ -491,12 +498,25 @@ def save_results(self: Trainer) -> None:
     with visit(self.parked, self.device):
         certify(self.pipe, folder.adapter, folder.kohya, fresh)
     if t.save_pipeline:
-        export_fused(fresh(), folder.adapter, folder.root, torch.float32)
+        self.save_pipeline(fresh())
     atomic_write(folder.history, table_csv(StepReport, self.history))
     loss_figure(self.history, self.losses).savefig(folder.curve, dpi=100)
     sheet = sample_sheet(folder)
     if sheet:
         sheet.save(folder.sheet)
+
+# %% ../nbs/09_train.ipynb #5902003d
+@patch
+def save_pipeline(self: Trainer, fresh) -> None:
+    "The base with the adapter fused in, as a pipeline in the run's folder; `model_index.json` comes last."
+    staged = self.folder.root / ".pipeline"
+    shutil.rmtree(staged, ignore_errors=True)
+    export_fused(fresh, self.folder.adapter, staged)
+    for part in sorted(staged.iterdir(), key=lambda path: path.name == self.folder.pipeline.name):
+        if part.is_dir():
+            shutil.rmtree(self.folder.root / part.name, ignore_errors=True)
+        part.replace(self.folder.root / part.name)
+    staged.rmdir()
 
 # %% ../nbs/09_train.ipynb #43798afd
 @patch
