@@ -106,6 +106,11 @@ def _not_empty(value: Any) -> Any:
     return value
 
 
+def _as_text(value: Any) -> Any:
+    "A path given from Python becomes its text."
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _known_fields(template: str) -> str:
     try:
         fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
@@ -123,7 +128,7 @@ def _plain_fields(template: str) -> str:
 
 # %% ../nbs/00_config.ipynb #79462acc
 PathKey = Annotated[Path, Field(strict=False), BeforeValidator(_not_empty), AfterValidator(_anchor_path)]
-ModelKey = Annotated[str, BeforeValidator(_not_empty), AfterValidator(_anchor_model)]
+ModelKey = Annotated[str, BeforeValidator(_as_text), BeforeValidator(_not_empty), AfterValidator(_anchor_model)]
 Template = Annotated[str, BeforeValidator(_not_empty), AfterValidator(_known_fields), AfterValidator(_plain_fields)]
 Size = Annotated[int, Field(ge=32, le=4096, multiple_of=8)]  # the autoencoder divides by 8; 32 leaves 4 latent pixels
 Count = Annotated[int, Field(ge=1)]

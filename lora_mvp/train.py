@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -492,13 +493,11 @@ def save_results(self: Trainer) -> None:
     save_adapter(self.pipe, folder.adapter, t.pretrained_model)
     write_kohya(self.pipe, folder.kohya, self.facts())
 
-    def fresh():
-        return load_base(t.pretrained_model, revision=t.revision)
-
     with visit(self.parked, self.device):
+        fresh = partial(load_base, t.pretrained_model, self.device, self.dtype, t.revision)
         certify(self.pipe, folder.adapter, folder.kohya, fresh)
     if t.save_pipeline:
-        self.save_pipeline(fresh())
+        self.save_pipeline(load_base(t.pretrained_model, revision=t.revision))
     atomic_write(folder.history, table_csv(StepReport, self.history))
     loss_figure(self.history, self.losses).savefig(folder.curve, dpi=100)
     sheet = sample_sheet(folder)
