@@ -111,10 +111,11 @@ def test_python_files_are_refused(folder, script):
         ("tokenizer/tokenizer_config.json", "auto_map"),
         ("unet/config.json", "trust_remote_code"),
         ("scheduler/scheduler_config.json", "auto_map"),
+        ("unet/config.json", "_class_name"),
     ],
 )
 def test_hints_at_code_are_refused(folder, config, key):
-    edit(folder / config, **{key: {"AutoModel": "my_code.Model"}})
+    edit(folder / config, **{key: ["my_code", "Model"]})
     error = refusal(folder)
     assert error.code == "base_unsafe" and key in error.message and Path(config).name in error.message
 
