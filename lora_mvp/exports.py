@@ -34,7 +34,6 @@ from safetensors.torch import load_file
 from lora_mvp.adapters import (
     ADAPTER,
     WEIGHTS,
-    Pipeline,
     adaptable_modules,
     adapter_layers,
     adapter_parameters,
@@ -49,6 +48,7 @@ from lora_mvp.adapters import (
 from .config import LoraMvpError, atomic_write
 from lora_mvp.models import (
     FAMILIES,
+    Pipeline,
     encode_text,
     family_of,
     load_base,
