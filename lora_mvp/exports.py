@@ -7,7 +7,7 @@ __all__ = ['FACTS', 'TOLERANCE', 'ROUNDING', 'KOHYA_WEIGHTS', 'ROUNDING_OF', 'or
            'kohya_header', 'write_kohya', 'read_tensors', 'read_header', 'kohya_layers', 'load_kohya', 'exact', 'probe',
            'differences', 'FormCheck', 'Certificate', 'variant_of', 'comfyui_dora_error', 'demand', 'effect_of',
            'load_public', 'certify', 'staged', 'export_fused', 'load_lora', 'AdapterFacts', 'adapter_file',
-           'inspect_adapter', 'recorded_base', 'describe', 'export_adapter']
+           'recorded_base', 'inspect_adapter', 'describe', 'export_adapter']
 
 # %% ../nbs/05a_exports.ipynb #df3532ed
 import hashlib
@@ -34,7 +34,6 @@ from safetensors.torch import load_file
 from lora_mvp.adapters import (
     ADAPTER,
     WEIGHTS,
-    Pipeline,
     adaptable_modules,
     adapter_layers,
     adapter_parameters,
@@ -49,6 +48,7 @@ from lora_mvp.adapters import (
 from .config import LoraMvpError, atomic_write
 from lora_mvp.models import (
     FAMILIES,
+    Pipeline,
     encode_text,
     family_of,
     load_base,
@@ -171,6 +171,8 @@ def kohya_header(
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}[prediction],
     }
+    if os.path.isabs(facts.get("base") or ""):
+        facts = facts | {"base": Path(facts["base"]).name}  # a file to be shared says nothing about a disk
     for fact, value in facts.items():
         for name in FACTS[fact] if value is not None else ():
             header[name] = json.dumps(value, sort_keys=True) if isinstance(value, dict) else str(value)
@@ -242,10 +244,8 @@ def load_kohya(
     for layer, group in groups.items():
         if not {"lora_down.weight", "lora_up.weight"} <= set(group):
             raise LoraMvpError("adapter_unfit", f"{file}: {kohya_name(pipe, layer)} lacks its up or down weight.")
-        state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = (
-            group["lora_down.weight"],
-            group["lora_up.weight"],
-        )
+        state[f"{layer}.lora_A.weight"] = group["lora_down.weight"]
+        state[f"{layer}.lora_B.weight"] = group["lora_up.weight"]
         if "dora_scale" in group:
             state[f"{layer}.lora_magnitude_vector"] = group["dora_scale"]
     for part in dict.fromkeys(layer.partition(".")[0] for layer in groups):
@@ -265,13 +265,9 @@ def _kohya_config(
     "peft's settings for the layers of one part, each with its own rank and alpha."
     ranks = {name: len(group["lora_down.weight"]) for name, group in groups.items()}
     alphas = {name: float(group["alpha"]) if "alpha" in group else ranks[name] for name, group in groups.items()}
-    dora = {name for name, group in groups.items() if "dora_scale" in group}
-    rows = {
-        name: group["dora_scale"].shape[0] == group["lora_up.weight"].shape[0]
-        for name, group in groups.items()
-        if name in dora
-    }
-    if dora and (len(dora) < len(groups) or not all(rows.values())):
+    dora = {name: group for name, group in groups.items() if "dora_scale" in group}
+    rows = all(len(group["dora_scale"]) == len(group["lora_up.weight"]) for group in dora.values())
+    if dora and not (rows and len(dora) == len(groups)):
         text = f"{file} has DoRA in some layers only, or its lengths are those of columns; peft cannot hold that."
         raise LoraMvpError("adapter_unsupported", text)
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -280,8 +276,8 @@ def _kohya_config(
         lora_alpha=alpha,
         use_dora=bool(dora),
         target_modules=list(groups),
-        rank_pattern={f"^{re.escape(name)}": value for name, value in ranks.items() if value != rank},
-        alpha_pattern={f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},
+        rank_pattern={re.escape(name): value for name, value in ranks.items() if value != rank},
+        alpha_pattern={re.escape(name): value for name, value in alphas.items() if value != alpha},
     )
 
 # %% ../nbs/05a_exports.ipynb #44d09098
@@ -476,7 +472,9 @@ def export_fused(
     torch.nn.Module.to(pipe.vae, family_of(pipe).vae_dtype or dtype)
     with staged(folder) as stage, no_bars():
         pipe.save_pretrained(stage, safe_serialization=True)
-        again = load_base(str(stage), dtype=dtype)
+        again = load_base(str(stage))
+        for part in (pipe.unet, *text_parts(pipe).values()):
+            torch.nn.Module.to(part, torch.float32)
         for name in ("unet", *text_parts(pipe)):
             if weights_hash(getattr(again, name)) != weights_hash(getattr(pipe, name)):
                 raise LoraMvpError("export_unfaithful", f"the fused {name} was not read back as it was written.")
@@ -495,21 +493,18 @@ def load_lora(pipe: Pipeline, source: str | Path) -> None:
 
 # %% ../nbs/05a_exports.ipynb #29e6fdf8
 _DOWN = re.compile(r"^(.*?)(?:\.lora_down|\.lora_A(?:\.default)?|[._]lora\.down|\.lora_linear_layer\.down)\.weight$")
-_ELSEWHERE = {
-    "hada_w1_a": "LoHa",
-    "lokr_w1": "LoKr",
-    "oft_": "OFT",
-    "lora_mid": "LoCon with Tucker",
-    "glora": "GLoRA",
-    ".diff": "full",
+_ELSEWHERE = {  # how names look that this package does not read
+    "LoHa": r"\.hada_",
+    "LoKr": r"\.lokr_",
+    "OFT": r"\.oft_",
+    "LoCon with Tucker decomposition": r"\.lora_mid\.",
+    "full differences": r"\.diff(_b)?$",
 }
 _WIDTHS = {128: "tiny", 768: "sd1", 1024: "sd2", 2048: "sdxl"}  # of the text that cross-attention reads
-_PARTS = {
-    "lora_unet": "unet",
-    "unet": "unet",
-    "lora_te1": "text_encoder",
-    "lora_te2": "text_encoder_2",
-    "lora_te": "text_encoder",
+_PARTS = {  # how layers' names begin -> part
+    "unet|lora_unet": "unet",
+    "text_encoder_2|lora_te2": "text_encoder_2",
+    "text_encoder|lora_te1?": "text_encoder",
 }
 _GROUPS = {
     "attention": r"attn",
@@ -553,8 +548,8 @@ def adapter_file(source: str | Path) -> Path:
 
 # %% ../nbs/05a_exports.ipynb #a38dd012
 def _form(names: list[str]) -> str:
-    for mark, form in _ELSEWHERE.items():
-        if any(mark in name for name in names):
+    for form, pattern in _ELSEWHERE.items():
+        if any(re.search(pattern, name) for name in names):
             return form
     if any(name.startswith(("lora_unet_", "lora_te")) for name in names):
         return "kohya"
@@ -572,7 +567,7 @@ def _strengths(
         config = configs.get(part, {})
         if config:
             patterns = config.get("alpha_pattern", {})
-            known[layer] = patterns.get(get_pattern_key(patterns, module), config["lora_alpha"])
+            known[layer] = patterns.get(get_pattern_key(patterns, module), config.get("lora_alpha", 8))
         root = math.sqrt(rank) if config.get("use_rslora") else rank
         strengths[layer] = known.get(layer, rank) / root
     return known, strengths
@@ -608,6 +603,39 @@ def _readers(form: str, variant: str, columns: bool) -> tuple[dict[str, bool], l
     remark = f"{form}: this package does not read it" if known else "the names are those of no form that is known here"
     return {"diffusers": False, **dict.fromkeys(kohya, known)}, [remark]
 
+
+def _configs(metadata: dict[str, str], file: Path) -> dict[str, dict]:  # part -> peft's settings
+    "What diffusers wrote into the header."
+    configs = {}
+    try:
+        for key, value in json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}")).items():
+            part, _, name = key.partition(".")
+            configs.setdefault(part, {})[name] = value
+    except (ValueError, AttributeError) as e:
+        raise LoraMvpError(
+            "adapter_unreadable", f"{file}: {LORA_ADAPTER_METADATA_KEY} in its header is damaged."
+        ) from e
+    return configs
+
+
+def _layers(names: list[str]) -> dict[str, dict[str, int]]:  # part -> group -> layers
+    "How many layers of which kind an adapter has."
+    found = {}
+    for name in names:
+        part = next((part for start, part in _PARTS.items() if re.match(rf"({start})[._]", name)), "other")
+        group = next((group for group, pattern in _GROUPS.items() if re.search(pattern, name)), "other")
+        found.setdefault(part, Counter())[group] += 1
+    return found
+
+
+def recorded_base(file: str | Path) -> str | None:
+    "The base that `adapter_config.json` beside the file names."
+    notes = Path(file).with_name("adapter_config.json")
+    try:
+        return json.loads(notes.read_text()).get("base_model_name_or_path") if notes.is_file() else None
+    except (ValueError, AttributeError):  # a note that is damaged names no base
+        return None
+
 # %% ../nbs/05a_exports.ipynb #e7d0c34b
 def inspect_adapter(source: str | Path) -> AdapterFacts:
     "What an adapter's file is; `LoraMvpError` when it is absent, unreadable or no adapter."
@@ -620,10 +648,7 @@ def inspect_adapter(source: str | Path) -> AdapterFacts:
             "adapter_unknown",
             f"{file} holds no adapter that is known here, such as {next(iter(tensors), 'nothing at all')}.",
         )
-    settings, configs = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}")), {}
-    for key, value in settings.items():
-        part, _, name = key.partition(".")
-        configs.setdefault(part, {})[name] = value
+    configs = _configs(metadata, file)
     ranks = {name: shape[0] for name, shape in shapes.items()}
     known, strengths = _strengths(ranks, {k.removesuffix(".alpha"): v for k, v in alphas.items()}, configs)
     dora = {name: shape for name, (_, shape) in tensors.items() if "dora_scale" in name or "magnitude_vector" in name}
@@ -632,14 +657,6 @@ def inspect_adapter(source: str | Path) -> AdapterFacts:
     readers, remarks = _readers(form, variant, any(shape[0] == 1 for shape in dora.values()))
     if form == "diffusers" and not configs:
         remarks.append("the file names no alpha: it loads with alpha equal to the rank")
-    layers = {}
-    for name in shapes:
-        part = next(
-            (_PARTS[p] for p in _PARTS if re.match(rf"{p}[._]", name)),
-            "text_encoder_2" if name.startswith("text_encoder_2.") else name.partition(".")[0],
-        )
-        group = next((group for group, pattern in _GROUPS.items() if re.search(pattern, name)), "other")
-        layers.setdefault(part, Counter())[group] += 1
     trigger, steps = metadata.get("modelspec.trigger_phrase"), metadata.get("ss_steps", "")
     return AdapterFacts(
         file=str(file),
@@ -650,9 +667,9 @@ def inspect_adapter(source: str | Path) -> AdapterFacts:
         ranks=dict(sorted(Counter(ranks.values()).items())),
         alphas=dict(sorted(Counter(float(a) for a in known.values()).items())),
         strength=(min(strengths.values()), max(strengths.values())) if strengths else None,
-        layers=layers,
+        layers=_layers(list(shapes)),
         family=_family(shapes, metadata),
-        base=recorded_base(file) or metadata.get("ss_sd_model_name"),
+        base=recorded_base(file) if form == "diffusers" else metadata.get("ss_sd_model_name"),
         trigger=trigger,
         steps=int(steps) if steps.isdigit() else None,
         readers=readers,
@@ -660,41 +677,35 @@ def inspect_adapter(source: str | Path) -> AdapterFacts:
         metadata=dict(sorted(metadata.items())),
     )
 
-
-def recorded_base(file: str | Path) -> str | None:
-    "The base that `adapter_config.json` beside the file names."
-    notes = Path(file).with_name("adapter_config.json")
-    return json.loads(notes.read_text()).get("base_model_name_or_path") if notes.is_file() else None
-
-
+# %% ../nbs/05a_exports.ipynb #3be89810
 def describe(facts: AdapterFacts) -> str:
     "The facts as lines for a terminal."
-    several = lambda counts: ", ".join(
-        f"{k:g} ({n} layers)" if len(counts) > 1 else f"{k:g}" for k, n in counts.items()
-    )  # noqa: E731
-    parts = "; ".join(
-        f"{part}: " + ", ".join(f"{n} {group}" for group, n in groups.items()) for part, groups in facts.layers.items()
-    )
     low, high = facts.strength or (0, 0)
+    base = FAMILIES[facts.family].title if facts.family else "unknown"
+    readers = [name for name, reads in facts.readers.items() if reads]
     lines = {
         "file": f"{facts.file}, {facts.size / 1e6:.1f} MB, {facts.dtype}",
         "form": f"{facts.form}, {facts.variant}",
-        "rank": several(facts.ranks),
-        "alpha": several(facts.alphas) or "not in the file",
+        "rank": _counts(facts.ranks),
+        "alpha": _counts(facts.alphas) or "not in the file",
         "strength": f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}",
-        "layers": parts,
-        "base": " ".join(
-            filter(
-                None, [FAMILIES[facts.family].title if facts.family else "unknown", facts.base and f"({facts.base})"]
-            )
+        "layers": "; ".join(
+            f"{part}: " + ", ".join(f"{n} {group}" for group, n in groups.items())
+            for part, groups in facts.layers.items()
         ),
+        "base": f"{base} ({facts.base})" if facts.base else base,
         "trigger": facts.trigger,
         "steps": facts.steps,
-        "loads in": ", ".join(name for name, yes in facts.readers.items() if yes)
-        or "none of " + ", ".join(facts.readers),
+        "loads in": ", ".join(readers) or f"none of {', '.join(facts.readers)}",
         "note": "; ".join(facts.remarks),
     }
     return "\n".join(f"{name:9} {value}" for name, value in lines.items() if value)
+
+
+def _counts(counts: dict[float, int]) -> str:
+    if len(counts) == 1:
+        return f"{next(iter(counts)):g}"
+    return ", ".join(f"{value:g} ({n} layers)" for value, n in counts.items())
 
 # %% ../nbs/05a_exports.ipynb #bf4918df
 def export_adapter(
