@@ -57,6 +57,8 @@ def cmd_train(args: argparse.Namespace) -> None:
     from lora_mvp.train import train
 
     record = train(config, manifest, resume=args.resume, overwrite=args.overwrite, extend=args.extend)
+    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks for all
+        return
     print(f"trained {record.steps} steps on {record.train_images} images, {record.images_per_second:.1f} images/s")
     for step, loss in record.validation_loss.items():
         print(f"validation loss at step {step}: {loss:.4f}{'  (best)' if step == record.best_step else ''}")

@@ -12,6 +12,7 @@ __all__ = ['FACTS', 'TOLERANCE', 'ROUNDING', 'KOHYA_WEIGHTS', 'ROUNDING_OF', 'or
 # %% ../nbs/05a_exports.ipynb #df3532ed
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -392,8 +393,14 @@ def effect_of(pipe: Pipeline) -> tuple[dict[str, torch.Tensor], dict[str, float]
 
 def load_public(pipe: Pipeline, file: str | Path) -> None:
     "Load an adapter's file as any user of diffusers does."
-    with no_bars():
-        pipe.load_lora_weights(Path(file).parent, weight_name=Path(file).name, adapter_name=ADAPTER)
+    loader = logging.getLogger("diffusers.loaders.lora_base")  # remarks that a file has nothing for the text encoder
+    level = loader.level
+    loader.setLevel(logging.ERROR)
+    try:
+        with no_bars():
+            pipe.load_lora_weights(Path(file).parent, weight_name=Path(file).name, adapter_name=ADAPTER)
+    finally:
+        loader.setLevel(level)
 
 
 def certify(

@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from .adapters import WEIGHTS, fuse, load_adapter, set_scale
 from .config import LoraMvpError
 from .models import load_base, native_size, sample
+from .objectives import sampling_scheduler
 from .runs import RunFolder, read_run
 
 # %% ../nbs/10_infer.ipynb #80ca5711
@@ -75,6 +76,9 @@ def load_run(
         raise LoraMvpError("nothing_to_fuse", f"{path} is a pipeline without an adapter, so there is nothing to fuse.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = load_base(base, device, torch.float16 if device == "cuda" else torch.float32)
+    if RunFolder(path).record.is_file():
+        trained = read_run(path).config["training"]
+        pipe.scheduler = sampling_scheduler(pipe.scheduler, trained["zero_terminal_snr"])
     if adapter:
         load_adapter(pipe, adapter)
         if fuse_scale is not None:

@@ -47,7 +47,7 @@ def prepare_folder(folder: RunFolder, resume: bool, overwrite: bool) -> bool:  #
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
         atomic_write(folder.root / ".writable", "")
-        (folder.root / ".writable").unlink()
+        (folder.root / ".writable").unlink(missing_ok=True)
     except OSError as e:
         raise LoraMvpError(
             "output_not_writable", f"training.output_dir {folder.root} cannot be written: {e.strerror}."

@@ -8,6 +8,7 @@ __all__ = ['log', 'DTYPES', 'VALIDATION_IMAGES', 'check_settings', 'Stream', 'Tr
 
 # %% ../nbs/09_train.ipynb #c4b4fdc3
 import logging
+import os
 import platform
 import shutil
 import signal
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 from fastcore.basics import patch
@@ -65,7 +66,14 @@ from lora_mvp.models import (
     unet_arguments,
     weights_hash,
 )
-from .objectives import draw_noise, image_losses, min_snr_weights, noise_schedule, noisy_and_target
+from lora_mvp.objectives import (
+    draw_noise,
+    image_losses,
+    min_snr_weights,
+    noise_schedule,
+    noisy_and_target,
+    sampling_scheduler,
+)
 from lora_mvp.runs import (
     ImageLosses,
     RunFolder,
@@ -91,7 +99,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def check_settings(config: AppConfig, manifest: Manifest) -> None:
-    "Refuse what would train nothing, before anything heavy is loaded; say what will look odd."
+    "Refuse what would train nothing, before anything heavy is loaded."
     t, n = config.training, len(manifest.rows("train"))
     if Path(find_base(t.pretrained_model)) == Path(t.output_dir):
         text = f"training.output_dir and training.pretrained_model are the same folder {t.output_dir}; choose another output_dir."
@@ -103,9 +111,6 @@ def check_settings(config: AppConfig, manifest: Manifest) -> None:
         raise LoraMvpError(
             "fp16_needs_gpu", "training.mixed_precision: fp16 needs a CUDA GPU; use no or bf16 on this machine."
         )
-    if t.lr_warmup_steps >= t.max_train_steps:
-        text = "lr_warmup_steps (%d) covers all of max_train_steps (%d): the learning rate only rises."
-        log.warning(text, t.lr_warmup_steps, t.max_train_steps)
 
 # %% ../nbs/09_train.ipynb #bda06b92
 @dataclass
@@ -125,11 +130,13 @@ class Trainer:
         check_settings(config, manifest)
         t, self.config, self.manifest = config.training, config, manifest
         AcceleratorState._reset_state()  # a second run in one notebook may want another precision
-        self.accelerator = Accelerator(mixed_precision=t.mixed_precision)
+        on_cpus = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
+        self.accelerator = Accelerator(mixed_precision=t.mixed_precision, cpu=on_cpus)
         self.device, self.dtype = self.accelerator.device, DTYPES[t.mixed_precision]
         self.pipe = load_base(t.pretrained_model, self.device, self.dtype, t.revision)
         self.base_hash = weights_hash(self.pipe.unet)
         self.noise = noise_schedule(self.pipe.scheduler, t)
+        self.pipe.scheduler = sampling_scheduler(self.pipe.scheduler, t.zero_terminal_snr)
         regularization = self.load_data()
         self.add_adapter()
         processes = self.accelerator.num_processes
@@ -171,6 +178,9 @@ def load_data(self: Trainer) -> list[list[str]]:  # content and caption of the r
 def add_adapter(self: Trainer) -> None:
     "Put the adapter into the network; optimizer and learning rate schedule."
     t = self.config.training
+    if t.lr_warmup_steps >= t.max_train_steps and self.accelerator.is_main_process:
+        text = "lr_warmup_steps (%d) covers all of max_train_steps (%d): the learning rate only rises."
+        log.warning(text, t.lr_warmup_steps, t.max_train_steps)
     groups = add_lora(self.pipe, t)
     self.params = [p for group in groups.values() for p in group]
     rates = {"unet": t.learning_rate}
@@ -510,6 +520,7 @@ def save_pipeline(self: Trainer, fresh) -> None:
     "The base with the adapter fused in, as a pipeline in the run's folder; `model_index.json` comes last."
     staged = self.folder.root / ".pipeline"
     shutil.rmtree(staged, ignore_errors=True)
+    fresh.scheduler = self.pipe.scheduler
     export_fused(fresh, self.folder.adapter, staged)
     for part in sorted(staged.iterdir(), key=lambda path: path.name == self.folder.pipeline.name):
         if part.is_dir():
@@ -576,8 +587,8 @@ def find_resume(config: AppConfig, resume: bool) -> Path | None:
 def finished_run(config: AppConfig, manifest: Manifest, found: Path, extend: bool) -> RunRecord | None:
     "The record of the run when the checkpoint `found` is its last and the run has ended; refuses the checkpoint of another run."
     folder, t = RunFolder(config.training.output_dir), config.training
-    identity = run_identity(config, manifest, "", [], PartialState().num_processes)
-    free = {"base", "regularization_images"} | ({"max_train_steps"} if extend else set())
+    identity = run_identity(config, manifest, "", [])
+    free = {"base", "regularization_images", "processes"} | ({"max_train_steps"} if extend else set())
     step, _, _ = load_checkpoint(found, identity, frozenset(free))
     if step > t.max_train_steps:
         text = (
