@@ -1,0 +1,590 @@
+"Base models: what is refused before it is loaded, every family from disk to the UNet's answer, one file against a folder."
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from lora_mvp.config import LoraMvpError
+from lora_mvp.models import (
+    FAMILIES,
+    asset,
+    base_revision,
+    check_folder,
+    encode_text,
+    family_of,
+    find_base,
+    granularity,
+    load_base,
+    native_size,
+    random_base,
+    sample,
+    text_parts,
+    time_ids,
+    unet_arguments,
+    weights_hash,
+)
+
+SINGLE = ("sd1", "sd2", "sdxl")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    "A small random base of every family, on disk."
+    folder = tmp_path_factory.mktemp("bases")
+    return {name: random_base(name, folder / name) for name in FAMILIES}
+
+
+@pytest.fixture
+def folder(bases, tmp_path):
+    "A sound SD 1.x folder to spoil."
+    return Path(shutil.copytree(bases["sd1"], tmp_path / "base"))
+
+
+def refusal(name) -> LoraMvpError:
+    with pytest.raises(LoraMvpError) as caught:
+        load_base(str(name))
+    return caught.value
+
+
+def edit(path: Path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def is_frozen(pipe) -> bool:
+    parts = (pipe.unet, pipe.vae, *text_parts(pipe).values())
+    return not any(m.training for m in parts) and not any(p.requires_grad for m in parts for p in m.parameters())
+
+
+# ---------------------------------------------------------------- refused before loading
+
+
+@pytest.mark.parametrize("part, safe", [("unet", "diffusion_pytorch_model"), ("text_encoder", "model")])
+@pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pt", ".pkl"])
+def test_pickle_weights_are_refused(folder, part, safe, suffix):
+    weights = folder / part / f"{safe}.safetensors"
+    weights.rename(weights.with_suffix(suffix))
+    error = refusal(folder)
+    assert error.code == "base_unsafe" and f"{safe}{suffix}" in error.message and "pickle" in error.message
+
+
+def test_a_stray_pickle_in_the_folder_is_refused(folder):
+    (folder / "weights.ckpt").touch()
+    error = refusal(folder)
+    assert error.code == "base_unsafe" and "weights.ckpt" in error.message
+
+
+def test_pickles_beside_safetensors_are_not_read(folder):
+    before = weights_hash(load_base(str(folder)).unet)
+    for twin in (
+        "unet/diffusion_pytorch_model.bin",
+        "vae/diffusion_pytorch_model.bin",
+        "text_encoder/pytorch_model.bin",
+    ):
+        (folder / twin).write_bytes(
+            b"\x80\x04cos\nsystem\n(X\x04\x00\x00\x00falsetR."
+        )  # would run `false` if it were read
+    assert weights_hash(load_base(str(folder)).unet) == before
+
+
+@pytest.mark.parametrize("script", ["pipeline.py", "unet/my_unet.py", "extra/deep/tool.py"])
+def test_python_files_are_refused(folder, script):
+    (folder / script).parent.mkdir(parents=True, exist_ok=True)
+    (folder / script).write_text("raise SystemExit('this ran')")
+    error = refusal(folder)
+    assert error.code == "base_unsafe" and Path(script).name in error.message
+
+
+@pytest.mark.parametrize(
+    "config, key",
+    [
+        ("text_encoder/config.json", "auto_map"),
+        ("tokenizer/tokenizer_config.json", "auto_map"),
+        ("unet/config.json", "trust_remote_code"),
+        ("scheduler/scheduler_config.json", "auto_map"),
+        ("unet/config.json", "_class_name"),
+    ],
+)
+def test_hints_at_code_are_refused(folder, config, key):
+    edit(folder / config, **{key: ["my_code", "Model"]})
+    error = refusal(folder)
+    assert error.code == "base_unsafe" and key in error.message and Path(config).name in error.message
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"_class_name": ["my_pipeline", "MyPipeline"]}, "_class_name"),
+        ({"unet": ["my_unet", "MyUNet"]}, "my_unet"),
+        ({"unet": [["my_code", "diffusers"], "UNet2DConditionModel"]}, "my_code"),
+        ({"scheduler": ["os", "system"]}, "scheduler"),
+        ({"safety_checker": ["stable_diffusion", "SomethingElse"]}, "SomethingElse"),
+        ({"extra": ["my_extra", "Extra"]}, "my_extra"),
+    ],
+)
+def test_foreign_classes_are_refused(folder, change, said):
+    edit(folder / "model_index.json", **change)
+    error = refusal(folder)
+    assert error.code == "base_unsafe" and said in error.message and "model_index.json" in error.message
+
+
+def test_the_index_of_a_real_sd15_folder_passes(folder):
+    index = {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPFeatureExtractor"],  # no longer in transformers, and not needed
+        "_diffusers_version": "0.6.0",
+    }
+    edit(folder / "model_index.json", **index)
+    pipe = load_base(str(folder))
+    assert pipe.safety_checker is None and pipe.feature_extractor is None
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionXLImg2ImgPipeline"],
+)
+def test_other_kinds_are_refused_by_name(folder, kind):
+    edit(folder / "model_index.json", _class_name=kind)
+    error = refusal(folder)
+    assert error.code == "base_unsupported" and kind in error.message and "SDXL" in error.message
+
+
+def test_other_parts_are_refused(folder):
+    edit(folder / "model_index.json", text_encoder=["transformers", "T5EncoderModel"])
+    error = refusal(folder)
+    assert error.code == "base_unsupported" and "T5EncoderModel" in error.message
+
+
+@pytest.mark.parametrize("channels, said", [(9, "inpainting"), (8, "editing"), (5, "depth")])
+def test_more_input_channels_are_refused(tmp_path, channels, said):
+    error = refusal(random_base("sd1", tmp_path, unet={"in_channels": channels}))
+    assert error.code == "base_unsupported" and said in error.message and str(channels) in error.message
+
+
+def test_channel_wise_latent_scales_are_refused(tmp_path):
+    error = refusal(random_base("sdxl", tmp_path, vae={"latents_mean": [0.1] * 4, "latents_std": [1.0] * 4}))
+    assert error.code == "base_unsupported" and "latents_mean" in error.message
+
+
+def test_damaged_folders_say_so(folder):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not a model")
+    assert refusal(folder).code == "base_unreadable"
+    (folder / "unet" / "config.json").write_text("{")
+    error = refusal(folder)
+    assert error.code == "base_unreadable" and "config.json" in error.message
+    (folder / "model_index.json").write_text("[]")
+    assert refusal(folder).code == "base_unreadable"
+
+
+@pytest.mark.parametrize(
+    "file, lost",
+    [
+        ("unet/diffusion_pytorch_model", "mid_block.attentions.0.proj_in.weight"),
+        ("vae/diffusion_pytorch_model", "decoder.conv_in.weight"),
+        ("text_encoder/model", "encoder.layers.1.mlp.fc1.weight"),
+    ],
+)
+def test_folders_with_holes_are_refused(folder, file, lost):
+    path = folder / f"{file}.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if not k.endswith(lost)}, path, {"format": "pt"})
+    error = refusal(folder)
+    assert error.code == "base_unreadable" and lost in error.message and "missing" in error.message
+
+
+def test_text_encoders_under_their_older_names_are_read(bases, folder):
+    path = folder / "text_encoder" / "model.safetensors"
+    save_file(
+        {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(path).items()}, path, {"format": "pt"}
+    )
+    assert weights_hash(load_base(str(folder)).text_encoder) == weights_hash(load_base(str(bases["sd1"])).text_encoder)
+
+
+def test_names_that_lead_nowhere(tmp_path):
+    for suffix in (".ckpt", ".pt", ".bin", ".pkl"):
+        file = tmp_path / f"model{suffix}"
+        file.touch()
+        error = refusal(file)
+        assert error.code == "base_unsafe" and file.name in error.message and "pickle" in error.message
+    (tmp_path / "notes.txt").touch()
+    for name in ("notes.txt", "none.safetensors", "none", ""):
+        assert refusal(tmp_path / name).code == "base_not_found"
+    assert (
+        refusal("owner/none.safetensors").code == "base_not_found"
+    )  # a file's name, although it has the form of a hub id
+    error = refusal("nobody/not-there")
+    assert error.code == "base_unreachable" and "hf download nobody/not-there" in error.message
+
+
+# ---------------------------------------------------------------- families
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_from_disk_to_the_answer_of_the_unet(bases, name):
+    pipe = load_base(str(bases[name]))
+    family = family_of(pipe)
+    assert family is FAMILIES[name] and is_frozen(pipe) and list(text_parts(pipe)) == list(family.text_encoders)
+    assert pipe.unet.config.sample_size * pipe.vae_scale_factor == native_size(pipe)
+    embeds = encode_text(pipe, ["a cat", "", "a dog"])
+    assert ("pooled" in embeds) == family.pooled
+    ids = time_ids((80, 60), (3, 5), (64, 64)).expand(3, 6) if family.needs_time_ids else None
+    side = granularity(pipe) // pipe.vae_scale_factor
+    noisy = torch.randn(3, 4, side, 2 * side, generator=torch.Generator().manual_seed(0))
+    answer = pipe.unet(noisy, torch.tensor([0, 500, 999]), **unet_arguments(pipe, embeds, ids)).sample
+    assert answer.shape == noisy.shape and answer.isfinite().all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_unet_gets_what_the_pipeline_itself_passes(bases, name):
+    pipe, prompts, seen = load_base(str(bases[name])), ["a red apple", "a blue boat, flat style"], []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    sizes = {"original_size": (90, 70), "crops_coords_top_left": (4, 6), "target_size": (64, 64)}
+    pipe(
+        prompts,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        height=64,
+        width=64,
+        output_type="latent",
+        **(sizes if FAMILIES[name].needs_time_ids else {}),
+    )
+    hook.remove()
+    ids = time_ids((90, 70), (4, 6), (64, 64)) if FAMILIES[name].needs_time_ids else None
+    ours = unet_arguments(pipe, encode_text(pipe, prompts), ids)
+    torch.testing.assert_close(ours["encoder_hidden_states"], seen[0]["encoder_hidden_states"], rtol=0, atol=0)
+    theirs = seen[0]["added_cond_kwargs"] or {}
+    assert set(ours.get("added_cond_kwargs", {})) == set(theirs)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours["added_cond_kwargs"][key], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "name, predicts", [("tiny", "v_prediction"), ("sd1", "epsilon"), ("sd2", "v_prediction"), ("sdxl", "epsilon")]
+)
+def test_the_prediction_type_is_that_of_the_scheduler_config(bases, name, predicts):
+    assert load_base(str(bases[name])).scheduler.config.prediction_type == predicts
+
+
+def test_the_prediction_type_is_never_assumed_from_the_family(tmp_path):
+    for name, predicts in (("sd1", "v_prediction"), ("sd2", "epsilon"), ("sdxl", "v_prediction")):
+        base = random_base(name, tmp_path / name, scheduler={"prediction_type": predicts})
+        assert load_base(str(base)).scheduler.config.prediction_type == predicts
+
+
+def test_families_are_told_apart_by_width_where_it_is_known(tmp_path):
+    widths = {"hidden_size": 768, "intermediate_size": 32, "num_hidden_layers": 1}
+    base = random_base(
+        "sd1", tmp_path / "1", unet={"cross_attention_dim": 768, "use_linear_projection": True}, text_encoder=widths
+    )
+    assert family_of(load_base(str(base))).name == "sd1"
+    widths["hidden_size"] = 1024
+    base = random_base("sd2", tmp_path / "2", unet={"cross_attention_dim": 1024}, text_encoder=widths)
+    assert family_of(load_base(str(base))).name == "sd2"
+    assert family_of(load_base("tiny")).name == "tiny"
+
+
+def test_gradients_reach_the_text_encoders(bases):
+    pipe = load_base(str(bases["sdxl"]))
+    for encoder in text_parts(pipe).values():
+        encoder.requires_grad_(True)
+    embeds = encode_text(pipe, ["a cat"])
+    (embeds["prompt_embeds"].sum() + embeds["pooled"].sum()).backward()
+    for encoder in text_parts(pipe).values():
+        assert encoder.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_samples_of_every_family_and_under_an_adapter(bases, name, dtype):
+    pipe = load_base(str(bases[name]), dtype=dtype)
+    assert pipe.unet.dtype == dtype and pipe.vae.dtype == (FAMILIES[name].vae_dtype or dtype)
+    prompts, seeds = ["a cat", "a dog", "a bird"], [1, 2, 3]
+    state = torch.get_rng_state()
+    before = sample(pipe, prompts, seeds, 2, 3.0, size=64, batch_size=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [p.size for p in before] == [(64, 64)] * 3
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    after = sample(pipe, prompts, seeds, 2, 3.0, size=64, batch_size=2)
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(before, after))
+
+
+def test_float_samples_equal_the_pipelines_own_pictures(bases):
+    for name in FAMILIES:
+        pipe = load_base("tiny" if name == "tiny" else str(bases[name]))
+        generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
+        theirs = pipe(
+            ["x", "y"], num_inference_steps=2, guidance_scale=3.0, generator=generators, height=64, width=64
+        ).images
+        ours = sample(pipe, ["x", "y"], [1, 2], 2, 3.0, size=64)
+        for a, b in zip(ours, theirs):
+            assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_random_bases_follow_from_their_seed(bases, tmp_path):
+    state = torch.get_rng_state()
+    same, other = random_base("sd1", tmp_path / "a"), random_base("sd1", tmp_path / "b", seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    for part in ("unet", "vae", "text_encoder"):
+        first, again, different = (weights_hash(getattr(load_base(str(f)), part)) for f in (bases["sd1"], same, other))
+        assert first == again != different
+
+
+def test_the_hash_ignores_an_adapter_and_nothing_else(bases):
+    unet = load_base(str(bases["sdxl"])).unet
+    before = weights_hash(unet)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "conv1"], use_dora=True))
+    assert weights_hash(unet) == before
+    assert weights_hash(unet.to(torch.bfloat16)) != before
+    with torch.no_grad():
+        unet.float().conv_in.bias[0] += 1e-6
+    assert weights_hash(unet) != before
+
+
+# ---------------------------------------------------------------- the hub's cache
+
+
+def in_cache(cache: Path, hub_id: str, base: Path, commit: str):
+    "Lay a folder out as the hub's cache does."
+    home = cache / f"models--{hub_id.replace('/', '--')}"
+    shutil.copytree(base, home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+
+
+def test_a_hub_model_comes_from_the_cache_with_its_commit(bases, tmp_path):
+    commit, settings = "0123456789abcdef" * 2 + "01234567", tmp_path / "settings"
+    in_cache(tmp_path / "cache", "me/small-xl", bases["sdxl"], commit)
+    shutil.copytree(bases["sd1"], settings, ignore=shutil.ignore_patterns("*.safetensors"))
+    in_cache(tmp_path / "cache", FAMILIES["sd1"].hub_id, settings, commit)
+    one_file(bases["sd1"], "sd1", tmp_path / "alone.safetensors")
+    code = f"""
+from lora_mvp.models import *
+for revision in (None, "main", "{commit}"):
+    pipe = load_base("me/small-xl", revision=revision)
+    assert base_revision(pipe) == base_revision("me/small-xl", revision) == "{commit}", base_revision(pipe)
+assert family_of(pipe).name == "sdxl"
+try:
+    load_base("me/small-xl", revision="other")
+except LoraMvpError as e:
+    assert e.code == "base_unreachable", e
+else:
+    raise AssertionError("a revision that is not in the cache was loaded")
+pipe = load_base({str(tmp_path / "alone.safetensors")!r})
+print(weights_hash(pipe.unet), base_revision(pipe))
+"""
+    env = os.environ | {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    code = "from lora_mvp.config import LoraMvpError" + code
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [weights_hash(load_base(str(bases["sd1"])).unet), "None"]
+
+
+def test_local_bases_have_no_commit(bases):
+    assert base_revision(load_base(str(bases["sd1"]))) is None and base_revision(str(bases["sd1"])) is None
+
+
+# ---------------------------------------------------------------- one file
+
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3"}
+RESNET |= {"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
+ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+}
+ENDS |= {"conv_norm_out": "out.0", "conv_out": "out.2"}
+ENDS |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def unet_name(key: str, config) -> str:
+    "The original name of a UNet's tensor: a flat list of input blocks, a middle block and a flat list of output blocks."
+    module, kind = key.rsplit(".", 1)
+    if module in ENDS:
+        return f"{ENDS[module]}.{kind}"
+    per_block = config["layers_per_block"] + 1
+    if found := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", module):
+        side, block, what, layer, rest = found.groups()
+        block, layer = int(block), int(layer)
+        rest = RESNET.get(rest, rest) if what == "resnets" else rest
+        if side == "down":
+            place = 1 + per_block * block + (per_block - 1 if what == "downsamplers" else layer)
+            return f"input_blocks.{place}.{int(what == 'attentions')}.{'op' if what == 'downsamplers' else rest}.{kind}"
+        place = per_block * block + (per_block - 1 if what == "upsamplers" else layer)
+        has_attention = config["up_block_types"][block].startswith("CrossAttn")
+        slot = {"resnets": 0, "attentions": 1, "upsamplers": 1 + has_attention}[what]
+        return f"output_blocks.{place}.{slot}.{rest}.{kind}"
+    what, layer, rest = re.match(r"mid_block\.(resnets|attentions)\.(\d+)\.(.*)", module).groups()
+    place = 1 if what == "attentions" else 2 * int(layer)
+    return f"middle_block.{place}.{RESNET.get(rest, rest) if what == 'resnets' else rest}.{kind}"
+
+
+def vae_name(key: str, levels: int) -> str:
+    "The original name of an autoencoder's tensor; the decoder's levels are counted from the finest."
+    key = key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+    key = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
+    if "mid_block.attentions.0." in key:
+        for ours, theirs in ATTENTION.items():
+            key = key.replace(f".{ours}.", f".{theirs}.")
+        return key.replace("mid_block.attentions.0", "mid.attn_1")
+    key = re.sub(r"down_blocks\.(\d)\.resnets\.", r"down.\1.block.", key)
+    key = re.sub(r"down_blocks\.(\d)\.downsamplers\.0\.", r"down.\1.downsample.", key)
+    key = re.sub(r"up_blocks\.(\d)\.resnets\.", lambda m: f"up.{levels - 1 - int(m[1])}.block.", key)
+    return re.sub(r"up_blocks\.(\d)\.upsamplers\.0\.", lambda m: f"up.{levels - 1 - int(m[1])}.upsample.", key)
+
+
+def open_clip(state: dict) -> dict:
+    "A CLIP text encoder's tensors under OpenCLIP's names, which keeps query, key and value in one tensor."
+    out = {}
+    for key, value in state.items():
+        key = key.removeprefix("text_model.")
+        if found := re.match(r"(encoder\.layers\.\d+\.self_attn\.)q_proj\.(weight|bias)", key):
+            prefix = "text_model." if f"text_model.{key}" in state else ""
+            value = torch.cat([state[f"{prefix}{found[1]}{p}_proj.{found[2]}"] for p in "qkv"])
+            key = f"{found[1]}in_proj_{found[2]}"
+        elif re.search(r"self_attn\.[kv]_proj", key):
+            continue
+        for ours, theirs in {
+            "encoder.layers.": "transformer.resblocks.",
+            "self_attn": "attn",
+            "layer_norm1": "ln_1",
+            "layer_norm2": "ln_2",
+            "mlp.fc1": "mlp.c_fc",
+            "mlp.fc2": "mlp.c_proj",
+            "embeddings.token_embedding": "token_embedding",
+            "embeddings.position_embedding.weight": "positional_embedding",
+            "final_layer_norm": "ln_final",
+        }.items():
+            key = key.replace(ours, theirs)
+        if key == "text_projection.weight":
+            key, value = "text_projection", value.T
+        out[key] = value.contiguous()
+    return out
+
+
+def one_file(base: Path, name: str, file: Path, metadata=None, drop="-", **extra) -> Path:
+    "Write a folder's weights as one checkpoint in the layout of the original code."
+    config = json.loads((base / "unet" / "config.json").read_text())
+    unet = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
+    state = {f"model.diffusion_model.{unet_name(k, config)}": v for k, v in unet.items()}
+    levels = len(json.loads((base / "vae" / "config.json").read_text())["block_out_channels"])
+    for key, value in load_file(base / "vae" / "diffusion_pytorch_model.safetensors").items():
+        original = f"first_stage_model.{vae_name(key, levels)}"
+        is_linear = ".attn_1." in original and original.endswith("weight") and ".norm." not in original
+        state[original] = value[:, :, None, None] if is_linear else value  # a convolution of one pixel there
+    first = load_file(base / "text_encoder" / "model.safetensors")
+    clip = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in first.items()}
+    if name == "sd1":
+        state |= {f"cond_stage_model.transformer.{k}": v for k, v in clip.items()}
+    if name == "sd2":
+        state |= {f"cond_stage_model.model.{k}": v for k, v in open_clip(first).items()}
+    if name == "sdxl":
+        second = load_file(base / "text_encoder_2" / "model.safetensors")
+        state |= {f"conditioner.embedders.0.transformer.{k}": v for k, v in clip.items()}
+        state |= {f"conditioner.embedders.1.model.{k}": v for k, v in open_clip(second).items()}
+    state = {k: v.contiguous() for k, v in (state | extra).items() if not k.startswith(drop)}
+    save_file(state, file, metadata)
+    return file
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_one_file_equals_the_folder_bit_for_bit(bases, tmp_path, name):
+    file = one_file(bases[name], name, tmp_path / "model.safetensors")
+    shutil.copytree(bases[name], tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    ours, theirs = load_base(str(file)), load_base(str(bases[name]))
+    assert family_of(ours) is family_of(theirs) is FAMILIES[name] and is_frozen(ours) and base_revision(ours) is None
+    for part in ("unet", "vae", *FAMILIES[name].text_encoders):
+        assert weights_hash(getattr(ours, part)) == weights_hash(getattr(theirs, part)), part
+    assert ours.scheduler.config == theirs.scheduler.config
+    a, b = (sample(pipe, ["a cat"], [1], 2, 3.0, size=64)[0] for pipe in (ours, theirs))
+    assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_one_file_without_settings_says_where_to_put_them(bases, tmp_path):
+    for name in SINGLE:
+        error = refusal(one_file(bases[name], name, tmp_path / f"{name}.safetensors"))
+        assert error.code == "base_unreachable"
+        assert FAMILIES[name].hub_id in error.message and str(tmp_path / name) in error.message
+
+
+@pytest.mark.parametrize("says", [{"metadata": {"modelspec.prediction_type": "v"}}, {"v_pred": torch.zeros(1)}])
+def test_one_file_that_contradicts_its_settings_is_refused(bases, tmp_path, says):
+    file = one_file(bases["sdxl"], "sdxl", tmp_path / "model.safetensors", **says)
+    settings = Path(shutil.copytree(bases["sdxl"], tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")))
+    error = refusal(file)
+    assert error.code == "base_unreadable" and "v_prediction" in error.message and "epsilon" in error.message
+    edit(settings / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    assert load_base(str(file)).scheduler.config.prediction_type == "v_prediction"
+
+
+def test_one_file_with_the_settings_of_another_family_is_refused(bases, tmp_path):
+    file = one_file(bases["sd1"], "sd1", tmp_path / "model.safetensors")
+    shutil.copytree(bases["sdxl"], tmp_path / "model")
+    assert "StableDiffusionXLPipeline" in refusal(file).message
+
+
+def test_settings_beside_a_file_are_checked_too(bases, tmp_path):
+    file = one_file(bases["sd1"], "sd1", tmp_path / "model.safetensors")
+    shutil.copytree(bases["sd1"], tmp_path / "model")
+    (tmp_path / "model" / "pipeline.py").touch()
+    assert refusal(file).code == "base_unsafe"
+
+
+@pytest.mark.parametrize(
+    "drop, said",
+    [
+        ("cond_stage_model.", "no text encoder"),
+        ("first_stage_model.", "no autoencoder"),
+        ("model.diffusion_model.", "layout"),
+    ],
+)
+def test_a_file_without_one_of_the_parts_is_refused(bases, tmp_path, drop, said):
+    error = refusal(one_file(bases["sd1"], "sd1", tmp_path / "model.safetensors", drop=drop))
+    assert error.code == "base_unsupported" and said in error.message
+
+
+@pytest.mark.parametrize(
+    "drop, said",
+    [
+        ("model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_v", "UNet or autoencoder"),
+        ("first_stage_model.decoder.mid.attn_1.q", "UNet or autoencoder"),
+        ("cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1", "layers.1.mlp.fc1"),
+    ],
+)
+def test_a_file_with_holes_is_refused(bases, tmp_path, drop, said):
+    file = one_file(bases["sd1"], "sd1", tmp_path / "model.safetensors", drop=drop)
+    shutil.copytree(bases["sd1"], tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    error = refusal(file)
+    assert error.code == "base_unreadable" and said in error.message and "missing" in error.message
+
+
+def test_other_files_are_refused(bases, tmp_path):
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    inpainting = one_file(bases["sd1"], "sd1", tmp_path / "inpaint.safetensors", **{first: torch.zeros(16, 9, 3, 3)})
+    assert refusal(inpainting).code == "base_unsupported" and "9 channels" in refusal(inpainting).message
+    names = {
+        "flux": "double_blocks.0.img_attn.norm.key_norm.scale",
+        "sd3": "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias",
+        "lora": "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight",
+    }
+    for name, key in names.items():
+        save_file({key: torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+        assert refusal(tmp_path / f"{name}.safetensors").code == "base_unsupported"
+    refiner = {first: torch.zeros(8, 4, 3, 3), "conditioner.embedders.0.model.text_projection": torch.zeros(4, 4)}
+    save_file(refiner, tmp_path / "refiner.safetensors")
+    assert "refiner" in refusal(tmp_path / "refiner.safetensors").message
+    (tmp_path / "broken.safetensors").write_bytes(b"\x80\x04not a model")
+    assert refusal(tmp_path / "broken.safetensors").code == "base_unreadable"
+
+
+def test_the_package_holds_to_its_own_rules():
+    assert find_base("tiny") == str(asset("tiny"))
+    assert check_folder(asset("tiny")) is FAMILIES["tiny"].pipeline
