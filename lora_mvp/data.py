@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['log', 'JUNK', 'PLACEHOLDERS', 'SCHEMA_VERSION', 'AUGMENTATIONS', 'is_hidden', 'is_sidecar', 'walk', 'check_raw',
            'scan', 'inspect_all', 'as_words', 'render_caption', 'caption_of', 'split_label', 'ManifestImage',
-           'Manifest', 'leaves_folder', 'parse_manifest', 'read_manifest', 'square', 'portable_name', 'unique_name',
-           'owned_files', 'place_bytes', 'place_link', 'png_bytes', 'store', 'check_folders', 'not_writable',
-           'refuse_empty', 'make_rows', 'portable_config', 'remove_stale', 'prepare_data', 'table_of_labels', 'summary',
-           'load_image', 'horizontal_flip', 'color_jitter', 'gaussian_noise', 'augment']
+           'Manifest', 'leaves_folder', 'parse_manifest', 'read_manifest', 'crop_box', 'crop_to', 'square',
+           'portable_name', 'unique_name', 'owned_files', 'place_bytes', 'place_link', 'png_bytes', 'store',
+           'check_folders', 'not_writable', 'refuse_empty', 'make_rows', 'portable_config', 'remove_stale',
+           'prepare_data', 'table_of_labels', 'summary', 'as_array', 'load_image', 'horizontal_flip', 'color_jitter',
+           'gaussian_noise', 'augment']
 
 # %% ../nbs/02_data.ipynb #47817181
 import codecs
@@ -281,17 +282,41 @@ def read_manifest(
     return manifest
 
 # %% ../nbs/02_data.ipynb #8ef59de2
+def crop_box(
+    size: tuple[int, int],  # width and height of the picture, pixels
+    width: int,  # wanted
+    height: int,
+) -> tuple[int, int, int, int]:  # left, top, right, bottom; in pixels of the picture
+    "The largest centred rectangle with the shape of width x height."
+    w, h = size
+    if w * height > h * width:
+        w = max(1, round(h * width / height))
+    else:
+        h = max(1, round(w * height / width))
+    left, top = (size[0] - w) // 2, (size[1] - h) // 2
+    return left, top, left + w, top + h
+
+
+def crop_to(
+    im: Image.Image,  # RGB, any size
+    width: int,  # pixels
+    height: int,
+) -> Image.Image:  # RGB, width x height
+    "The largest centred rectangle of that shape, scaled."
+    im = im.crop(crop_box(im.size, width, height))
+    if im.size == (width, height):
+        return im
+    if im.width >= width and im.height >= height:
+        return Image.fromarray(cv2.resize(np.asarray(im), (width, height), interpolation=cv2.INTER_AREA))
+    return im.resize((width, height), Image.Resampling.LANCZOS)
+
+
 def square(
     im: Image.Image,  # RGB, any size
     size: int,  # pixels
 ) -> Image.Image:  # RGB, size x size
     "The largest centred square, scaled to `size`."
-    side = min(im.size)
-    left, top = (im.width - side) // 2, (im.height - side) // 2
-    im = im.crop((left, top, left + side, top + side))
-    if side > size:
-        return Image.fromarray(cv2.resize(np.asarray(im), (size, size), interpolation=cv2.INTER_AREA))
-    return im if side == size else im.resize((size, size), Image.Resampling.LANCZOS)
+    return crop_to(im, size, size)
 
 # %% ../nbs/02_data.ipynb #22613d65
 def portable_name(
@@ -546,13 +571,19 @@ def summary(
     return "\n".join(lines)
 
 # %% ../nbs/02_data.ipynb #f1c2caf2
+def as_array(
+    im: Image.Image,  # RGB
+) -> np.ndarray:  # float32, (3, height, width), from -1 to 1
+    "A picture as the models take it: channels first, scaled."
+    return np.ascontiguousarray((np.asarray(im, dtype=np.float32) / 127.5 - 1).transpose(2, 0, 1))
+
+
 def load_image(
     path: str | os.PathLike,  # any image file, processed or raw
     size: int,  # pixels
 ) -> np.ndarray:  # float32, (3, size, size), from -1 to 1
     "An image as an array: upright, on white, centre square, scaled; raises `LoraMvpError` when it is no image."
-    pixels = np.asarray(square(open_rgb(path), size), dtype=np.float32)
-    return np.ascontiguousarray((pixels / 127.5 - 1).transpose(2, 0, 1))
+    return as_array(square(open_rgb(path), size))
 
 # %% ../nbs/02_data.ipynb #c4ce734b
 def horizontal_flip(
