@@ -1,0 +1,257 @@
+"""What the doctor says of wrong settings, broken bases and too little memory, before anything heavy is loaded."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from lora_mvp.adapters import add_lora
+from lora_mvp.config import TrainingConfig, load_config
+from lora_mvp.data import prepare_data
+from lora_mvp.doctor import Estimate, LiveBytes, advice, doctor, doctor_text, full_bytes, skeleton, step_bytes
+from lora_mvp.models import encode_text, family_of, load_base, random_base, text_parts, unet_arguments
+from lora_mvp.objectives import image_losses
+
+PLENTY = 64e9
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    return {family: random_base(family, folder / family) for family in ("sd1", "sd2", "sdxl")}
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for i in range(12):
+        image = Image.effect_noise((64, 64), 60).convert("RGB")
+        (folder / "raw" / "thing").mkdir(parents=True, exist_ok=True)
+        image.save(folder / "raw" / "thing" / f"{i}.png")
+    keys = {"raw_data_dir": folder / "raw", "processed_dir": folder / "out", "image_size": 64, "min_resolution": 32}
+    prepare_data(
+        load_config(overrides={f"data.{key}": str(v) if isinstance(v, Path) else v for key, v in keys.items()})
+    )
+    return folder / "out" / "manifest.json"
+
+
+@pytest.fixture
+def look(tmp_path):
+    """The doctor on `tiny` with some settings changed; findings of a level as text."""
+
+    def run(manifest=None, memory=PLENTY, device="cpu", **training):
+        training = {"pretrained_model": "tiny", "output_dir": tmp_path / "run", "resolution": 64, **training}
+        overrides = {f"training.{k}": str(v) if isinstance(v, Path) else v for k, v in training.items()}
+        overrides["data.processed_dir"] = str(tmp_path / "none")
+        config = load_config(overrides=overrides)
+        found = doctor(config, manifest, device=device, memory=memory)
+        assert all(f.text and f.level in ("ok", "warn", "error") for f in found)
+        assert doctor_text(found)
+        assert not (tmp_path / "run").exists()  # nothing is written
+        return {level: [f for f in found if f.level == level] for level in ("ok", "warn", "error")}
+
+    return run
+
+
+def only(findings, topic, *words):
+    """The one finding of a list, which must hold these words."""
+    assert len(findings) == 1, findings
+    assert findings[0].topic == topic
+    for word in words:
+        assert word in findings[0].text, findings[0].text
+
+
+def test_a_good_run_has_no_errors_and_is_quick(look, manifest):
+    start = time.process_time()
+    found = look(manifest, max_train_steps=60, lr_warmup_steps=5, checkpointing_steps=20)
+    assert time.process_time() - start < 10
+    assert not found["error"] and not found["warn"], found
+    text = " ".join(f.text for f in found["ok"])
+    assert "images to train on" in text and "60 steps are" in text and "v_prediction" in text
+
+
+def test_missing_base(look, tmp_path):
+    only(look(pretrained_model=tmp_path / "nowhere")["error"], "base", "nowhere", "does not exist")
+
+
+def test_base_of_the_hub_that_is_not_here(look):
+    found = look(pretrained_model="someone/something-that-is-not-here")
+    assert not found["error"]
+    assert any("not on this machine" in f.text and "hf download" in f.text for f in found["warn"])
+
+
+def test_name_that_the_hub_cannot_have(look):
+    only(look(pretrained_model="some one/a model")["error"], "base", "some one/a model")
+
+
+@pytest.mark.parametrize("harm", ["script", "pickle", "foreign class"])
+def test_unsafe_base(look, bases, tmp_path, harm):
+    base = shutil.copytree(bases["sd1"], tmp_path / "base")
+    if harm == "script":
+        (base / "unet" / "model.py").write_text("import os")
+    elif harm == "pickle":
+        next((base / "unet").glob("*.safetensors")).rename(base / "unet" / "diffusion_pytorch_model.bin")
+    else:
+        index = json.loads((base / "model_index.json").read_text())
+        (base / "model_index.json").write_text(json.dumps(index | {"_class_name": ["pipeline", "Evil"]}))
+    found = look(pretrained_model=base)["error"]
+    assert found[0].topic == "base" and str(base) in found[0].text
+    assert not any(f.topic == "memory" for f in found)
+
+
+def test_weights_missing_or_cut_short(look, bases, tmp_path):
+    base = shutil.copytree(bases["sd1"], tmp_path / "base")
+    file = next((base / "unet").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    next((base / "vae").glob("*.safetensors")).unlink()
+    found = look(pretrained_model=base)
+    only(found["error"], "base", "unet:", "vae has no safetensors weights")
+    assert any(f.topic == "memory" for f in found["ok"])  # the arithmetic needs configs only
+
+
+def test_weights_of_another_size(look, bases, tmp_path):
+    base = shutil.copytree(bases["sd1"], tmp_path / "base")
+    config = json.loads((base / "unet" / "config.json").read_text())
+    (base / "unet" / "config.json").write_text(json.dumps(config | {"layers_per_block": 3}))
+    only(look(pretrained_model=base)["error"], "base", "unet holds", "numbers")
+
+
+def test_a_config_that_makes_no_model(look, bases, tmp_path):
+    base = shutil.copytree(bases["sd1"], tmp_path / "base")
+    config = json.loads((base / "unet" / "config.json").read_text())
+    (base / "unet" / "config.json").write_text(json.dumps(config | {"down_block_types": ["NoSuchBlock"]}))
+    only(look(pretrained_model=base)["error"], "base", "make no model")
+
+
+def test_contradicting_objectives(look, bases):
+    only(look(prediction_type="epsilon")["error"], "base", "the base predicts v_prediction")
+    found = look(pretrained_model=bases["sd1"], zero_terminal_snr=True)["error"]
+    only(found, "base", "zero_terminal_snr", "epsilon")
+
+
+def test_targets_that_match_nothing(look):
+    only(look(lora_targets="no_such_layer")["error"], "base", "no_such_layer")
+
+
+def test_resolution(look, bases):
+    only(look(pretrained_model=bases["sd1"], resolution=72)["error"], "base", "no multiple of 64", "use 64")
+    assert any("made for 64" in f.text for f in look(pretrained_model=bases["sd1"], resolution=128)["warn"])
+
+
+def test_manifest_missing_or_broken(look, tmp_path):
+    only(look(tmp_path / "manifest.json")["error"], "data", "there is no manifest")
+    (tmp_path / "manifest.json").write_text("{")
+    only(look(tmp_path / "manifest.json")["error"], "data", "not readable JSON")
+    assert any("prepare-data" in f.text for f in look()["warn"])
+
+
+def test_image_gone(look, manifest, tmp_path):
+    copy = shutil.copytree(manifest.parent, tmp_path / "copy")
+    next((copy / "train").rglob("*.png")).unlink()
+    only(look(copy)["error"], "data", "not there")
+
+
+def test_batch_larger_than_the_data(look, manifest):
+    only(look(manifest, batch_size=64)["error"], "data", "training.batch_size is 64")
+
+
+def test_too_few_and_too_many_epochs(look, manifest):
+    assert any("never seen" in f.text for f in look(manifest, max_train_steps=1, gradient_accumulation=1)["warn"])
+    assert any("by heart" in f.text for f in look(manifest, max_train_steps=9000, lr_warmup_steps=0)["warn"])
+
+
+def test_regularisation_folder_missing(look, manifest, tmp_path):
+    only(look(manifest, regularization_dir=tmp_path / "no")["error"], "data", "regularization_dir")
+
+
+def test_settings_that_contradict(look, tmp_path):
+    found = look(max_train_steps=10, lr_warmup_steps=10, checkpointing_steps=11, snr_gamma=5.0, zero_terminal_snr=True)
+    assert sum(f.topic == "settings" for f in found["warn"]) == 3
+    only(look(resume_from=tmp_path / "checkpoint-5")["error"], "settings", "checkpoint-5")
+
+
+def test_output_folder(look, bases, tmp_path):
+    (tmp_path / "file").write_text("")
+    only(look(output_dir=tmp_path / "file")["error"], "settings", "is a file")
+    only(look(pretrained_model=bases["sd1"], output_dir=bases["sd1"])["error"], "settings", "is the base itself")
+
+
+def test_half_precision_without_a_gpu(look):
+    only(look(mixed_precision="fp16")["error"], "environment", "needs a CUDA GPU")
+    assert any("bf16" in f.text for f in look(mixed_precision="bf16")["warn"])
+
+
+def test_too_little_memory_names_settings_in_order(look):
+    found = look(memory=650e6, batch_size=64)["error"]
+    only(found, "memory", "650.0 MB are free", "1. training.batch_size", "training.gradient_accumulation")
+    only(look(memory=10e6)["error"], "memory", "Even that is not enough")
+
+
+def test_advice_keeps_the_effective_batch_and_ends_where_it_fits(bases):
+    estimate, training = Estimate(bases["sd1"], "cuda"), TrainingConfig(resolution=256, batch_size=8, lora_rank=64)
+    whole = max(p.total for p in estimate.phases(training))
+    for memory in (0.97 * whole, 1.05e9, 1.01e9):
+        lines, then = advice(estimate, training, memory)
+        assert lines and then < whole
+        if "batch_size" in lines[0]:
+            batch, accumulation = (int(part.split(": ")[1].split(" ")[0]) for part in lines[0].split(" and "))
+            assert batch * accumulation == 8 * training.gradient_accumulation
+    assert advice(estimate, training, whole) == ([], whole)
+
+
+def kept_on_cpu(folder, training):
+    """The same count over a real step: real weights, the CPU's own attention and autocast."""
+    pipe = load_base(str(folder), dtype=torch.bfloat16 if training.mixed_precision == "bf16" else torch.float32)
+    add_lora(pipe, training)
+    for parameter in pipe.unet.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    if training.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    pipe.unet.train()
+    modules, n = (pipe.unet, pipe.vae, *text_parts(pipe).values()), training.batch_size
+    half = torch.autocast("cpu", torch.bfloat16, enabled=training.mixed_precision == "bf16", cache_enabled=False)
+    with LiveBytes(*modules) as live, half:
+        with torch.set_grad_enabled(training.text_encoder_learning_rate is not None):
+            embeds = encode_text(pipe, ["a"] * n)
+        side = training.resolution // pipe.vae_scale_factor
+        times = torch.zeros(n, 6) if family_of(pipe).needs_time_ids else None
+        latents = torch.randn(n, 4, side, side, dtype=pipe.unet.dtype)
+        timesteps = torch.zeros(n, dtype=torch.long)
+        prediction = pipe.unet(latents, timesteps, **unet_arguments(pipe, embeds, times)).sample
+        kept = live.now
+        image_losses(prediction, torch.zeros_like(prediction)).mean().backward()
+    return kept, live.peak
+
+
+CASES = [
+    ("sd1", {"lora_variant": "dora", "lora_targets": "all"}),
+    ("sd2", {"lora_variant": "rslora", "lora_targets": "attention_ff"}),
+    ("sdxl", {"text_encoder_learning_rate": 1e-4, "gradient_checkpointing": True}),
+    ("sd1", {"mixed_precision": "bf16"}),
+]
+
+
+@pytest.mark.parametrize("family, changes", CASES)
+def test_meta_keeps_what_the_cpu_keeps(bases, family, changes):
+    training = TrainingConfig(resolution=64, batch_size=2, **changes)
+    pipe = skeleton(bases[family], training)
+    add_lora(pipe, training)
+    (kept, peak), (real_kept, real_peak) = step_bytes(pipe, training), kept_on_cpu(bases[family], training)
+    if training.mixed_precision == "no":
+        assert kept == real_kept
+    assert abs(kept / real_kept - 1) < 0.02 and abs(peak / real_peak - 1) < 0.02
+
+
+def test_weights_and_adapter_are_counted_exactly(bases):
+    for family, folder in bases.items():
+        training = TrainingConfig(resolution=64, lora_rank=4, text_encoder_learning_rate=1e-4)
+        estimate, pipe = Estimate(folder), load_base(str(folder))
+        weights = sum(p.numel() * 4 for m in (pipe.unet, pipe.vae, *text_parts(pipe).values()) for p in m.parameters())
+        adapter = sum(p.numel() for part in add_lora(pipe, training).values() for p in part)
+        phase = next(p for p in estimate.phases(training) if p.name == "train")
+        assert (phase.weights, phase.adapter) == (weights, 16 * adapter), family
+        assert full_bytes(estimate.pipe(training)[0]) == weights
