@@ -9,7 +9,7 @@ __all__ = ['DTYPES', 'PROGRAM', 'WASTE', 'DRAWN', 'Finding', 'doctor_text', 'amo
            'weight_files', 'numbers_in', 'check_weights', 'check_base', 'check_data', 'check_settings', 'existing',
            'cpu_memory', 'check_memory', 'check_disk', 'doctor', 'estimate_for', 'free_memory', 'look_at_data']
 
-# %% ../nbs/09a_doctor.ipynb #1ddf3755
+# %% ../nbs/09a_doctor.ipynb #753f3739
 import json
 import os
 import shutil
@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from huggingface_hub import snapshot_download
 from fastcore.basics import patch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
@@ -58,7 +58,7 @@ from lora_mvp.models import (
 )
 from .objectives import image_losses, noise_schedule
 
-# %% ../nbs/09a_doctor.ipynb #cf4f641a
+# %% ../nbs/09a_doctor.ipynb #ed8c0d27
 @dataclass(frozen=True)
 class Finding:
     "One thing the doctor saw."
@@ -89,7 +89,7 @@ def amount(
             return f"{count / size:.1f} {unit}"
     return f"{count:.0f} bytes"
 
-# %% ../nbs/09a_doctor.ipynb #97508649
+# %% ../nbs/09a_doctor.ipynb #1c81f6e9
 class LiveBytes(TorchDispatchMode):
     "Count the bytes of all storages that are made while this is active."
 
@@ -126,7 +126,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         self._alive[address] = ref(storage, gone)
 
-# %% ../nbs/09a_doctor.ipynb #3f2728f2
+# %% ../nbs/09a_doctor.ipynb #7210a8cf
 _HALF = (F.linear, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm)
 _FULL = (F.group_norm, F.layer_norm)
 
@@ -158,7 +158,7 @@ class OnDevice(TorchFunctionMode):
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return fused(*parts, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
-# %% ../nbs/09a_doctor.ipynb #fba0ff3b
+# %% ../nbs/09a_doctor.ipynb #595f170d
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -202,7 +202,7 @@ def skeleton(
         part.requires_grad_(False).eval()
     return pipe
 
-# %% ../nbs/09a_doctor.ipynb #6560359e
+# %% ../nbs/09a_doctor.ipynb #514b2323
 @contextmanager
 def counted(pipe, training: TrainingConfig, cuda: bool) -> Iterator[LiveBytes]:
     "Count what is made inside, beside the weights, as if on the device."
@@ -249,7 +249,7 @@ def step_bytes(
         loss.backward()
     return kept, live.peak
 
-# %% ../nbs/09a_doctor.ipynb #92486463
+# %% ../nbs/09a_doctor.ipynb #62a13ca3
 PROGRAM = {
     "cpu": 500e6,
     "cuda": 1000e6,
@@ -278,14 +278,14 @@ def frozen_bytes(*modules: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for m in modules for p in m.parameters() if not p.requires_grad)
 
 
-def drawing_bytes(pipe, training: TrainingConfig, pictures: int, cuda: bool = False) -> int:
-    "The most that drawing holds: the UNet on pairs, with and without the prompt, then the decoder."
+def drawing_bytes(pipe, training: TrainingConfig, cuda: bool = False) -> int:
+    "The most that drawing holds per picture: the UNet on a pair, with and without the prompt, then the decoder."
     pipe.unet.eval()
     with counted(pipe, training, cuda) as live, torch.no_grad():
-        embeds = encode_text(pipe, [""] * 2 * pictures)
-        latents, timesteps, arguments = unet_inputs(pipe, 2 * pictures, training.resolution, embeds)
+        embeds = encode_text(pipe, ["", ""])
+        latents, timesteps, arguments = unet_inputs(pipe, 2, training.resolution, embeds)
         pipe.unet(latents, timesteps, **arguments)
-        pipe.vae.decode(latents[:pictures].to(pipe.vae.dtype))
+        pipe.vae.decode(latents[:1].to(pipe.vae.dtype))
     return live.peak
 
 
@@ -296,7 +296,7 @@ def encoding_bytes(pipe, training: TrainingConfig, variants: int, cuda: bool = F
         pipe.vae.encode(torch.zeros(variants, 3, side, side, dtype=pipe.vae.dtype))
     return live.peak
 
-# %% ../nbs/09a_doctor.ipynb #84e8ac39
+# %% ../nbs/09a_doctor.ipynb #e9b35a19
 class Estimate:
     "The memory that runs on one base need."
 
@@ -329,7 +329,7 @@ class Estimate:
     def phase(self, name: str, weights: float, adapter: float, working: float) -> Phase:
         return Phase(name, weights, adapter, working, PROGRAM[self.device] + WASTE[self.device] * working)
 
-# %% ../nbs/09a_doctor.ipynb #cba0c73f
+# %% ../nbs/09a_doctor.ipynb #8c260daa
 @patch
 def phases(self: Estimate, t: TrainingConfig) -> list[Phase]:
     "What each phase of a run holds."
@@ -343,11 +343,11 @@ def phases(self: Estimate, t: TrainingConfig) -> list[Phase]:
     precision, more = "mixed_precision resolution", f"{self.MODEL} resolution batch_size gradient_checkpointing"
     encode = self._once("encode", t, precision, lambda: encoding_bytes(pipe, t, self.variants, self.cuda))
     train = self._once("train", t, more, lambda: step_bytes(pipe, t, self.cuda)[1])
-    draw = self._once(f"draw {pictures}", t, precision, lambda: drawing_bytes(pipe, t, pictures, self.cuda))
+    draw = self._once("draw", t, precision, lambda: drawing_bytes(pipe, t, self.cuda))
     found = [
         self.phase("encode", everything, 0, encode),
         self.phase("train", trained, adapter, train),
-        self.phase("sample", everything, adapter, draw),
+        self.phase("sample", everything, adapter, draw * pictures),
     ]
     return found if self.cuda else [*found, self.phase("finish", everything + full_bytes(pipe), adapter, 0)]
 
@@ -364,7 +364,7 @@ def phase_table(found: list[Phase]) -> str:
     rows += [(p.name, *map(amount, (p.weights, p.adapter, p.working, p.program, p.total))) for p in found]
     return "\n".join(" ".join(f"{cell:>9}" for cell in row) for row in rows)
 
-# %% ../nbs/09a_doctor.ipynb #64bbf9ea
+# %% ../nbs/09a_doctor.ipynb #ea891aeb
 def milder(
     t: TrainingConfig,
     need: Phase,  # the phase that needs most
@@ -418,7 +418,7 @@ def largest(found: list[Phase]) -> Phase:
     "The phase that needs most."
     return max(found, key=lambda phase: phase.total)
 
-# %% ../nbs/09a_doctor.ipynb #4aec61a6
+# %% ../nbs/09a_doctor.ipynb #832a7a17
 def check_environment(training: TrainingConfig, device: str) -> Iterator[Finding]:
     "Versions, device and precision."
     here, topic = f"Python {python_version()}, torch {torch.__version__}", "environment"
@@ -471,7 +471,7 @@ def _check_precision(wanted: str, device: str) -> Iterator[Finding]:
             f"{key}: on a GPU bf16 or fp16 takes half the memory and time; adapters stay float32.",
         )
 
-# %% ../nbs/09a_doctor.ipynb #c7d10ab2
+# %% ../nbs/09a_doctor.ipynb #fa298197
 def locate(training: TrainingConfig) -> tuple[Path | None, Path | None]:  # folder of configs, checkpoint in one file
     "Where the base is on this machine; a hub model that is not here is (None, None). Raises `LoraMvpError` as `find_base`."
     source = find_base(training.pretrained_model)
@@ -520,7 +520,7 @@ def check_weights(folder: Path, pipe) -> Iterator[Finding]:
     else:
         yield Finding("ok", "base", f"safetensors weights in full, {amount(size)}; nothing in the folder runs code.")
 
-# %% ../nbs/09a_doctor.ipynb #5bcef7ba
+# %% ../nbs/09a_doctor.ipynb #48c36b22
 def check_base(training: TrainingConfig) -> Iterator[Finding]:
     "What the base is, and whether the settings suit it."
     folder, file = locate(training)
@@ -531,7 +531,9 @@ def check_base(training: TrainingConfig) -> Iterator[Finding]:
     pipe = skeleton(folder, training)
     native, predicts = native_size(pipe), pipe.scheduler.config.get("prediction_type", "epsilon")
     yield Finding(
-        "ok", "base", f"{file or folder}: {family_of(pipe).title}, predicts {predicts}, made for {native} pixels."
+        "ok",
+        "base",
+        f"{training.pretrained_model}: {family_of(pipe).title}, predicts {predicts}, made for {native} pixels.",
     )
     if file:
         yield Finding(
@@ -555,7 +557,7 @@ def check_base(training: TrainingConfig) -> Iterator[Finding]:
             "warn", "base", f"training.resolution is {side}, the base was made for {native}; expect weaker pictures."
         )
 
-# %% ../nbs/09a_doctor.ipynb #01253149
+# %% ../nbs/09a_doctor.ipynb #648d56ff
 def check_data(config: AppConfig, manifest: Manifest, multiple: int) -> Iterator[Finding]:
     "Images, captions and the arithmetic of steps and epochs."
     t, rows, processes = config.training, manifest.rows("train"), int(os.environ.get("WORLD_SIZE", 1))
@@ -586,7 +588,7 @@ def check_data(config: AppConfig, manifest: Manifest, multiple: int) -> Iterator
         hint = "such a run mostly learns its images by heart; lower training.max_train_steps or add images"
         yield Finding("warn", "data", f"{sums.epochs:.0f} epochs: {hint}.")
 
-# %% ../nbs/09a_doctor.ipynb #8899a516
+# %% ../nbs/09a_doctor.ipynb #99bb0a60
 def check_settings(t: TrainingConfig) -> Iterator[Finding]:
     "Settings that contradict each other, and folders that are not as they should be."
     if t.lr_warmup_steps >= t.max_train_steps:
@@ -618,7 +620,7 @@ def existing(path: Path) -> Path:
     "The path, or the nearest folder above it that is there."
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
-# %% ../nbs/09a_doctor.ipynb #6fabc9e8
+# %% ../nbs/09a_doctor.ipynb #24d3cee2
 def cpu_memory() -> float | None:  # bytes; None where the system does not say
     "Memory that this process may still take: what Linux calls available, within the limit of a container."
     info, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
@@ -662,7 +664,7 @@ def check_memory(estimate: Estimate, t: TrainingConfig, memory: float | None) ->
     for phase in found:
         yield Finding("ok", "memory", f"{phase.name}: {amount(phase.total)}")
 
-# %% ../nbs/09a_doctor.ipynb #3cf366cd
+# %% ../nbs/09a_doctor.ipynb #83b3b367
 def check_disk(estimate: Estimate, training: TrainingConfig, free: float | None = None) -> Iterator[Finding]:
     "Whether the output folder's disk holds the checkpoints and the results."
     (pipe, adapters), out = estimate.pipe(training), existing(Path(training.output_dir))
@@ -674,7 +676,7 @@ def check_disk(estimate: Estimate, training: TrainingConfig, free: float | None 
     hint = "free some, or set training.save_pipeline: false or a lower max_checkpoints"
     yield Finding("error", "disk", f"{text}; {hint}.") if need > free else Finding("ok", "disk", f"{text}.")
 
-# %% ../nbs/09a_doctor.ipynb #96e7974c
+# %% ../nbs/09a_doctor.ipynb #3ea6c378
 def doctor(
     config: AppConfig,
     manifest_path: str | Path | None = None,  # None: the manifest in data.processed_dir, if there is one
