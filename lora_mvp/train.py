@@ -190,12 +190,22 @@ def add_adapter(self: Trainer) -> None:
         t.lr_scheduler, optimizer, num_warmup_steps=t.lr_warmup_steps, num_training_steps=t.max_train_steps
     )
     self.optimizer = self.accelerator.prepare(optimizer)
+    if self.device.type == "cpu" and t.batch_size == 1:  # oneDNN's convolutions; measured 5 % faster, slower from 4 on
+        self.pipe.unet.to(memory_format=torch.channels_last)
     if t.gradient_checkpointing:
         self.pipe.unet.enable_gradient_checkpointing()
         for encoder in text_parts(self.pipe).values() if self.texts is None else []:
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 # %% ../nbs/09_train.ipynb #1b55cbed
+@patch
+def set_mode(self: Trainer, training: bool) -> None:
+    "Switch dropout and gradient checkpointing on or off; walking through all modules costs milliseconds, so only on change."
+    for module in (self.pipe.unet, *text_parts(self.pipe).values()):
+        if module.training != training:
+            module.train(training)
+
+
 @patch
 def embed(self: Trainer, captions: list[str]) -> dict[str, torch.Tensor]:
     "Caption embeddings: from the table, or from the text encoders while these are trained."
@@ -244,8 +254,7 @@ def step(self: Trainer) -> StepReport:
     t, acc = self.config.training, self.accelerator
     window = t.gradient_accumulation * acc.num_processes
     first, total = self.step_number * window, torch.zeros((), device=self.device)
-    for module in (self.pipe.unet, *text_parts(self.pipe).values()):
-        module.train()
+    self.set_mode(True)
     for stream in self.streams:
         images = sum(len(stream.plan.batch(first + micro)) for micro in range(window))
         for micro in range(acc.process_index, window, acc.num_processes):
@@ -318,8 +327,7 @@ def validate(self: Trainer) -> None:
     "Take the fixed-noise losses of both splits at the current step."
     if self.val_set is None:
         return
-    for module in (self.pipe.unet, *text_parts(self.pipe).values()):
-        module.eval()
+    self.set_mode(False)
     for split, data in (("train", self.streams[0].images), ("val", self.val_set)):
         self.losses.setdefault(split, {})[self.step_number] = self.fixed_noise_losses(data)
     atomic_write(self.folder.validation, table_csv(ValidationRow, validation_rows(self.losses)))
@@ -391,8 +399,7 @@ def draw_samples(self: Trainer) -> None:
     "Save one picture per sample prompt for the current step."
     prompts, e = self.sample_prompts(), self.config.evaluation
     self.folder.samples.mkdir(parents=True, exist_ok=True)
-    for module in (self.pipe.unet, *text_parts(self.pipe).values()):
-        module.eval()
+    self.set_mode(False)
     with visit(self.parked, self.device), self.accelerator.autocast():
         size = self.config.training.resolution
         pictures = sample(self.pipe, prompts, [e.seed] * len(prompts), e.num_inference_steps, e.guidance_scale, size)
@@ -498,8 +505,7 @@ def facts(self: Trainer) -> dict:
 def save_results(self: Trainer) -> None:
     "Adapter, its other forms and their certificate, tables and pictures."
     t, folder = self.config.training, self.folder
-    for module in (self.pipe.unet, *text_parts(self.pipe).values()):
-        module.eval()
+    self.set_mode(False)
     save_adapter(self.pipe, folder.adapter, t.pretrained_model)
     write_kohya(self.pipe, folder.kohya, self.facts())
 

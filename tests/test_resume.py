@@ -95,7 +95,7 @@ def test_killed_twenty_times_and_the_bytes_are_the_same(server, drawings, small_
         fresh, before = True, kills
         if kills < KILLS:
             if rng.random() < 0.4:  # in the middle of a checkpoint
-                if wait_for(lambda: any(run.folder.glob(".checkpoint-*")), process, 60):
+                if wait_for(lambda folder=run.folder: any(folder.glob(".checkpoint-*")), process, 60):
                     time.sleep(rng.random() * 0.01)
                     in_a_write += any(run.folder.glob(".checkpoint-*"))
             else:
