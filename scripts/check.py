@@ -84,7 +84,7 @@ def notebooks():
 @step
 def tests():
     """Plain pytest: what a notebook cannot show."""
-    python("-m", "pytest", "-q", "tests")
+    python("-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "tests", OMP_NUM_THREADS="1")
 
 
 @step
@@ -99,7 +99,8 @@ def outputs():
                     cell.execution_count = number  # nbdev_clean removes it, nbval takes its absence for an unrun cell
             nbformat.write(nb, path)
         hand_run = [f"--ignore={path}" for path in copy.glob("9*.ipynb")]
-        python("-m", "pytest", "-q", "--nbval-lax", "--nbval-current-env", copy, *hand_run)
+        workers = ("-n", "2", "--dist", "loadfile")
+        python("-m", "pytest", "-q", *workers, "--nbval-lax", "--nbval-current-env", copy, *hand_run, OMP_NUM_THREADS="1")
 
 
 @step

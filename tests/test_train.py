@@ -86,9 +86,9 @@ def test_two_processes_take_the_steps_of_one(drawings, small_run, tmp_path):
     train(one, drawings, progress=False)
     two = load_config(overrides=small_run(tmp_path / "two", gradient_accumulation=1, **options))
     (tmp_path / "two.yaml").write_text(config_yaml(two))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launch += ["-m", "lora_mvp.cli", "train", "--manifest", drawings, "--config", tmp_path / "two.yaml"]
-    done = subprocess.run([str(part) for part in launch], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([str(part) for part in launch], capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert (tmp_path / "two" / "run.json").is_file()
