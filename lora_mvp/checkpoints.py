@@ -118,8 +118,8 @@ def disk_trouble(output_dir: Path):
             f"{left[-1].name} is intact; make room and go on with --resume." if left else "There is no checkpoint yet."
         )
         where = f" {e.filename}" if getattr(e, "filename", None) else ""
-        why = f"cannot write{where}: {e.strerror}." if isinstance(e, OSError) else str(e)
-        raise LoraMvpError("not_writable", f"{why} In {output_dir}, {last}") from e
+        why = f"cannot write{where}: {e.strerror}" if isinstance(e, OSError) else str(e)
+        raise LoraMvpError("not_writable", f"{why.rstrip('.')}. In {output_dir}, {last}") from e
 
 # %% ../nbs/08_checkpoints.ipynb #c593026e
 def checkpoints(output_dir: Path) -> list[Path]:  # oldest first

@@ -172,10 +172,10 @@ def test_other_data_is_refused(server, drawings, left_alone, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 24 MB."""
+    """A file system of 64 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True)
     if mount.returncode:
         pytest.skip("a small file system cannot be mounted here")
     yield folder
