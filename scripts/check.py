@@ -100,7 +100,9 @@ def outputs():
             nbformat.write(nb, path)
         hand_run = [f"--ignore={path}" for path in copy.glob("9*.ipynb")]
         workers = ("-n", "2", "--dist", "loadfile")
-        python("-m", "pytest", "-q", *workers, "--nbval-lax", "--nbval-current-env", copy, *hand_run, OMP_NUM_THREADS="1")
+        python(
+            "-m", "pytest", "-q", *workers, "--nbval-lax", "--nbval-current-env", copy, *hand_run, OMP_NUM_THREADS="1"
+        )
 
 
 @step
