@@ -75,10 +75,11 @@ def load_run(
     if fuse_scale is not None and not adapter:
         raise LoraMvpError("nothing_to_fuse", f"{path} is a pipeline without an adapter, so there is nothing to fuse.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = load_base(base, device, torch.float16 if device == "cuda" else torch.float32)
-    if RunFolder(path).record.is_file():
-        trained = read_run(path).config["training"]
-        pipe.scheduler = sampling_scheduler(pipe.scheduler, trained["zero_terminal_snr"])
+    record = read_run(path) if RunFolder(path).record.is_file() else None
+    revision = record.base_revision if record and record.base == base else None
+    pipe = load_base(base, device, torch.float16 if device == "cuda" else torch.float32, revision)
+    if record:
+        pipe.scheduler = sampling_scheduler(pipe.scheduler, record.config["training"]["zero_terminal_snr"])
     if adapter:
         load_adapter(pipe, adapter)
         if fuse_scale is not None:

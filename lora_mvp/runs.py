@@ -85,7 +85,7 @@ class RunRecord(BaseModel):
     schema_version: Literal[1] = 1
     base: str
     base_revision: str | None = None  # commit, for a base from the hub
-    base_sha256: str  # of the UNet's weights, in the precision of the run
+    base_sha256: str  # of the weights of all its parts, in the precision of the run
     config: dict
     manifest: str  # where the data's manifest was
     dataset_sha256: str

@@ -134,7 +134,8 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=t.mixed_precision, cpu=on_cpus)
         self.device, self.dtype = self.accelerator.device, DTYPES[t.mixed_precision]
         self.pipe = load_base(t.pretrained_model, self.device, self.dtype, t.revision)
-        self.base_hash = weights_hash(self.pipe.unet)
+        parts = (self.pipe.unet, self.pipe.vae, *text_parts(self.pipe).values())
+        self.base_hash = sha256("".join(map(weights_hash, parts)).encode()).hexdigest()
         self.noise = noise_schedule(self.pipe.scheduler, t)
         self.pipe.scheduler = sampling_scheduler(self.pipe.scheduler, t.zero_terminal_snr)
         regularization = self.load_data()
