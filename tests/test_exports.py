@@ -13,17 +13,16 @@ from lora_mvp.config import LoraMvpError, TrainingConfig
 from lora_mvp.exports import (
     KOHYA_WEIGHTS,
     certify,
-    describe,
     differences,
     export_adapter,
     export_fused,
-    inspect_adapter,
     kohya_state,
     load_kohya,
     load_public,
     probe,
     write_kohya,
 )
+from lora_mvp.inspection import describe, inspect_adapter
 from lora_mvp.models import load_base, random_base
 
 SGM = {  # SDXL's blocks in Stability's code and in diffusers, written down one by one
