@@ -84,7 +84,9 @@ def notebooks():
 @step
 def tests():
     """Plain pytest: what a notebook cannot show."""
-    python("-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "tests", OMP_NUM_THREADS="1")
+    python(
+        "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "tests", OMP_NUM_THREADS="1"
+    )
 
 
 @step
