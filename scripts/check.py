@@ -101,10 +101,10 @@ def outputs():
                     cell.execution_count = number  # nbdev_clean removes it, nbval takes its absence for an unrun cell
             nbformat.write(nb, path)
         hand_run = [f"--ignore={path}" for path in copy.glob("9*.ipynb")]
-        workers = ("-n", "2", "--dist", "loadfile")
-        python(
-            "-m", "pytest", "-q", *workers, "--nbval-lax", "--nbval-current-env", copy, *hand_run, OMP_NUM_THREADS="1"
-        )
+        workers = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+        order = (copy / "tutorials", copy)  # the longest notebook first
+        nbval = ("--nbval-lax", "--nbval-current-env")
+        python("-m", "pytest", "-q", *workers, *nbval, *order, *hand_run, OMP_NUM_THREADS="1")
 
 
 @step
