@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'FEED_FORWARD', 'CONVOLUTIONS', 'TARGETS', 'TEXT_TARGETS', 'ADAPTER', 'WEIGHTS', 'adaptable_modules',
            'find_targets', 'lora_config', 'add_lora', 'adapter_layers', 'adapter_parameters', 'adapter_state',
-           'restore_adapter', 'file_name', 'adapter_facts', 'safetensors_bytes', 'save_adapter', 'load_adapter',
-           'set_scale', 'fuse']
+           'restore_adapter', 'file_name', 'adapter_facts', 'safetensors_bytes', 'save_adapter', 'load_public',
+           'load_adapter', 'set_scale', 'fuse']
 
 # %% ../nbs/05_adapters.ipynb #6fb8560a
 import json
@@ -191,6 +191,17 @@ def save_adapter(
     return weights
 
 # %% ../nbs/05_adapters.ipynb #fd8e7485
+def load_public(pipe: Pipeline, file: str | Path) -> None:
+    "Load an adapter's file as any user of diffusers does, without its remarks on text encoders that have no adapter."
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        with no_bars():
+            pipe.load_lora_weights(Path(file).parent, weight_name=Path(file).name, adapter_name=ADAPTER)
+    finally:
+        diffusers_logging.set_verbosity(level)
+
+
 def load_adapter(
     pipe: Pipeline,
     source: str | Path,  # folder of `save_adapter`, or a file in that form
@@ -199,19 +210,14 @@ def load_adapter(
     file = Path(source) / WEIGHTS if Path(source).is_dir() else Path(source)
     if not file.is_file():
         raise LoraMvpError("adapter_not_found", f"{source} holds no {WEIGHTS}. Was the training finished?")
-    level = diffusers_logging.get_verbosity()
     try:
         stored = load_file(file)
         if not any(name.startswith("unet.") for name in stored):
             raise ValueError("it holds nothing for the UNet")
-        diffusers_logging.set_verbosity_error()  # it warns of every text encoder that has no adapter
-        with no_bars():
-            pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=ADAPTER)
+        load_public(pipe, file)
     except Exception as e:  # a damaged file and a misfit raise many types
         first = str(e).strip().split("\n")[0]
         raise LoraMvpError("adapter_unfit", f"{file} does not load into this base: {first}") from e
-    finally:
-        diffusers_logging.set_verbosity(level)
     loaded = {file_name(name): value for name, value in adapter_state(pipe).items()}
     wrong = set(stored) ^ set(loaded)
     wrong |= {k for k in set(stored) & set(loaded) if not torch.equal(stored[k].to(loaded[k].dtype), loaded[k])}

@@ -167,8 +167,8 @@ def load_data(self: Trainer) -> list[list[str]]:  # content and caption of the r
     self.val_set = encode_images(self.pipe, val, t, [], cache) if val else None
     self.texts = None
     if t.text_encoder_learning_rate is None:
-        captions = [variant for s in train + prior + val for variant in caption_variants(s.caption, t)]
-        self.texts = TextTable(self.pipe, [*captions, *(s.caption for s in val)], cache)
+        drawn = [variant for s in train + prior for variant in caption_variants(s.caption, t)]
+        self.texts = TextTable(self.pipe, [*drawn, *(s.caption for s in val)], cache)
     self.parked = [self.pipe.vae, *(text_parts(self.pipe).values() if self.texts else [])]
     for module in self.parked:
         module.to("cpu")
