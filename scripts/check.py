@@ -131,7 +131,8 @@ def wheel():
         venv.create(folder / "venv", with_pip=True)
         scripts = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
         run(scripts / "python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", built, cwd=folder)
-        run(scripts / "lora-mvp", "demo", "--out", folder / "demo", cwd=folder, PATH=os.defpath, PYTHONPATH="")
+        demo = ("demo", "--steps", "60", "--out", folder / "demo")  # in full it runs in tests/test_demo.py
+        run(scripts / "lora-mvp", *demo, cwd=folder, PATH=os.defpath, PYTHONPATH="")
         if not (folder / "demo" / "before_after.png").is_file():
             raise Failed("lora-mvp demo ended well but wrote no before_after.png")
 
