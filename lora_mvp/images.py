@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'MAX_PIXELS', 'MAX_BYTES', 'FORMATS', 'PLAIN_MODES', 'TURNS', 'read_regular', 'open_header', 'to_rgb',
-           'upright', 'decode', 'open_rgb', 'sharpness', 'ImageRecord', 'printable', 'claimed_format', 'judge',
-           'inspect_image']
+           'in_srgb', 'upright', 'decode', 'open_rgb', 'sharpness', 'ImageRecord', 'printable', 'claimed_format',
+           'judge', 'inspect_image']
 
 # %% ../nbs/01_images.ipynb #a6859b4d
 import hashlib
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 from pydantic import BaseModel
 
 from .config import LoraMvpError
@@ -103,6 +103,25 @@ def to_rgb(
         return Image.alpha_composite(white, rgba).convert("RGB"), ["had_alpha"]
     return im.convert("RGB"), ["cmyk"] if im.mode == "CMYK" else []
 
+# %% ../nbs/01_images.ipynb #5c246d70
+def in_srgb(
+    im: Image.Image,  # decoded, with its metadata
+) -> tuple[Image.Image, list[str]]:  # notes: `icc_converted`, `icc_invalid` or none
+    "The picture with the colours of its ICC profile as sRGB; without a profile it is sRGB already."
+    icc = im.info.get("icc_profile")
+    if not icc or im.mode not in ("RGB", "RGBA", "CMYK", "L"):
+        return im, []
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        if "srgb" in ImageCms.getProfileDescription(profile).lower():
+            return im, []
+        mode = "RGBA" if im.mode == "RGBA" else "RGB"
+        return ImageCms.profileToProfile(im, profile, ImageCms.createProfile("sRGB"), outputMode=mode), [
+            "icc_converted"
+        ]
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        return im, ["icc_invalid"]
+
 # %% ../nbs/01_images.ipynb #ef95cf14
 TURNS = {  # EXIF orientation -> what makes it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -134,12 +153,14 @@ def decode(
         try:
             im = open_header(data)
             im.load()
-            rgb, notes = to_rgb(im)
             turn = upright(im)
+            srgb, colour = in_srgb(im)
+            rgb, notes = to_rgb(srgb)
         except LoraMvpError:
             raise
         except Exception as e:  # decoders raise OSError, ValueError, SyntaxError, struct.error, MemoryError ...
             raise LoraMvpError("unreadable", str(e) or type(e).__name__) from e
+    notes = notes + colour
     return (rgb, notes) if turn is None else (rgb.transpose(turn), ["rotated", *notes])
 
 # %% ../nbs/01_images.ipynb #0eafb9d5
@@ -172,7 +193,9 @@ class ImageRecord(BaseModel):
     sharpness: float | None = None  # variance of the Laplacian
     reason: str | None = None  # a key of `REASONS`; None for an accepted image
     detail: str | None = None  # the value and the threshold, or what the decoder said
-    warnings: list[str] = []  # `rotated`, `had_alpha`, `16bit`, `cmyk`, `extension_mismatch`
+    warnings: list[
+        str
+    ] = []  # `rotated`, `had_alpha`, `16bit`, `cmyk`, `icc_converted`, `icc_invalid`, `extension_mismatch`
 
 # %% ../nbs/01_images.ipynb #a65688da
 def printable(

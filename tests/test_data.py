@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image, ImageCms, ImageFilter
 
 from lora_mvp.config import LoraMvpError, load_config
 from lora_mvp.data import (
@@ -177,6 +177,28 @@ def test_notes(tmp_path):
         (tmp_path / name).write_bytes(data)
         record = inspect_image(tmp_path / name, min_resolution=64)
         assert (record.reason, record.warnings, (record.width, record.height)) == (None, notes, size)
+
+
+def wide_gamut():
+    "An RGB profile whose red and green primaries are exchanged: sRGB with the two columns of its matrix swapped."
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags = {bytes(profile[i : i + 4]): i for i in range(132, 132 + 12 * int.from_bytes(profile[128:132], "big"), 12)}
+    red, green = tags[b"rXYZ"], tags[b"gXYZ"]
+    profile[red + 4 : red + 12], profile[green + 4 : green + 12] = (
+        profile[green + 4 : green + 12],
+        profile[red + 4 : red + 12],
+    )
+    return bytes(profile).replace(b"s\0R\0G\0B", b"X\0X\0X\0X")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_colour_profile_is_applied(mode):
+    "Red in a profile whose primaries are exchanged is green."
+    red = Image.new(mode, (64, 64), "red")
+    rgb, notes = decode(encoded(red, icc_profile=wide_gamut()))
+    assert rgb.getpixel((0, 0))[1] > 250 > 5 > rgb.getpixel((0, 0))[0]
+    assert "icc_converted" in notes
+    assert "icc_converted" not in decode(encoded(red))[1]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
