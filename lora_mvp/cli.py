@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     except LoraMvpError as error:
         print(f"{'' if error.code == 'interrupted' else 'error: '}{error}", file=sys.stderr)
-        return 130 if error.code == "interrupted" else 2
+        return {"interrupted": 130, "nothing_accepted": 3}.get(error.code, 2)
     except KeyboardInterrupt:
         more = " Go on with --resume." if args.command == "train" else ""
         print(f"stopped; what was complete is kept.{more}", file=sys.stderr)

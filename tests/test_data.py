@@ -443,6 +443,31 @@ def test_captions(tmp_path):
     assert manifest.rejected == []  # captions are no images, and no strangers either
 
 
+def test_caption_files(tmp_path):
+    "A .caption file counts like a .txt one, which goes before it; an empty .txt does not hide it."
+    raw = fill(tmp_path / "raw", cat=3)
+    texts = {
+        "cat_0.caption": "zero",
+        "cat_1.txt": "one",
+        "cat_1.caption": "no",
+        "cat_2.txt": " ",
+        "cat_2.caption": "two",
+    }
+    for name, text in texts.items():
+        (raw / "cat" / name).write_text(text)
+    manifest = prepare_data(settings(tmp_path))
+    assert [row.caption for row in manifest.images] == ["zero", "one", "two"] and manifest.rejected == []
+
+
+def test_exit_code_when_nothing_is_accepted(tmp_path, capsys):
+    from lora_mvp.cli import main
+
+    fill(tmp_path / "raw", cat=2)
+    folders = [f"--set=data.raw_data_dir={tmp_path / 'raw'}", f"--set=data.processed_dir={tmp_path / 'out'}"]
+    assert main(["prepare-data", *folders, "--set=data.min_resolution=512"]) == 3
+    assert "2 too_small" in capsys.readouterr().err
+
+
 def test_duplicates(tmp_path):
     raw = fill(tmp_path / "raw", cat=3, dog=3)
     shutil.copy(raw / "cat" / "cat_1.png", raw / "dog" / "a_cat.png")
