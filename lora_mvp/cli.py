@@ -34,7 +34,7 @@ def cmd_prepare_data(args: argparse.Namespace) -> None:
     from lora_mvp.data import prepare_data, summary
 
     config = _config(args)
-    print(summary(prepare_data(config, copy=not args.no_copy)))
+    print(summary(prepare_data(config, copy=not args.no_copy, resplit=args.resplit)))
     print(f"wrote {config.data.processed_dir}/manifest.json")
 
 # %% ../nbs/18_cli.ipynb #6570396a
@@ -177,6 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     config.add_argument("--schema", action="store_true", help="the JSON Schema instead, for editors")
     prepare = _command(commands, "prepare-data", cmd_prepare_data)
     prepare.add_argument("--no-copy", action="store_true", help="hard-link the raw files where the file system can")
+    prepare.add_argument("--resplit", action="store_true", help="forget which images were for training and validation")
     train = _command(commands, "train", cmd_train)
     train.add_argument("--manifest", required=True, help="manifest.json written by prepare-data")
     either = train.add_mutually_exclusive_group()

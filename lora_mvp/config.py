@@ -148,6 +148,9 @@ class DataConfig(_Section):
     caption_template: Template = Field(
         "A photo of {label}", description="caption; {label} is the folder, {stem} the file name"
     )
+    near_duplicate_bits: Annotated[int, Field(ge=0, le=16)] | None = Field(
+        8, description="hashes so near (bits of 64) keep images on one side of the split; null: off"
+    )
     train_ratio: float = Field(0.8, gt=0, lt=1, description="share of the images to train on; the rest validates")
     seed: Seed = Field(42, description="decides the split into training and validation")
     image_size: Size = Field(512, description="side of the prepared square images, in pixels")

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['log', 'JUNK', 'SIDECARS', 'PLACEHOLDERS', 'SCHEMA_VERSION', 'AUGMENTATIONS', 'is_hidden', 'is_sidecar', 'walk',
-           'check_raw', 'scan', 'inspect_all', 'as_words', 'render_caption', 'caption_of', 'split_label',
+           'check_raw', 'scan', 'inspect_all', 'mark_same', 'as_words', 'render_caption', 'caption_of', 'Seen', 'deal',
            'ManifestImage', 'Manifest', 'leaves_folder', 'parse_manifest', 'read_manifest', 'crop_box', 'crop_to',
-           'square', 'portable_name', 'unique_name', 'owned_files', 'place_bytes', 'place_link', 'png_bytes', 'store',
-           'check_folders', 'not_writable', 'refuse_empty', 'make_rows', 'portable_config', 'remove_stale',
-           'prepare_data', 'table_of_labels', 'summary', 'as_array', 'load_image', 'horizontal_flip', 'color_jitter',
-           'gaussian_noise', 'augment']
+           'square', 'portable_name', 'unique_name', 'earlier_manifest', 'place_bytes', 'place_link', 'png_bytes',
+           'store', 'check_folders', 'not_writable', 'refuse_empty', 'make_rows', 'portable_config', 'remove_stale',
+           'past_of', 'prepare_data', 'table_of_labels', 'lines_of_groups', 'summary', 'as_array', 'load_image',
+           'horizontal_flip', 'color_jitter', 'gaussian_noise', 'augment']
 
 # %% ../nbs/02_data.ipynb #47817181
 import codecs
@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from .config import AppConfig, LoraMvpError, atomic_write
 from .images import REASONS, ImageRecord, claimed_format, inspect_image, open_rgb, printable, read_regular
+from .splits import group, near_duplicates, remember, split_groups
 
 # %% ../nbs/02_data.ipynb #ff6af755
 log = logging.getLogger("lora_mvp")
@@ -118,16 +119,31 @@ def inspect_all(
     min_resolution: int,  # pixels
     blur_threshold: float,  # variance of the Laplacian
 ) -> list[tuple[Path, ImageRecord]]:  # the same files, looked at
-    "Inspect every file that has no reason yet, and mark exact duplicates."
-    looked, first = [], {}
+    "Inspect every file that has no reason yet, and mark pictures that are there more than once."
+    looked, same = [], defaultdict(list)
     for path, record in tqdm(pairs, desc="inspect", unit="file", leave=False, disable=None):
         if record.reason is None:
             seen = inspect_image(path, min_resolution=min_resolution, blur_threshold=blur_threshold)
             record = seen.model_copy(update={"path": record.path, "label": record.label})
-        if record.reason is None and (other := first.setdefault(record.sha256, record.path)) != record.path:
-            record = record.model_copy(update={"reason": "duplicate", "detail": f"the same bytes as {other}"})
+        if record.reason is None:
+            same[record.pixel_sha256].append(record)
         looked.append((path, record))
+    for records in same.values():
+        mark_same(records)
     return looked
+
+
+def mark_same(
+    records: list[ImageRecord],  # of one picture, by path; changed in place
+) -> None:
+    "Refuse all but the first as `duplicate`, or all of them as `label_conflict`."
+    conflict = len({record.label for record in records}) > 1
+    for i, record in enumerate(records):
+        if conflict:
+            other = next(r for r in records if r.label != record.label)
+            record.reason, record.detail = "label_conflict", f"the same picture as {other.path}; keep one of them"
+        elif i:
+            record.reason, record.detail = "duplicate", f"the same picture as {records[0].path}"
 
 # %% ../nbs/02_data.ipynb #f9450585
 PLACEHOLDERS = ("label", "stem")
@@ -176,18 +192,32 @@ def caption_of(
     return render_caption(template, label, path.stem), "template"
 
 # %% ../nbs/02_data.ipynb #08e34d09
-def split_label(
-    hashes: list[str],  # content hashes of one label, all different
-    train_ratio: float,  # share that goes to train; 1 means no validation
+class Seen(BaseModel):
+    "What is remembered of an image that was dealt out, also when its file is gone."
+
+    split: Literal["train", "val"]
+    phash: str = ""  # of the picture as it is; empty for a flat one
+
+
+def deal(
+    records: list[ImageRecord],  # accepted, all different
+    history: dict[str, Seen],  # by content hash; empty to start afresh
+    train_ratio: float,  # share that goes to train
     seed: int,  # data.seed
-) -> dict[str, str]:  # content hash -> `train` or `val`
-    "A deterministic split of one label that does not depend on the order of its images."
-    ranked = sorted(hashes, key=lambda h: hashlib.sha256(f"{seed}:{h}".encode()).hexdigest())
-    n_val = round(len(ranked) * (1 - train_ratio))
-    if train_ratio < 1:
-        n_val = max(n_val, 1)
-    n_val = min(n_val, len(ranked) - 1)
-    return {h: "val" if i < n_val else "train" for i, h in enumerate(ranked)}
+    within: int | None,  # data.near_duplicate_bits
+) -> tuple[dict[str, str], dict[str, str], dict[str, Seen]]:  # by content hash: split, group; and the new history
+    "Groups of near-duplicates, and the split that keeps them together and agrees with the past."
+    gone = [(sha256, [seen.phash] if seen.phash else []) for sha256, seen in history.items()]
+    now = {record.sha256: record for record in records}
+    known = [(r.sha256, r.phashes) for r in records] + [pair for pair in gone if pair[0] not in now]
+    ids = [sha256 for sha256, _ in known]
+    edges = [] if within is None else near_duplicates([hashes for _, hashes in known], within)
+    groups = group(ids, edges)
+    past = {sha256: seen.split for sha256, seen in history.items()}
+    splits = split_groups({r.sha256: r.label for r in records}, groups, past, train_ratio, seed)
+    first = {sha256: hashes[0] if hashes else "" for sha256, hashes in known}
+    after = {k: Seen(split=split, phash=first[k]) for k, split in remember(past, splits).items()}
+    return splits, groups, after
 
 # %% ../nbs/02_data.ipynb #24e8a8ff
 SCHEMA_VERSION = 1
@@ -207,6 +237,7 @@ class ManifestImage(BaseModel):
     height: int
     sha256: str  # of the bytes of `file`
     source_sha256: str = ""  # of the bytes of the raw file
+    group: str = ""  # the same for images that look the same: the smallest `source_sha256` among them
 
 # %% ../nbs/02_data.ipynb #bfc72d42
 class Manifest(BaseModel):
@@ -216,6 +247,7 @@ class Manifest(BaseModel):
     config: dict[str, Any] = {}  # the `data` section it was made with; folders relative to the manifest
     images: list[ManifestImage]
     rejected: list[ImageRecord] = []
+    history: dict[str, Seen] = {}  # by `source_sha256`: every image that was ever dealt out
     folder: Path = Field(default=Path("."), exclude=True)  # where the manifest lies
 
     def rows(
@@ -344,14 +376,14 @@ def unique_name(
     raise LoraMvpError("name_clash", f"no free file name for {stem!r}; rename the image")
 
 # %% ../nbs/02_data.ipynb #844be6b3
-def owned_files(
+def earlier_manifest(
     out: Path,  # processed folder
-) -> set[str]:  # POSIX, relative to it
-    "The files that an earlier run of ours wrote."
+) -> Manifest | None:
+    "What an earlier run of ours wrote; raises `LoraMvpError` where somebody else did."
     if not (out / "manifest.json").exists():
-        return set()
+        return None
     try:
-        return {row.file for row in parse_manifest(out / "manifest.json").images}
+        return parse_manifest(out / "manifest.json")
     except LoraMvpError as e:
         advice = "move it away, or choose another data.processed_dir"
         raise LoraMvpError(
@@ -471,22 +503,28 @@ def refuse_empty(
 def make_rows(
     config: AppConfig,
     accepted: list[tuple[Path, ImageRecord]],  # by path
-    earlier: set[str],  # from `owned_files`
+    splits: dict[str, str],  # from `deal`
+    groups: dict[str, str],  # from `deal`
+    earlier: set[str],  # files of an earlier run
     copy: bool,  # process into square PNGs; False links the raw files
 ) -> list[ManifestImage]:  # by path
-    "Caption, split, name and store every accepted image."
+    "Caption, name and store every accepted image."
     data, out = config.data, Path(config.data.processed_dir)
-    hashes, taken, rows = defaultdict(list), defaultdict(set), []
-    for _, r in accepted:
-        hashes[r.label].append(r.sha256)
-    splits = {label: split_label(h, data.train_ratio, data.seed) for label, h in hashes.items()}
+    taken, rows = defaultdict(set), []
     for path, r in tqdm(accepted, desc="write", unit="image", leave=False, disable=None):
-        split, folder = splits[r.label][r.sha256], portable_name(r.label)
+        split, folder = splits[r.sha256], portable_name(r.label)
         name = unique_name(portable_name(path.stem), r.sha256, taken[folder.casefold()])
         ending = ".png" if copy else path.suffix and portable_name(path.suffix)
         file = f"{split}/{folder}/{name}{ending}"
         caption, caption_source = caption_of(path, data.caption_template, r.label)
-        row = {"file": file, "source": r.path, "source_sha256": r.sha256, "label": r.label, "split": split}
+        row = {
+            "file": file,
+            "source": r.path,
+            "source_sha256": r.sha256,
+            "label": r.label,
+            "split": split,
+            "group": groups[r.sha256],
+        }
         row |= {"caption": caption, "caption_source": caption_source}
         row |= store(path, out, file, data.image_size if copy else None, file in earlier)
         rows.append(ManifestImage(**row))
@@ -517,28 +555,51 @@ def remove_stale(
             if folder != out and folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
+# %% ../nbs/02_data.ipynb #c006a980
+def past_of(
+    before: Manifest | None,  # the last run
+    config: AppConfig,
+    resplit: bool,  # forget it
+) -> dict[str, Seen]:  # by content hash
+    "How images were split before; says so where settings of the split have changed since."
+    if before is None or resplit:
+        return {}
+    changed = [
+        k for k in ("train_ratio", "seed") if before.config.get(k, getattr(config.data, k)) != getattr(config.data, k)
+    ]
+    if changed:
+        keys = " and ".join(f"data.{key}" for key in changed)
+        log.warning("%s changed: that holds for new images; --resplit deals all of them out again", keys)
+    rows = {row.source_sha256: Seen(split=row.split) for row in before.images}
+    return rows | before.history
+
 # %% ../nbs/02_data.ipynb #a28b0096
 def prepare_data(
     config: AppConfig,
     copy: bool = True,  # write square PNGs; False hard-links the raw files where the file system can
+    resplit: bool = False,  # forget how images were split before
 ) -> Manifest:
     "Turn the raw folder into a processed folder with `manifest.json`; raises `LoraMvpError` for anything a user can mend."
     data, raw, out = config.data, Path(config.data.raw_data_dir), Path(config.data.processed_dir)
     render_caption(data.caption_template, "label", "stem")
     check_raw(raw)
     check_folders(raw, out)
-    earlier = owned_files(out)
+    before = earlier_manifest(out)
+    earlier, history = {row.file for row in before.images} if before else set(), past_of(before, config, resplit)
     found = inspect_all(scan(raw), data.min_resolution, data.blur_threshold)
     refuse_empty(raw, [r for _, r in found])
+    accepted = [pair for pair in found if pair[1].reason is None]
+    within = data.near_duplicate_bits
+    splits, groups, history = deal([r for _, r in accepted], history, data.train_ratio, data.seed, within)
     try:
-        rows = make_rows(config, [pair for pair in found if pair[1].reason is None], earlier, copy)
-        rejected = [r for _, r in found if r.reason]
-        manifest = Manifest(config=portable_config(config), images=rows, rejected=rejected, folder=out.absolute())
+        rows = make_rows(config, accepted, splits, groups, earlier, copy)
+        facts = {"config": portable_config(config), "rejected": [r for _, r in found if r.reason], "history": history}
+        manifest = Manifest(images=rows, folder=out.absolute(), **facts)
         place_bytes(manifest.to_json().encode(), out / "manifest.json", ours=True)
         remove_stale(out, earlier - {row.file for row in rows})
     except OSError as e:
         raise not_writable(out, e) from e
-    log.info("%d images accepted, %d files refused: %s", len(rows), len(rejected), out / "manifest.json")
+    log.info("%d images accepted, %d files refused: %s", len(rows), len(manifest.rejected), out / "manifest.json")
     return manifest
 
 # %% ../nbs/02_data.ipynb #e8e87a1a
@@ -556,6 +617,22 @@ def table_of_labels(
     head = f"{'label':{width}}" + "".join(f"{c:>10}" for c in columns)
     return [head] + [f"{label:{width}}" + "".join(f"{n:>10}" for n in row) for label, row in body]
 
+# %% ../nbs/02_data.ipynb #6d22888b
+def lines_of_groups(
+    manifest: Manifest,
+    most: int,  # groups named
+) -> list[str]:  # lines; none without near-duplicates
+    "The images that look the same, a line per group."
+    members = defaultdict(list)
+    for row in manifest.images:
+        members[row.group].append(row.source)
+    alike = [names for name, names in members.items() if name and len(names) > 1]
+    if not alike:
+        return []
+    head = f"near-duplicates: {sum(map(len, alike))} images in {len(alike)} groups, each whole on one side of the split"
+    more = [f"  ... and {len(alike) - most} more"] if len(alike) > most else []
+    return ["", head, *(f"  {', '.join(names)}" for names in alike[:most]), *more]
+
 # %% ../nbs/02_data.ipynb #8403f46a
 def summary(
     manifest: Manifest,
@@ -571,7 +648,7 @@ def summary(
             f"  {r.path}" + (f"  ({r.detail})" if r.detail != REASONS.get(reason) else "") for r in records[:most]
         ]
         lines += [f"  ... and {len(records) - most} more"] if len(records) > most else []
-    return "\n".join(lines)
+    return "\n".join(lines + lines_of_groups(manifest, most))
 
 # %% ../nbs/02_data.ipynb #f1c2caf2
 def as_array(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'MAX_PIXELS', 'MAX_BYTES', 'FORMATS', 'PLAIN_MODES', 'TURNS', 'read_regular', 'open_header', 'to_rgb',
-           'in_srgb', 'upright', 'decode', 'open_rgb', 'sharpness', 'ImageRecord', 'printable', 'claimed_format',
-           'judge', 'inspect_image']
+           'in_srgb', 'upright', 'decode', 'open_rgb', 'sharpness', 'pixel_hash', 'perceptual_hashes', 'ImageRecord',
+           'printable', 'claimed_format', 'judge', 'inspect_image']
 
 # %% ../nbs/01_images.ipynb #a6859b4d
 import hashlib
@@ -33,7 +33,8 @@ REASONS = {
     "unsupported_mode": "a kind of pixel that has no agreed way to become RGB, such as floating point",
     "too_small": "the shorter side is below data.min_resolution",
     "blurry": "the variance of the Laplacian is below data.blur_threshold",
-    "duplicate": "the same bytes as another image",
+    "duplicate": "the same picture as another image of the label",
+    "label_conflict": "the same picture lies under another label",
     "no_label": "lies outside a label folder",
     "not_an_image": "some other kind of file",
     "hidden": "a hidden file, or one an operating system left behind",
@@ -181,6 +182,28 @@ def sharpness(
     edges = cv2.Laplacian(np.asarray(im.convert("L")), cv2.CV_16S)
     return float(cv2.meanStdDev(edges)[1][0, 0] ** 2)
 
+# %% ../nbs/01_images.ipynb #fbdca1b3
+def pixel_hash(
+    im: Image.Image,  # RGB
+) -> str:  # SHA-256 of size and pixels
+    "The identity of a picture, whatever the file around it."
+    return hashlib.sha256(f"{im.width}x{im.height}:".encode() + im.tobytes()).hexdigest()
+
+
+def perceptual_hashes(
+    im: Image.Image,  # RGB
+) -> list[str]:  # eight of 16 hexadecimal digits, the first for the picture as it is; none for a flat one
+    "Hashes that nearly agree for pictures that look the same, one for each orientation."
+    grey = cv2.resize(np.asarray(im.convert("L")), (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+    if grey.std() < 2:  # grey levels of 255
+        return []
+    hashes = []
+    for side in (grey, grey.T):
+        for turns in range(4):
+            low = np.round(cv2.dct(np.ascontiguousarray(np.rot90(side, turns)))[:8, :8], 2)
+            hashes.append(np.packbits(low > np.median(low)).tobytes().hex())
+    return hashes
+
 # %% ../nbs/01_images.ipynb #d9abd862
 class ImageRecord(BaseModel):
     "What is known about one file after looking at it."
@@ -190,6 +213,8 @@ class ImageRecord(BaseModel):
     width: int = 0  # pixels, after orientation; 0 when the file could not be decoded
     height: int = 0
     sha256: str = ""  # of the file's bytes
+    pixel_sha256: str = ""  # `pixel_hash`
+    phashes: list[str] = []  # `perceptual_hashes`
     sharpness: float | None = None  # variance of the Laplacian
     reason: str | None = None  # a key of `REASONS`; None for an accepted image
     detail: str | None = None  # the value and the threshold, or what the decoder said
@@ -241,6 +266,7 @@ def inspect_image(
         record.sha256 = hashlib.sha256(data).hexdigest()
         im, record.warnings = decode(data)
         record.width, record.height = im.size
+        record.pixel_sha256, record.phashes = pixel_hash(im), perceptual_hashes(im)
         value = sharpness(im)
         record.sharpness = round(value, 2)
         record.reason, record.detail = judge(*im.size, value, min_resolution, blur_threshold)

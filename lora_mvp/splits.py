@@ -81,7 +81,7 @@ def fill_validation(
     total = sum(sizes.values())
     quota = max(1, round((1 - train_ratio) * total)) if len(sizes) > 1 and train_ratio < 1 else 0
     in_val = sum(size for name, size in sizes.items() if past[name] == "val")
-    new = sorted((n for n in sizes if past[n] is None), key=lambda n: hashlib.sha256(f"{seed}|{n}".encode()).digest())
+    new = sorted((n for n in sizes if past[n] is None), key=lambda n: hashlib.sha256(f"{seed}:{n}".encode()).digest())
     most = len(new) if "train" in past.values() else len(new) - 1  # one group stays in train
     chosen = set()
     for name in new:

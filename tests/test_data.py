@@ -20,16 +20,16 @@ from PIL import Image, ImageCms, ImageFilter
 
 from lora_mvp.config import LoraMvpError, load_config
 from lora_mvp.data import (
+    deal,
     load_image,
     parse_manifest,
     portable_name,
     prepare_data,
     read_manifest,
     scan,
-    split_label,
     summary,
 )
-from lora_mvp.images import REASONS, decode, inspect_image, open_rgb
+from lora_mvp.images import REASONS, ImageRecord, decode, inspect_image, open_rgb
 
 
 def picture(seed=0, size=(96, 80)):
@@ -407,16 +407,42 @@ def test_split_depends_on_content_only(tmp_path):
     fill(raw, dog=9)
     second = {r.source_sha256: r.split for r in prepare_data(settings(tmp_path)).images if r.label == "cat"}
     assert second == first and Counter(first.values()) == {"train": 10, "val": 2}
-    third = {r.source_sha256: r.split for r in prepare_data(settings(tmp_path, seed=7)).images if r.label == "cat"}
-    assert third != first
+    other = settings(tmp_path, seed=7)
+    third = {r.source_sha256: r.split for r in prepare_data(other).images if r.label == "cat"}
+    assert third == first  # what was dealt out stays
+    fourth = {r.source_sha256: r.split for r in prepare_data(other, resplit=True).images if r.label == "cat"}
+    assert fourth != first
 
 
-def test_split_always_has_both_sides():
+def test_near_duplicates_stay_together(tmp_path):
+    "Saved again, scaled, mirrored: one group, on one side; a copy that comes later joins it."
+    raw = fill(tmp_path / "raw", cat=10)
+    turned = picture(zlib.crc32(b"cat") + 3).transpose(Image.Transpose.ROTATE_90)
+    turned.resize((160, 192), Image.Resampling.BICUBIC).save(raw / "cat" / "z_turned.jpg", quality=90)
+    manifest = prepare_data(settings(tmp_path))
+    rows = {row.source: row for row in manifest.images}
+    twins = rows["cat/cat_3.png"], rows["cat/z_turned.jpg"]
+    assert twins[0].group == twins[1].group and twins[0].split == twins[1].split
+    assert len({row.group for row in manifest.images}) == 10
+    assert "cat/cat_3.png, cat/z_turned.jpg" in summary(manifest)
+    val = next(row for row in manifest.images if row.split == "val" and row not in twins)
+    train = next(row for row in manifest.images if row.split == "train" and row not in twins)
+    for row in (val, train):  # the file goes, and a copy of it comes back under another name and in another format
+        im = open_rgb(raw / row.source)
+        (raw / row.source).unlink()
+        prepare_data(settings(tmp_path))
+        im.save(raw / "cat" / f"back_{row.split}.jpg", quality=80)
+        now = {r.source: r for r in prepare_data(settings(tmp_path)).images}
+        assert now[f"cat/back_{row.split}.jpg"].split == row.split
+
+
+def test_split_always_has_both_sides(tmp_path):
     for n in range(1, 30):
-        for ratio in (0.01, 0.5, 0.8, 0.9, 0.99, 1.0):
-            counts = Counter(split_label([str(i) for i in range(n)], ratio, 0).values())
+        for ratio in (0.01, 0.5, 0.8, 0.9, 0.99):
+            records = [ImageRecord(path=str(i), label="a", sha256=str(i)) for i in range(n)]
+            counts = Counter(deal(records, {}, ratio, 0, 8)[0].values())
             assert counts["train"] >= 1
-            assert (counts["val"] >= 1) == (n >= 2 and ratio < 1)
+            assert (counts["val"] >= 1) == (n >= 2)
 
 
 def test_captions(tmp_path):
@@ -472,8 +498,13 @@ def test_duplicates(tmp_path):
     raw = fill(tmp_path / "raw", cat=3, dog=3)
     shutil.copy(raw / "cat" / "cat_1.png", raw / "dog" / "a_cat.png")
     manifest = prepare_data(settings(tmp_path))
-    assert [(r.path, r.reason) for r in manifest.rejected] == [("dog/a_cat.png", "duplicate")]
-    assert "cat/cat_1.png" in manifest.rejected[0].detail
+    got = [(r.path, r.reason) for r in manifest.rejected]
+    assert got == [("cat/cat_1.png", "label_conflict"), ("dog/a_cat.png", "label_conflict")]
+    assert "dog/a_cat.png" in manifest.rejected[0].detail and "cat/cat_1.png" in manifest.rejected[1].detail
+    (raw / "dog" / "a_cat.png").unlink()
+    open_rgb(raw / "cat" / "cat_1.png").save(raw / "cat" / "other_bytes.bmp")
+    manifest = prepare_data(settings(tmp_path))
+    assert [(r.path, r.reason) for r in manifest.rejected] == [("cat/other_bytes.bmp", "duplicate")]
 
 
 # ---- errors a user can mend
@@ -587,7 +618,7 @@ def test_manifest_is_always_whole(tmp_path):
     reader = threading.Thread(target=read)
     reader.start()
     for seed in range(5):
-        prepare_data(settings(tmp_path, seed=seed))
+        prepare_data(settings(tmp_path, seed=seed), resplit=True)
     stop.set()
     reader.join()
     assert set(seen) == {6}
