@@ -77,6 +77,7 @@ PICTURES = st.tuples(st.integers(0, MOTIFS - 1), st.integers(-1, 4))
 CHANGES = st.one_of(
     st.tuples(st.just("add"), PICTURES, st.sampled_from("ab")),
     st.tuples(st.just("add"), PICTURES, st.sampled_from("ab")),
+    st.tuples(st.sampled_from(["remove", "put back"]), st.integers(0, 1000)),
     st.tuples(st.sampled_from(["remove", "put back", "rename", "copy", "relabel"]), st.integers(0, 1000)),
 )
 
@@ -105,7 +106,7 @@ def change(folder, step, what, which, label="a"):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    batches=st.lists(st.lists(CHANGES, min_size=1, max_size=8), min_size=1, max_size=10),
+    batches=st.lists(st.lists(CHANGES, min_size=2, max_size=8), min_size=6, max_size=12),
     train_ratio=st.sampled_from([0.5, 0.8, 0.9]),
     seed=st.integers(0, 3),
     keeps_hashes=st.booleans(),
@@ -203,7 +204,12 @@ def test_validation_follows_train_for_good():
 def test_the_label_of_the_smallest_image_counts():
     labels = {"a": "cat", "b": "dog", "c": "dog", "d": "cat"}
     groups = {"c": "c", "b": "a", "d": "d", "a": "a"}  # a and b together count as two cats
-    assert split_groups(labels, groups, {"a": "train"}, 0.5, 0) == {"a": "train", "b": "train", "c": "train", "d": "val"}
+    assert split_groups(labels, groups, {"a": "train"}, 0.5, 0) == {
+        "a": "train",
+        "b": "train",
+        "c": "train",
+        "d": "val",
+    }
 
 
 def test_a_new_start_forgets():
