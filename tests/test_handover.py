@@ -184,14 +184,15 @@ def listed(folder: Path, *rows: dict) -> Manifest:
 
 
 @pytest.mark.parametrize("to", FORMS)
-def test_empty_captions_missing_labels_and_groups(tmp_path, to):
+def test_odd_captions_and_missing_labels(tmp_path, to):
     for name in ("a", "b"):
         drawing(ord(name)).save(tmp_path / f"{name}.png")
     rows = [{"image": f"{name}.png", "caption": "x", "split": "train"} for name in "ab"]
     manifest = listed(tmp_path, *rows)
-    manifest.images[0] = manifest.images[0].model_copy(update={"caption": ""})
+    for k, caption in enumerate(["", "two\nlines"]):  # a manifest that somebody else wrote
+        manifest.images[k] = manifest.images[k].model_copy(update={"caption": caption})
     out = export_data(manifest, to, tmp_path / "out")
-    assert sorted(read_back(out, to).values()) == ["", "x"]
+    assert sorted(read_back(out, to).values()) == ["", "two lines"]
     assert not (out / "val").exists()
     if to == "kohya":
         assert (out / "train" / "1_unlabelled" / "a.txt").read_bytes() == b"\n"
