@@ -132,7 +132,7 @@ def wheel():
         venv.create(folder / "venv", with_pip=True)
         scripts = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
         run(scripts / "python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", built, cwd=folder)
-        demo = (scripts / "lora-mvp", "demo", "--out", folder / "demo", "--steps", "60")  # tests/ runs it in full
+        demo = (scripts / "lora-mvp", "demo", "--out", folder / "demo", "--steps", "20")  # tests/ runs it in full
         run(*demo, cwd=folder, PATH=os.defpath, PYTHONPATH="")
         if not (folder / "demo" / "before_after.png").is_file():
             raise Failed("lora-mvp demo ended well but wrote no before_after.png")
