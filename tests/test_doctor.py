@@ -39,9 +39,23 @@ def manifest(tmp_path_factory):
     return folder / "out" / "manifest.json"
 
 
+@pytest.fixture(scope="module")
+def estimates():
+    """The memory of a base that no test spoils is worked out once for all tests."""
+    known = {}
+
+    def estimate(folder, device="cpu", variants=2):
+        if folder != asset("tiny"):
+            return Estimate(folder, device, variants)
+        return known.setdefault((device, variants), Estimate(folder, device, variants))
+
+    return estimate
+
+
 @pytest.fixture
-def look(tmp_path):
+def look(tmp_path, monkeypatch, estimates):
     """The doctor on `tiny` with some settings changed; findings of a level as text."""
+    monkeypatch.setattr("lora_mvp.doctor.Estimate", estimates)
 
     def run(manifest=None, memory=PLENTY, device="cpu", **training):
         training = {"pretrained_model": "tiny", "output_dir": tmp_path / "run", "resolution": 64, **training}
@@ -65,7 +79,8 @@ def only(findings, topic, *words):
         assert word in findings[0].text, findings[0].text
 
 
-def test_a_good_run_has_no_errors_and_is_quick(look, manifest):
+def test_a_good_run_has_no_errors_and_is_quick(look, manifest, monkeypatch):
+    monkeypatch.setattr("lora_mvp.doctor.Estimate", Estimate)  # with nothing known beforehand
     start = time.process_time()
     found = look(manifest, max_train_steps=60, lr_warmup_steps=5, checkpointing_steps=20)
     assert time.process_time() - start < 10

@@ -332,8 +332,9 @@ def test_random_bases_follow_from_their_seed(bases, tmp_path):
     state = torch.get_rng_state()
     same, other = random_base("sd1", tmp_path / "a"), random_base("sd1", tmp_path / "b", seed=1)
     assert torch.equal(torch.get_rng_state(), state)
+    pipes = [load_base(str(f)) for f in (bases["sd1"], same, other)]
     for part in ("unet", "vae", "text_encoder"):
-        first, again, different = (weights_hash(getattr(load_base(str(f)), part)) for f in (bases["sd1"], same, other))
+        first, again, different = (weights_hash(getattr(pipe, part)) for pipe in pipes)
         assert first == again != different
 
 
