@@ -8,7 +8,7 @@ __all__ = ['PLACEHOLDERS', 'SIDECARS', 'CLIP_WORDS', 'CAPTIONERS', 'GENERATION',
            'length_warnings', 'random_blip', 'find_captioner', 'captioner_kind', 'files_hash', 'AutoCaptioner',
            'load_captioner', 'caption_images', 'read_captions', 'AutoCaptions']
 
-# %% ../nbs/01b_captions.ipynb #980f202f
+# %% ../nbs/01b_captions.ipynb #42948169
 import codecs
 import hashlib
 import json
@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from .config import LoraMvpError, atomic_write
 from .images import open_rgb, printable, read_regular
 
-# %% ../nbs/01b_captions.ipynb #601887a4
+# %% ../nbs/01b_captions.ipynb #690ba3bc
 PLACEHOLDERS = ("label", "trigger", "stem")
 
 
@@ -39,7 +39,7 @@ def as_words(
     text = "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in unicodedata.normalize("NFC", text))
     return " ".join(text.split())
 
-# %% ../nbs/01b_captions.ipynb #269483b1
+# %% ../nbs/01b_captions.ipynb #1cd6e3fe
 def render_caption(
     template: str,  # such as `A photo of {label}`
     label: str,  # folder name
@@ -62,7 +62,7 @@ def render_caption(
     except (ValueError, KeyError, IndexError) as e:
         raise LoraMvpError("caption_template", f"data.caption_template {template!r}: {e}; known are {known}") from e
 
-# %% ../nbs/01b_captions.ipynb #b95dc65d
+# %% ../nbs/01b_captions.ipynb #5ef7326a
 SIDECARS = (".txt", ".caption")  # the first with content wins
 
 
@@ -83,7 +83,7 @@ def read_sidecar(
         return text, f"{name} is not all UTF-8: some letters became \ufffd; save it as UTF-8"
     return text, None if text else f"{name} is empty"
 
-# %% ../nbs/01b_captions.ipynb #306efa98
+# %% ../nbs/01b_captions.ipynb #4abb4251
 def with_trigger(
     caption: str,
     trigger: str,  # may be empty
@@ -117,7 +117,7 @@ def caption_of(
         return with_trigger(automatic, trigger), "automatic", warning
     return render_caption(template, label, path.stem, trigger), "template", warning
 
-# %% ../nbs/01b_captions.ipynb #fdd2c77b
+# %% ../nbs/01b_captions.ipynb #7cd59458
 CLIP_WORDS = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\w\s]|_)+")  # CLIP's pattern, for `re`
 
 
@@ -127,7 +127,7 @@ def words_and_marks(
     "A lower bound of CLIP's tokens, start and end not counted: its words, digits and runs of marks."
     return len(CLIP_WORDS.findall(unicodedata.normalize("NFC", caption).lower()))
 
-# %% ../nbs/01b_captions.ipynb #42c0e9e6
+# %% ../nbs/01b_captions.ipynb #e72ed949
 def caption_tokenizer(
     base: str = "",  # training.pretrained_model: `tiny`, a folder, a hub id or a file
 ) -> Any | None:  # a tokenizer of transformers; None when it is not on this machine
@@ -136,18 +136,19 @@ def caption_tokenizer(
 
     base = str(resources.files("lora_mvp") / "assets" / "tiny") if base == "tiny" else str(base)
     folder = Path(base) / "tokenizer"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not folder.is_dir():
-        folder = Path(try_to_load_from_cache(base, "tokenizer/tokenizer_config.json") or "").parent
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    from transformers import CLIPTokenizer
-
     try:
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not folder.is_dir():
+            cached = try_to_load_from_cache(base, "tokenizer/tokenizer_config.json")
+            folder = Path(cached).parent if isinstance(cached, str) else folder
+        if not (folder / "tokenizer_config.json").is_file():
+            return None
+        from transformers import CLIPTokenizer
+
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError):  # not the tokenizer of a base that we train
+    except (OSError, ValueError):  # no name of the hub, or not the tokenizer of a base that we train
         return None
 
-# %% ../nbs/01b_captions.ipynb #2d51860f
+# %% ../nbs/01b_captions.ipynb #bf8e80d1
 def too_long(
     captions: list[str],
     tokenizer: Any | None,  # of the base; None counts with `words_and_marks`
@@ -171,7 +172,7 @@ def length_warnings(
     end = f"tokens, {limit} are read; shorten it, its end is cut off"
     return [(k, f"the caption has {about}{count} {end}") for k, count in too_long(captions, tokenizer)]
 
-# %% ../nbs/01b_captions.ipynb #cabc97cf
+# %% ../nbs/01b_captions.ipynb #0a5a1c44
 def random_blip(
     folder: Path,  # is made
     seed: int = 0,
@@ -208,7 +209,7 @@ def _save_random(model: Any, folder: Path, seed: int) -> None:
                 value.normal_(0, 0.5, generator=generator)
     model.save_pretrained(folder)
 
-# %% ../nbs/01b_captions.ipynb #e5bce9dd
+# %% ../nbs/01b_captions.ipynb #bfbfac06
 CAPTIONERS = {  # config.model_type -> names in transformers, what the model is asked
     "blip": ("BlipForConditionalGeneration", "BlipProcessor", ""),
     "florence2": ("Florence2ForConditionalGeneration", "Florence2Processor", "<CAPTION>"),
@@ -241,7 +242,7 @@ def find_captioner(
         raise LoraMvpError("captioner_unsafe", text + advice)
     return folder
 
-# %% ../nbs/01b_captions.ipynb #73b58819
+# %% ../nbs/01b_captions.ipynb #542a38dd
 def captioner_kind(
     folder: Path,  # from `find_captioner`
 ) -> str:  # a key of `CAPTIONERS`
@@ -259,7 +260,7 @@ def captioner_kind(
         raise LoraMvpError("captioner_unsupported", f"{text}, such as florence-community/Florence-2-base.")
     return kind
 
-# %% ../nbs/01b_captions.ipynb #98266590
+# %% ../nbs/01b_captions.ipynb #8c43f182
 def files_hash(
     folder: Path,  # of a model
 ) -> str:
@@ -314,7 +315,7 @@ class AutoCaptioner:
             tokens = model.generate(**inputs, **GENERATION)
         return [as_words(said) for said in processor.batch_decode(tokens, skip_special_tokens=True)]
 
-# %% ../nbs/01b_captions.ipynb #21c93305
+# %% ../nbs/01b_captions.ipynb #8c274f78
 def load_captioner(
     folder: Path,  # from `find_captioner`
     kind: str,  # from `captioner_kind`
@@ -338,7 +339,7 @@ def load_captioner(
         raise LoraMvpError("captioner_unreadable", f"{text}. Copy or download it again.")
     return processor, model.eval().to(device)
 
-# %% ../nbs/01b_captions.ipynb #3f6298e0
+# %% ../nbs/01b_captions.ipynb #8d9f1911
 def caption_images(
     paths: Iterable[Path],  # images that can be opened
     captioner: AutoCaptioner,
@@ -352,7 +353,7 @@ def caption_images(
             yield from zip(batch, captioner([open_rgb(path) for path in batch]), strict=True)
             bar.update(len(batch))
 
-# %% ../nbs/01b_captions.ipynb #980abcfe
+# %% ../nbs/01b_captions.ipynb #f71e0745
 CAPTIONS_VERSION = 1
 
 
@@ -375,7 +376,7 @@ def read_captions(
         text = f"{file} was not written by this version or is damaged ({type(e).__name__}: {e}); move it away"
         raise LoraMvpError("captions_unreadable", text) from e
 
-# %% ../nbs/01b_captions.ipynb #0e6bab9d
+# %% ../nbs/01b_captions.ipynb #601702c6
 class AutoCaptions:
     "The captions of one captioner for the images of one folder, in a file."
 
@@ -419,6 +420,6 @@ class AutoCaptions:
 
     def save(self) -> None:
         "Write the file; the same captions give the same bytes."
-        key = lambda entry: json.dumps([entry["model"], entry["revision"], entry["params"]], sort_keys=True)  # noqa: E731
-        content = {"schema_version": CAPTIONS_VERSION, "captioners": sorted(self.entries, key=key)}
+        entries = sorted(self.entries, key=lambda entry: json.dumps(entry | {"captions": 0}, sort_keys=True))
+        content = {"schema_version": CAPTIONS_VERSION, "captioners": entries}
         atomic_write(self.file, json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
