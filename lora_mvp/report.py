@@ -214,32 +214,32 @@ ALIKE = ("near_duplicate", "duplicate", "label_conflict")
 
 
 def named_path(
-    detail: str,  # such as `the same bytes as cat/1.png`
-    known: dict[str, str] | set[str],  # paths
+    detail: str,  # such as `the same picture as cat/1.png; keep one of them`
+    known: dict[str, str],  # by path
 ) -> str:  # empty when there is none
-    "The path at the end of a sentence."
-    places = [i + 1 for i, c in enumerate(detail) if c == " "]
-    return next((detail[i:] for i in places if detail[i:] in known), "")
+    "The path that a sentence, or its first part, ends with."
+    sentences = [detail, *(detail[:i] for i, c in enumerate(detail) if c == ";")]
+    ends = (part[i + 1 :] for part in sentences for i, c in enumerate(part) if c == " ")
+    return next((end for end in ends if end in known), "")
 
 
 def alike(
     manifest: Manifest,
 ) -> list[list[Entry]]:  # the largest group first
     "Groups of at least two files that show the same, or are rejected for it."
-    found, of_path, of_pixels = defaultdict(list), {}, {}
+    found, of_pixels = defaultdict(list), {}
     everything = entries(manifest)
+    of_path = {e.path: (e.row.group if e.row is not None else "") or e.path for e in everything}
     for entry in (e for e in everything if e.row is not None):
-        key = entry.row.group or entry.path
-        found[key].append(entry)
-        of_path[entry.path] = key
+        found[of_path[entry.path]].append(entry)
         if entry.facts is not None:
-            of_pixels[entry.facts.pixel_sha256] = key
+            of_pixels[entry.facts.pixel_sha256] = of_path[entry.path]
     copies = [e for e in everything if e.row is None and any(r.code in ALIKE for r in e.reasons)]
     for entry in copies:
+        named = next((p for r in entry.reasons if (p := named_path(r.detail, of_path))), entry.path)
         pixels = entry.facts.pixel_sha256 if entry.facts is not None else entry.path
-        named = next((of_path[p] for r in entry.reasons if (p := named_path(r.detail, of_path))), None)
-        key = of_path[entry.path] = of_pixels.setdefault(pixels, named or pixels)
-        found[key].append(entry)
+        of_path[entry.path] = of_pixels.setdefault(pixels, of_path[named])
+        found[of_path[entry.path]].append(entry)
     shown = {of_path[e.path] for e in copies}
     groups = [group for key, group in found.items() if len(group) > 1 or key in shown]
     return sorted(groups, key=lambda group: (-len(group), group[0].path))
