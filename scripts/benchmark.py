@@ -13,7 +13,7 @@ import time
 import torch
 
 from lora_mvp.config import load_config
-from lora_mvp.data import read_manifest
+from lora_mvp.manifest import read_manifest
 from lora_mvp.train import Trainer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -19,16 +19,8 @@ import pytest
 from PIL import Image, ImageCms, ImageFilter
 
 from lora_mvp.config import LoraMvpError, load_config
-from lora_mvp.data import (
-    deal,
-    load_image,
-    parse_manifest,
-    portable_name,
-    prepare_data,
-    read_manifest,
-    scan,
-    summary,
-)
+from lora_mvp.data import deal, load_image, portable_name, prepare_data, scan, summary
+from lora_mvp.manifest import parse_manifest, read_manifest
 from lora_mvp.images import REASONS, ImageRecord, decode, inspect_image, open_rgb
 
 

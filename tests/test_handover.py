@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lora_mvp.config import LoraMvpError, load_config
-from lora_mvp.data import Manifest, ManifestImage, prepare_data, read_manifest
-from lora_mvp.handover import export_data, manifest_schema, place_of, read_back, rows_of_list
+from lora_mvp.data import prepare_data
+from lora_mvp.manifest import Manifest, ManifestImage, read_manifest
+from lora_mvp.handover import export_data, place_of, read_back
+from lora_mvp.manifest import manifest_schema, rows_of_list
 from lora_mvp.images import open_rgb
 
 FORMS = ("hf", "kohya")

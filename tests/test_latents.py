@@ -243,7 +243,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from lora_mvp.config import load_config
-from lora_mvp.data import read_manifest
+from lora_mvp.manifest import read_manifest
 from lora_mvp.latents import encode_images, sources
 from lora_mvp.models import load_base
 manifest, cache, out, ready, go = map(Path, sys.argv[1:])

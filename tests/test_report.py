@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from lora_mvp.config import TrainingConfig
-from lora_mvp.data import as_words
+from lora_mvp.captions import as_words
 from lora_mvp.report import PER_REASON, POLICY, contact_sheet, rejected_csv, report_html, write_report
 
 HOSTILE = [
