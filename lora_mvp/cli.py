@@ -40,8 +40,8 @@ def cmd_prepare_data(args: argparse.Namespace) -> None:
 
 def cmd_export_data(args: argparse.Namespace) -> None:
     "Write prepared data for another trainer, and read back what was written."
-    from lora_mvp.data import read_manifest
     from lora_mvp.handover import export_data
+    from lora_mvp.manifest import read_manifest
 
     out = export_data(read_manifest(_manifest(args)), args.to, args.out)
     hint = {"hf": f'load_dataset("imagefolder", data_dir="{args.out}")', "kohya": "needs --caption_extension .txt"}
@@ -58,7 +58,7 @@ def _manifest(args: argparse.Namespace) -> Path | None:
 
 def cmd_train(args: argparse.Namespace) -> None:
     "Train a LoRA on a manifest."
-    from lora_mvp.data import read_manifest
+    from lora_mvp.manifest import read_manifest
 
     config, manifest = _config(args), _manifest(args)
     if args.extend and not args.resume:

@@ -116,14 +116,14 @@ def _known_fields(template: str) -> str:
         fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
     except ValueError as error:
         raise ValueError(f"has a brace that does not match ({error}); write {{{{ or }}}} for a brace itself") from None
-    if unknown := fields - {"label", "stem"}:
+    if unknown := fields - {"label", "trigger", "stem"}:
         names = ", ".join(f"{{{name}}}" for name in sorted(unknown))
-        raise ValueError(f"has the placeholder {names}; there are {{label}} and {{stem}}")
+        raise ValueError(f"has the placeholder {names}; there are {{label}}, {{trigger}} and {{stem}}")
     return template
 
 
 def _plain_fields(template: str) -> str:
-    template.format(label="x", stem="x")  # refuses what only looks right, such as {label!z} or {label:d}
+    template.format(label="x", trigger="x", stem="x")  # refuses what only looks right, such as {label!z} or {label:d}
     return template
 
 # %% ../nbs/00_config.ipynb #79462acc
@@ -177,8 +177,15 @@ class DataConfig(_Section):
     raw_data_dir: PathKey = Field(Path("data/raw"), description="folder with one folder of images per label")
     processed_dir: PathKey = Field(Path("data/processed"), description="where prepared images and the manifest go")
     caption_template: Template = Field(
-        "A photo of {label}", description="caption; {label} is the folder, {stem} the file name"
+        "A photo of {label}", description="caption of images without a text: {label} folder, {trigger}, {stem} file"
     )
+    trigger: str = Field("", description="word that calls the new thing; {trigger} in the template")
+    captioner: ModelKey | None = Field(None, description="BLIP or Florence-2 that writes captions: hub id or folder")
+    captioner_revision: str | None = Field(None, description="branch, tag or commit of captioner; null: main")
+    materialise: Literal["process", "copy", "link"] = Field(
+        "process", description="process: cut and scale to PNG; copy: same bytes; link: hard links"
+    )
+    aspect_buckets: bool = Field(False, description="process to buckets of about the image's shape, not to squares")
     near_duplicate_bits: Annotated[int, Field(ge=0, le=16)] | None = Field(
         8, description="hashes so near (bits of 64) keep images on one side of the split; null: off"
     )

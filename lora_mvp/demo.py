@@ -17,10 +17,11 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFilter
 
 from .config import AppConfig, LoraMvpError, atomic_write, load_config
-from .data import Manifest, prepare_data, summary
+from .data import prepare_data, summary
 from .eval import Metrics, score, scorer_for, table
 from .images import open_rgb
 from .infer import load_run, render
+from .manifest import Manifest
 from .models import asset
 from .runs import RunFolder, RunRecord
 from .train import train

@@ -41,8 +41,8 @@ from transformers.utils.versions import require_version
 
 from .adapters import add_lora
 from .config import AppConfig, LoraMvpError, TrainingConfig
-from .data import Manifest, read_manifest
 from .latents import Plan, frame_of, picture_variants, plan_arithmetic, regularization_sources
+from .manifest import Manifest, read_manifest
 from lora_mvp.models import (
     FAMILIES,
     check_file,

@@ -50,6 +50,9 @@ REASONS = {
     "duplicate": "the same picture as another image of the label",
     "label_conflict": "the same picture lies under another label",
     "near_duplicate": "looks the same as another image; they stay on one side of the split",
+    "caption_file": "the text beside the image was not used as it is",
+    "caption_too_long": "more words than the text encoder reads; the end is cut off",
+    "left_out": "left out by hand, in overrides.json",
     "no_label": "lies outside a label folder",
     "not_an_image": "some other kind of file",
     "hidden": "a hidden file, or one an operating system left behind",
@@ -300,6 +303,7 @@ class ImageRecord(BaseModel):
     bytes: int = 0
     format: str = ""
     sha256: str = ""  # of the file's bytes
+    notes: list[str] = []  # what had to be done to the picture
     facts: Facts | None = None
 
     def add(self, code: str, severity: str, detail: str = "", **numbers: float) -> None:
@@ -391,7 +395,8 @@ def judge(
     data: DataConfig,
 ) -> ImageRecord:
     "What follows from a look under the settings."
-    known = {"bytes": found.bytes, "format": found.format, "sha256": found.sha256, "facts": found.facts}
+    known = {"bytes": found.bytes, "format": found.format, "sha256": found.sha256, "notes": found.notes}
+    known["facts"] = found.facts
     record = ImageRecord(path=printable(path), label=label, **known)
     if found.code:
         other = found.code == "unreadable" and found.sha256 and claimed_format(path) is None

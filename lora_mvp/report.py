@@ -25,9 +25,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from .captions import as_words
 from .config import LoraMvpError, TrainingConfig, atomic_write
-from .data import Manifest, ManifestImage, as_words, leaves_folder, png_bytes
 from .images import REASONS, open_rgb
+from .manifest import Manifest, ManifestImage, leaves_folder
+from .storage import png_bytes
 
 # %% ../nbs/03_report.ipynb #a1b02c45
 class Entry(NamedTuple):

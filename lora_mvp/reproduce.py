@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from .adapters import WEIGHTS
 from .config import AppConfig, LoraMvpError, atomic_write
-from .data import read_manifest
+from .manifest import read_manifest
 from .runs import RunFolder, RunRecord, dataset_hash, read_run
 from .train import train
 

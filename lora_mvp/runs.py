@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from .checkpoints import checkpoints
 from .config import AppConfig, LoraMvpError, atomic_write, derive_seed
-from .data import Manifest
+from .manifest import Manifest
 
 # %% ../nbs/08a_runs.ipynb #36a086e1
 class RunFolder:

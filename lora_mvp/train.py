@@ -44,7 +44,6 @@ from lora_mvp.checkpoints import (
     save_checkpoint,
 )
 from .config import AppConfig, LoraMvpError, atomic_write, derive_seed
-from .data import Manifest, read_manifest
 from .exports import certify, export_fused, write_kohya
 from lora_mvp.latents import (
     LatentSet,
@@ -56,6 +55,7 @@ from lora_mvp.latents import (
     regularization_sources,
     sources,
 )
+from .manifest import Manifest, read_manifest
 from lora_mvp.models import (
     base_revision,
     encode_text,

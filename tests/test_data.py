@@ -19,9 +19,10 @@ import pytest
 from PIL import Image, ImageCms, ImageFilter
 
 from lora_mvp.config import LoraMvpError, load_config
-from lora_mvp.data import deal, load_image, portable_name, prepare_data, scan, summary
-from lora_mvp.manifest import parse_manifest, read_manifest
+from lora_mvp.data import deal, load_image, prepare_data, scan, summary
 from lora_mvp.images import REASONS, ImageRecord, decode, inspect_image, open_rgb
+from lora_mvp.manifest import parse_manifest, read_manifest
+from lora_mvp.storage import portable_name
 
 
 def picture(seed=0, size=(96, 80)):

@@ -16,10 +16,9 @@ from PIL import Image
 
 from lora_mvp.config import LoraMvpError, load_config
 from lora_mvp.data import prepare_data
-from lora_mvp.manifest import Manifest, ManifestImage, read_manifest
 from lora_mvp.handover import export_data, place_of, read_back
-from lora_mvp.manifest import manifest_schema, rows_of_list
 from lora_mvp.images import open_rgb
+from lora_mvp.manifest import Manifest, ManifestImage, manifest_schema, read_manifest, rows_of_list
 
 FORMS = ("hf", "kohya")
 

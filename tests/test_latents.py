@@ -22,11 +22,9 @@ from PIL import Image
 from lora_mvp.config import LoraMvpError, load_config
 from lora_mvp.data import prepare_data
 from lora_mvp.latents import (
-    OBLONG,
     Plan,
     Source,
     TextTable,
-    bucket_of,
     cache_folder,
     caption_variants,
     encode_images,
@@ -36,6 +34,7 @@ from lora_mvp.latents import (
     unpack,
 )
 from lora_mvp.models import encode_text, granularity, load_base, random_base, unet_arguments
+from lora_mvp.storage import OBLONG, bucket_of
 
 SIZES = [(96, 64), (64, 96), (80, 80), (128, 64), (70, 100), (90, 90), (100, 66), (66, 130)]
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_mvp.config import TrainingConfig
 from lora_mvp.captions import as_words
+from lora_mvp.config import TrainingConfig
 from lora_mvp.report import PER_REASON, POLICY, contact_sheet, rejected_csv, report_html, write_report
 
 HOSTILE = [
