@@ -43,7 +43,16 @@ from .config import AppConfig, DataConfig, LoraMvpError, atomic_write
 from .images import REASONS, ImageRecord, claimed_format, judge, open_rgb, printable
 from .manifest import Manifest, ManifestImage, Seen, parse_manifest, read_manifest
 from .splits import group, near_duplicates, remember, split_groups
-from .storage import place_bytes, portable_name, square, store, target_size, true_ending, unique_name
+from lora_mvp.storage import (
+    place_bytes,
+    portable_name,
+    remove_unfinished,
+    square,
+    store,
+    target_size,
+    true_ending,
+    unique_name,
+)
 from .survey import survey
 
 try:
@@ -431,7 +440,9 @@ def make_rows(
     files = name_files(accepted, splits, modes)
     earlier = {row.file: row for row in before.images} if before else {}
     ours = earlier.keys() | pending_files(out)
-    atomic_write(state_file(out, "pending.json"), json.dumps(sorted({*files, *ours} - earlier.keys())))
+    remove_unfinished({out / file for file in {*ours, "manifest.json", ".prepare/pending.json"}})
+    new = {file for file in files if not os.path.lexists(out / file)}  # what lies there already is not ours
+    atomic_write(state_file(out, "pending.json"), json.dumps(sorted((ours | new) - earlier.keys())))
     decide = ("image_size", "aspect_buckets", "background", "materialise")
     same_settings = before is not None and all(before.config.get(k) == getattr(data, k) for k in decide)
     rows, work = [], zip(accepted, captions, modes, files, strict=True)

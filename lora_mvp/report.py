@@ -286,8 +286,8 @@ class Metric(NamedTuple):
 METRICS = (
     Metric("Shorter side, pixels", lambda f: min(f.width, f.height), ("min_resolution",), ("too_small",)),
     Metric(
-        "Sharpness, long side at 512",
-        lambda f: f.sharpness_512,
+        "Sharpness",
+        lambda f: f.sharpness,
         ("blur_threshold",),
         ("blurry",),
         lambda v: math.log10(1 + max(v, 0)),
@@ -295,12 +295,12 @@ METRICS = (
     ),
     Metric("Brightness, 0 to 255", lambda f: f.brightness, (), ("too_dark", "too_bright")),
     Metric(
-        "Width to height",
-        lambda f: f.width / f.height,
-        (),
-        (),
+        "Longer side to shorter side",
+        lambda f: max(f.width, f.height) / min(f.width, f.height),
+        ("max_aspect",),
+        ("too_oblong",),
         lambda v: math.log2(v),
-        {1 / 4: "1:4", 1 / 3: "1:3", 1 / 2: "1:2", 2 / 3: "2:3", 1: "1:1", 3 / 2: "3:2", 2: "2:1", 3: "3:1", 4: "4:1"},
+        {1: "1:1", 4 / 3: "4:3", 3 / 2: "3:2", 2: "2:1", 3: "3:1", 4: "4:1", 8: "8:1"},
     ),
 )
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OBLONG', 'ENDINGS', 'crop_box', 'crop_to', 'square', 'bucket_of', 'portable_name', 'unique_name', 'place_bytes',
-           'place_link', 'png_bytes', 'true_ending', 'target_size', 'store']
+           'place_link', 'remove_unfinished', 'png_bytes', 'true_ending', 'target_size', 'store']
 
 # %% ../nbs/01e_storage.ipynb #37f514fd
 import hashlib
@@ -13,6 +13,7 @@ import math
 import os
 import re
 import unicodedata
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,6 +148,20 @@ def place_link(
         return True
     except OSError:  # another device, a file system without links, too many links
         return False
+
+# %% ../nbs/01e_storage.ipynb #5ac4d68d
+def remove_unfinished(
+    paths: set[Path],  # files that were being written
+) -> None:
+    "Remove what a killed run of ours left of these files."
+    names = defaultdict(set)
+    for path in paths:
+        names[path.parent].add(path.name)
+    for folder, wanted in names.items():
+        for left in folder.glob(".*") if folder.is_dir() else ():
+            found = re.fullmatch(r"\.(.+)\.(?:[0-9a-f]{8}\.tmp|[0-9]+\.link)", left.name)
+            if found and found[1] in wanted:
+                left.unlink()
 
 # %% ../nbs/01e_storage.ipynb #9e0ec052
 def png_bytes(

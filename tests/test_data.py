@@ -1,5 +1,7 @@
 "What the data chapters promise and a notebook cannot show: hostile files, time limits, foreign files, other processes."
 
+import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -18,11 +20,25 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFilter
 
-from lora_mvp.config import LoraMvpError, load_config
-from lora_mvp.data import deal, load_image, prepare_data, scan, summary
-from lora_mvp.images import REASONS, ImageRecord, decode, inspect_image, open_rgb
+from lora_mvp.config import DataConfig, LoraMvpError, load_config
+from lora_mvp.data import (
+    Override,
+    check_data,
+    deal,
+    group_images,
+    load_image,
+    locked,
+    prepare_data,
+    scan,
+    summary,
+    write_overrides,
+)
+from lora_mvp.images import REASONS, ImageRecord, decode, facts_of, inspect_image, open_rgb
 from lora_mvp.manifest import parse_manifest, read_manifest
 from lora_mvp.storage import portable_name
+
+FLAT = facts_of(Image.new("RGB", (8, 8)))
+LOOSE = DataConfig(min_resolution=64, checks={"rotated": "warn", "had_alpha": "warn", "16bit": "warn", "cmyk": "warn"})
 
 
 def picture(seed=0, size=(96, 80)):
@@ -48,8 +64,8 @@ def settings(tmp_path, **keys):
 
 
 def tree(folder):
-    "Every file of a folder with the hash of its bytes."
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    "Every file of a folder with the hash of its bytes; what prepare_data keeps for itself does not count."
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and ".prepare" not in p.parts)
     return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
@@ -83,6 +99,14 @@ def encoded(im, fmt="PNG", **kwargs):
 # ---- one image
 
 
+def text_bomb(png):
+    "A PNG whose compressed comment unpacks to 200 MB."
+    body = b"zTXtComment\0\0" + zlib.compress(bytes(200_000_000))
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    return png[:33] + chunk + png[33:]
+
+
+@functools.cache
 def zoo():
     "Hostile files: name -> bytes, expected reason."
     im, other = picture(0), picture(1)
@@ -127,17 +151,33 @@ def zoo():
         "flat.png": (encoded(Image.new("RGB", (96, 96), "red")), "blurry"),
         "broken_exif.jpg": (encoded(im, "JPEG", exif=b"Exif\0\0garbage"), None),
         "broken_icc.png": (encoded(im, icc_profile=b"not a profile"), None),
+        "good.avif": (encoded(im, "AVIF", quality=95), None),
+        "good.ppm": (encoded(im, "PPM"), None),
+        "grey.png": (encoded(im.convert("L")), None),
+        "one_bit.png": (encoded(im.convert("1")), None),
+        "see_through.png": (encoded(Image.new("RGBA", (96, 96), (9, 9, 9, 0))), "blurry"),
+        "animation_of_one.gif": (encoded(im, "GIF", save_all=True), None),
+        "lab.tif": (encoded(Image.new("LAB", (96, 96)), "TIFF"), "unsupported_mode"),
+        "strip.png": (encoded(picture(0, (640, 80))), "too_oblong"),
+        "zeros.jpg": (bytes(5000), "unreadable"),
+        "noise.png": (np.random.default_rng(0).bytes(5000), "unreadable"),
+        "._photo.jpg": (b"\0\5\x16\7" + bytes(100), "hidden"),
+        "Thumbs.db": (b"\xd0\xcf\x11\xe0" + bytes(100), "hidden"),
+        "text_bomb.png": (text_bomb(png), "unreadable"),
+        "bad_checksum.png": (png[:60] + bytes([png[60] ^ 255]) + png[61:], "unreadable"),
+        "no_end.jpg": (jpeg[:-2], "unreadable"),
     }
 
 
 def test_zoo(tmp_path):
+    assert len(zoo()) >= 48
     for name, (data, expected) in zoo().items():
         (tmp_path / name).write_bytes(data)
-        record = inspect_image(tmp_path / name, min_resolution=64)
-        assert (name, record.reason) == (name, expected), record
+        record = inspect_image(tmp_path / name, data=LOOSE)
+        assert (name, record.reason) == (name, None if expected == "hidden" else expected) or name[0] in ".T", record
         assert expected is None or (record.detail and expected in REASONS)
         assert str(tmp_path) not in (record.detail or "") and "0x" not in (record.detail or "")
-        if expected is not None and expected not in ("too_small", "blurry"):
+        if expected is not None and expected not in ("too_small", "too_oblong", "blurry", "hidden"):
             assert code(open_rgb, tmp_path / name) in (expected, "unreadable")
 
 
@@ -148,7 +188,7 @@ def test_details_hold_value_and_threshold(tmp_path):
         "bomb.png": ("400,000,000", "64,000,000"),
     }.items():
         (tmp_path / name).write_bytes(zoo()[name][0])
-        record = inspect_image(tmp_path / name, min_resolution=64)
+        record = inspect_image(tmp_path / name, data=LOOSE)
         assert all(part in record.detail for part in parts), record.detail
 
 
@@ -168,8 +208,8 @@ def test_notes(tmp_path):
     }
     for name, (data, notes, size) in cases.items():
         (tmp_path / name).write_bytes(data)
-        record = inspect_image(tmp_path / name, min_resolution=64)
-        assert (record.reason, record.warnings, (record.width, record.height)) == (None, notes, size)
+        record = inspect_image(tmp_path / name, data=LOOSE)
+        assert (record.reason, record.warnings, (record.facts.width, record.facts.height)) == (None, notes, size)
 
 
 def wide_gamut():
@@ -259,20 +299,21 @@ def test_hostile_folder(tmp_path, copy):
     before = tree(raw)
     manifest = prepare_data(settings(tmp_path), copy=copy)
     assert tree(raw) == before
-    seen = [r.path for r in manifest.rejected] + [row.source for row in manifest.images]
+    seen = [r.path for r in [*manifest.rejected, *manifest.ignored]] + [row.source for row in manifest.images]
     expected = {f"zoo/{n}" for n in [*files, "pipe.png", ".DS_Store"]} | {"linked_label", ".git", "lost.png"}
     assert sorted(seen) == sorted(expected)
-    reasons = {r.path: r.reason for r in manifest.rejected}
+    reasons = {r.path: r.reason for r in [*manifest.rejected, *manifest.ignored]}
     for name, (_, reason) in files.items():
         assert reasons.get(f"zoo/{name}") in (reason, "duplicate"), name
     assert reasons["lost.png"] == "no_label" and reasons["linked_label"] == reasons["zoo/pipe.png"] == "not_a_file"
     assert reasons[".git"] == reasons["zoo/.DS_Store"] == "hidden"
     assert set(reasons.values()) <= set(REASONS)
     text = summary(manifest)
-    assert all(reason in text for reason in set(reasons.values())) and "zoo/bomb.png" in text
+    assert all(r.reason in text for r in manifest.rejected) and "zoo/bomb.png" in text
+    assert f"ignored ({len(manifest.ignored)})" in text
     assert {row.stored for row in manifest.images} == ({"processed"} if copy else {"linked"})
     after = tree(tmp_path / "out")
-    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.*")}
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("[!.]*/**/*.*")}
     assert prepare_data(settings(tmp_path), copy=copy) == manifest == read_manifest(tmp_path / "out" / "manifest.json")
     assert tree(tmp_path / "out") == after
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
@@ -429,11 +470,12 @@ def test_near_duplicates_stay_together(tmp_path):
         assert now[f"cat/back_{row.split}.jpg"].split == row.split
 
 
-def test_split_always_has_both_sides(tmp_path):
+def test_split_always_has_both_sides():
     for n in range(1, 30):
         for ratio in (0.01, 0.5, 0.8, 0.9, 0.99):
-            records = [ImageRecord(path=str(i), label="a", sha256=str(i)) for i in range(n)]
-            counts = Counter(deal(records, {}, ratio, 0, 8)[0].values())
+            records = [ImageRecord(path=str(i), label="a", sha256=str(i), facts=FLAT) for i in range(n)]
+            groups = group_images(records, {}, 8)
+            counts = Counter(deal(records, groups, {}, DataConfig(train_ratio=ratio))[0].values())
             assert counts["train"] >= 1
             assert (counts["val"] >= 1) == (n >= 2)
 
@@ -500,6 +542,123 @@ def test_duplicates(tmp_path):
     assert [(r.path, r.reason) for r in manifest.rejected] == [("cat/other_bytes.bmp", "duplicate")]
 
 
+def test_severities(tmp_path):
+    "A check that warns keeps the image and says so; one that is off says nothing."
+    raw = fill(tmp_path / "raw", cat=3)
+    for name in ("soft.png", "small.png"):
+        (raw / "cat" / name).write_bytes(zoo()[name][0])
+    manifest = prepare_data(settings(tmp_path, checks={"blurry": "warn", "too_small": "off"}))
+    found = {row.source: [(r.code, r.severity) for r in row.reasons] for row in manifest.images}
+    assert found["cat/soft.png"] == [("blurry", "warn")] and found["cat/small.png"] == []
+    (reason,) = next(row for row in manifest.images if row.source == "cat/soft.png").reasons
+    assert reason.value < reason.threshold == 100
+    assert "blurry (1)" in summary(manifest)
+
+
+def test_decisions_of_a_person(tmp_path):
+    "What overrides.json says goes before the checks and before every other caption."
+    raw = fill(tmp_path / "raw", cat=4)
+    (raw / "cat" / "soft.png").write_bytes(zoo()["soft.png"][0])
+    (raw / "cat" / "cat_1.txt").write_text("from a file")
+    first = prepare_data(settings(tmp_path))
+    ids = {row.source: row.source_sha256 for row in first.images} | {r.path: r.sha256 for r in first.rejected}
+    decisions = {ids["cat/soft.png"]: Override(keep=True), ids["cat/cat_0.png"]: Override(keep=False)}
+    write_overrides(tmp_path / "out", decisions | {ids["cat/cat_1.png"]: Override(caption="by  hand")})
+    second = prepare_data(settings(tmp_path))
+    rows = {row.source: row for row in second.images}
+    assert [(r.path, r.reason) for r in second.rejected] == [("cat/cat_0.png", "left_out")]
+    assert (rows["cat/cat_1.png"].caption, rows["cat/cat_1.png"].caption_source) == ("by hand", "curated")
+    assert [r.code for r in rows["cat/soft.png"].reasons] == ["blurry"]
+
+
+def test_background(tmp_path):
+    "Transparency is put on the configured colour, also where the bytes would have been kept."
+    raw = fill(tmp_path / "raw", cat=2)
+    rgba = picture(5).convert("RGBA")
+    rgba.putalpha(Image.new("L", rgba.size, 0))
+    rgba.paste(picture(6).crop((0, 0, 48, 80)), (0, 0))
+    rgba.save(raw / "cat" / "glass.webp", lossless=True)
+    for copy in (True, False):
+        manifest = prepare_data(settings(tmp_path, background="#ff0000", image_size=64), copy=copy)
+        row = next(row for row in manifest.images if row.source == "cat/glass.webp")
+        im = open_rgb(manifest.path_of(row))
+        assert (row.stored, im.getpixel((im.width - 2, 9))) == ("processed", (255, 0, 0))
+
+
+@pytest.mark.parametrize("mode", ["copy", "link"])
+def test_true_ending(tmp_path, mode):
+    raw = fill(tmp_path / "raw", cat=2)
+    (raw / "cat" / "wrong.jpg").write_bytes(encoded(picture(9), "WEBP", lossless=True))
+    manifest = prepare_data(settings(tmp_path, materialise=mode))
+    assert {row.stored for row in manifest.images} == {"copied" if mode == "copy" else "linked"}
+    row = next(row for row in manifest.images if row.source == "cat/wrong.jpg")
+    assert row.file.endswith("/wrong.webp") and [r.code for r in row.reasons] == ["extension_mismatch"]
+
+
+def test_buckets(tmp_path):
+    raw = tmp_path / "raw" / "cat"
+    raw.mkdir(parents=True)
+    for i, size in enumerate([(400, 200), (200, 400), (300, 300), (160, 160)]):
+        picture(i, size).save(raw / f"{i}.png")
+    manifest = prepare_data(settings(tmp_path, aspect_buckets=True, image_size=256))
+    assert [(r.width, r.height) for r in manifest.images] == [(320, 192), (192, 320), (256, 256), (128, 128)]
+    assert all(open_rgb(manifest.path_of(r)).size == (r.width, r.height) for r in manifest.images)
+
+
+def test_check_data_writes_nothing(tmp_path):
+    raw = fill(tmp_path / "raw", cat=5)
+    (raw / "cat" / "soft.png").write_bytes(zoo()["soft.png"][0])
+    before = tree(tmp_path)
+    seen = check_data(settings(tmp_path))
+    assert tree(tmp_path) == before and not (tmp_path / "out").exists()
+    made = prepare_data(settings(tmp_path))
+    assert seen.counts == made.counts
+    assert [(r.source, r.split, r.caption) for r in seen.images] == [
+        (r.source, r.split, r.caption) for r in made.images
+    ]
+
+
+def test_killed_at_any_moment(tmp_path):
+    "30 rounds of kill -9, each from where the last one left off; the end is that of a run that nothing disturbed."
+    raw = fill(tmp_path / "raw", cat=40, dog=40)
+    before, out = tree(raw), tmp_path / "out"
+    calm = prepare_data(settings(tmp_path, processed_dir=str(tmp_path / "calm")))
+    script = (
+        "import sys; from lora_mvp.config import load_config; from lora_mvp.data import prepare_data;"
+        "prepare_data(load_config(overrides=sys.argv[1:]))"
+    )
+
+    def run(size):
+        values = {"raw_data_dir": raw, "processed_dir": out, "min_resolution": 64, "image_size": size}
+        command = [sys.executable, "-c", script, *(f"data.{key}={value}" for key, value in values.items())]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    begin = time.monotonic()
+    assert run(48).wait(60) == 0
+    whole, rng, killed = time.monotonic() - begin, np.random.default_rng(0), 0
+    for k in range(30):
+        if k % 10 == 5:
+            shutil.rmtree(out)
+        process = run((32, 48)[k % 2])
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0.4, 1) * whole)  # the first part is spent on imports
+        process.kill()
+        killed += process.wait() == -9
+        if (out / "manifest.json").exists():
+            parse_manifest(out / "manifest.json")
+    assert killed >= 10
+    last = prepare_data(settings(tmp_path))
+    assert tree(out) == tree(tmp_path / "calm") and tree(raw) == before
+    assert last == calm.model_copy(update={"folder": last.folder})
+
+
+def test_two_runs_at_once(tmp_path):
+    fill(tmp_path / "raw", cat=3)
+    with locked(tmp_path / "out"):
+        assert code(prepare_data, settings(tmp_path)) == "folder_busy"
+    prepare_data(settings(tmp_path))
+
+
 # ---- errors a user can mend
 
 
@@ -560,11 +719,13 @@ def test_bad_manifests(tmp_path):
     for text in ("", "{", "[]", "null", '"x"', '{"schema_version": 1}', '{"images": 3}', "\xff", "[" * 100_000):
         path.write_bytes(text.encode("latin-1"))
         assert code(read_manifest, path) == "manifest_invalid", text[:20]
-    path.write_text(json.dumps(good | {"schema_version": 2, "images": "changed"}))
+    path.write_text(json.dumps(good | {"schema_version": 3, "images": "changed"}))
     assert code(read_manifest, path) == "manifest_newer"
     for file in ("../x.png", "train/../../x.png", "/etc/passwd", "C:\\x.png", "..\\x.png", "\\\\host\\x.png", ""):
-        path.write_text(json.dumps(good | {"images": [good["images"][0] | {"file": file}]}))
+        path.write_text(json.dumps(good | {"counts": {}, "images": [good["images"][0] | {"file": file}]}))
         assert code(read_manifest, path) == "manifest_escapes", file
+    path.write_text(json.dumps(good | {"images": good["images"][:1]}))
+    assert code(read_manifest, path) == "manifest_invalid"  # the counts do not add up
     path.write_text(json.dumps(good | {"from_the_future": 1}))
     assert read_manifest(path) == manifest  # unknown keys of the same version are no problem
     manifest.path_of(manifest.images[0]).unlink()
@@ -575,12 +736,12 @@ def test_bad_manifests(tmp_path):
 
 def test_stopped_in_the_middle(tmp_path, monkeypatch):
     "An error while writing leaves the earlier manifest and its files; the next run completes."
-    import lora_mvp.data as data
+    from lora_mvp import storage
 
     raw = fill(tmp_path / "raw", cat=4)
     first = prepare_data(settings(tmp_path))
     fill(raw, dog=4)
-    write, calls = data.atomic_write, []
+    write, calls = storage.atomic_write, []
 
     def fail_third(path, content):
         calls.append(path)
@@ -588,14 +749,14 @@ def test_stopped_in_the_middle(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(data, "atomic_write", fail_third)
+    monkeypatch.setattr(storage, "atomic_write", fail_third)
     with pytest.raises(LoraMvpError, match="No space left") as e:
         prepare_data(settings(tmp_path))
     assert e.value.code == "not_writable"
     assert read_manifest(tmp_path / "out" / "manifest.json") == first
-    monkeypatch.setattr(data, "atomic_write", write)
+    monkeypatch.setattr(storage, "atomic_write", write)
     assert len(prepare_data(settings(tmp_path)).images) == 8
-    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file() and p.suffix not in (".png", ".json")]
+    assert not [p for p in (tmp_path / "out").glob("[!.]*/**/*") if p.is_file() and p.suffix != ".png"]
 
 
 def test_manifest_is_always_whole(tmp_path):

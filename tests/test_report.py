@@ -36,7 +36,7 @@ def reason(code, severity="reject", value=None, threshold=None, detail=""):
 
 
 def facts(path, width=90, height=60):
-    return Stand(width=width, height=height, sharpness=50.0, sharpness_512=60.0, brightness=99.0, pixel_sha256=path)
+    return Stand(width=width, height=height, sharpness=50.0, brightness=99.0, pixel_sha256=path)
 
 
 def manifest_of(images, rejected=(), ignored=(), folder=None, **config):
@@ -250,7 +250,7 @@ def test_a_spreadsheet_runs_nothing():
 
 def test_odd_numbers_do_not_stop_it(raw):
     odd = image_row("cat/0.png")
-    odd.facts.sharpness_512, odd.facts.brightness = float("nan"), float("inf")
+    odd.facts.sharpness, odd.facts.brightness = float("nan"), float("inf")
     flat = image_row("cat/1.png")
     flat.facts.height = 0
     page = report_html(manifest_of([odd, flat], folder=raw, min_resolution="x", blur_threshold=None), raw)
