@@ -16,8 +16,10 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
+import skimage
 from PIL import Image, ImageCms, ImageFilter
 
 from lora_mvp.config import DataConfig, LoraMvpError, load_config
@@ -33,8 +35,9 @@ from lora_mvp.data import (
     summary,
     write_overrides,
 )
-from lora_mvp.images import REASONS, ImageRecord, decode, facts_of, inspect_image, open_rgb
-from lora_mvp.manifest import parse_manifest, read_manifest
+from lora_mvp.images import REASONS, ImageRecord, decode, facts_of, inspect_image, open_rgb, perceptual_hashes
+from lora_mvp.manifest import manifest_schema, parse_manifest, read_manifest
+from lora_mvp.splits import near_duplicates
 from lora_mvp.storage import portable_name
 
 FLAT = facts_of(Image.new("RGB", (8, 8)))
@@ -278,6 +281,42 @@ def test_bomb_costs_no_memory(tmp_path):
 def test_import_without_torch():
     script = "import sys, lora_mvp.data; print([m for m in ('torch', 'diffusers', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def photographs():
+    "The pictures that come with scikit-image: name -> path."
+    folder = Path(skimage.__file__).parent / "data"
+    return {p.name: p for p in sorted(folder.iterdir()) if p.suffix in (".png", ".jpg", ".tif")}
+
+
+def test_photographs():
+    "Good photos are taken, soft ones and small ones are not, and of two views of one scene it is known."
+    records = {name: inspect_image(path) for name, path in photographs().items()}
+    good = ["astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png"]
+    assert [records[name].status for name in good] == ["accepted"] * 7
+    assert [records[name].reason for name in ("color.png", "text.png", "multipage.tif")] == [
+        "blurry",
+        "too_small",
+        "animated",
+    ]
+    known = [name for name, record in records.items() if record.facts]
+    pairs = near_duplicates([records[name].facts.phashes for name in known])
+    assert {(known[i], known[j]) for i, j, _ in pairs} == {
+        ("chessboard_GRAY.png", "chessboard_RGB.png"),
+        ("motorcycle_left.png", "motorcycle_right.png"),
+    }
+
+
+def test_copies_of_photographs():
+    "Saved badly, scaled, brighter, mirrored, turned: near-duplicates all of them."
+    for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg"):
+        im = open_rgb(photographs()[name])
+        jpeg, _ = decode(encoded(im, "JPEG", quality=20))
+        brighter = Image.fromarray(np.clip(np.asarray(im) * 1.1, 0, 255).astype(np.uint8))
+        turned = im.transpose(Image.Transpose.ROTATE_90)
+        copies = [im, jpeg, im.reduce(2), brighter, turned, im.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+        pairs = near_duplicates([perceptual_hashes(copy) for copy in copies])
+        assert {j for i, j, _ in pairs if i == 0} == {1, 2, 3, 4, 5}, name
 
 
 # ---- a folder
@@ -732,6 +771,29 @@ def test_bad_manifests(tmp_path):
     with pytest.raises(LoraMvpError, match=manifest.images[0].file) as e:
         read_manifest(path)
     assert e.value.code == "manifest_file_gone"
+
+
+def test_the_shipped_schema_is_that_of_the_manifest(tmp_path):
+    shipped = json.loads((Path(__file__).resolve().parent.parent / "docs" / "manifest.schema.json").read_text())
+    assert shipped == manifest_schema()
+    fill(tmp_path / "raw", cat=3)
+    prepare_data(settings(tmp_path))
+    jsonschema.validate(json.loads((tmp_path / "out" / "manifest.json").read_text()), shipped)
+
+
+def test_a_plain_list_is_a_manifest(tmp_path):
+    fill(tmp_path / "raw", cat=3)
+    rows = [{"image": f"cat/cat_{i}.png", "caption": f"cat {i}", "split": "train" if i else "val"} for i in range(3)]
+    (tmp_path / "raw" / "list.json").write_text(json.dumps(rows))
+    manifest = read_manifest(tmp_path / "raw" / "list.json")
+    assert [(row.caption, row.split) for row in manifest.images] == [
+        ("cat 0", "val"),
+        ("cat 1", "train"),
+        ("cat 2", "train"),
+    ]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text("[]")
+    assert code(prepare_data, settings(tmp_path)) == "output_occupied"  # somebody's list is not ours to replace
 
 
 def test_stopped_in_the_middle(tmp_path, monkeypatch):
