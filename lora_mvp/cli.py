@@ -48,7 +48,8 @@ def cmd_prepare_data(args: argparse.Namespace) -> None:
 
     config = _config(args)
     manifest = prepare_data(config, copy=not args.no_copy, resplit=args.resplit)
-    _report(config, manifest, Path(config.data.processed_dir) / "report")
+    out = Path(config.data.processed_dir)
+    _report(config, manifest, out.with_name(f"{out.name}-report"))  # beside it: globs over `out` find data only
     print(f"wrote {config.data.processed_dir}/manifest.json")
 
 
