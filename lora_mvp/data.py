@@ -624,7 +624,8 @@ def lines_of_groups(
     alike = [names for name, names in members.items() if name and len(names) > 1]
     if not alike:
         return []
-    head = f"near-duplicates: {sum(map(len, alike))} images in {len(alike)} groups, each whole on one side of the split"
+    groups = "1 group" if len(alike) == 1 else f"{len(alike)} groups"
+    head = f"near-duplicates: {sum(map(len, alike))} images in {groups}, each whole on one side of the split"
     more = [f"  ... and {len(alike) - most} more"] if len(alike) > most else []
     return ["", head, *(f"  {', '.join(names)}" for names in alike[:most]), *more]
 

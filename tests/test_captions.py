@@ -24,7 +24,8 @@ from lora_mvp.captions import (
     random_blip,
     words_and_marks,
 )
-from lora_mvp.config import LoraMvpError
+from lora_mvp.config import LoraMvpError, load_config
+from lora_mvp.data import prepare_data
 
 
 @pytest.fixture(scope="module")
@@ -256,3 +257,20 @@ def test_florence_2(images, tmp_path):
     assert [path for path, _ in said] == list(images.values())
     assert all(caption for _, caption in said)
     assert said == list(caption_images(images.values(), captioner, batch_size=4))
+
+
+def test_a_model_describes_what_nobody_has(tmp_path):
+    "prepare-data asks the model about images without a text, once; its words stand behind the trigger."
+    for k in range(3):
+        (tmp_path / "raw" / "cat").mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((80, 80 + k), 80).convert("RGB").save(tmp_path / "raw" / "cat" / f"{k}.png")
+    (tmp_path / "raw" / "cat" / "0.txt").write_text("by hand")
+    data = {"raw_data_dir": tmp_path / "raw", "processed_dir": tmp_path / "out", "min_resolution": 32, "trigger": "zwx"}
+    data |= {"image_size": 64, "captioner": random_blip(tmp_path / "blip")}
+    config = load_config(overrides={f"data.{key}": value for key, value in data.items()})
+    first = prepare_data(config)
+    assert [row.caption_source for row in first.images] == ["sidecar", "automatic", "automatic"]
+    assert first.images[0].caption == "by hand" and all(row.caption.startswith("zwx, ") for row in first.images[1:])
+    assert first.captioner["model"] == "blip" and first.captioner["revision"].startswith("sha256:")
+    said = (tmp_path / "out" / "captions.json").read_bytes()
+    assert prepare_data(config) == first and (tmp_path / "out" / "captions.json").read_bytes() == said

@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -471,6 +472,17 @@ def test_link_falls_back_to_copy(tmp_path, monkeypatch):
     assert prepare_data(settings(tmp_path), copy=False) == manifest
 
 
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a second file system")
+def test_another_file_system(tmp_path):
+    "A hard link that cannot be made is a copy, and recorded as one."
+    fill(tmp_path / "raw", cat=3)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as out:
+        if os.stat(out).st_dev == os.stat(tmp_path).st_dev:
+            pytest.skip("the same file system")
+        manifest = prepare_data(settings(tmp_path, processed_dir=out), copy=False)
+    assert {row.stored for row in manifest.images} == {"copied"}
+
+
 def test_split_depends_on_content_only(tmp_path):
     "Renaming files, adding a label or another order moves nothing."
     raw = fill(tmp_path / "raw", cat=12)
@@ -628,8 +640,10 @@ def test_background(tmp_path):
 def test_true_ending(tmp_path, mode):
     raw = fill(tmp_path / "raw", cat=2)
     (raw / "cat" / "wrong.jpg").write_bytes(encoded(picture(9), "WEBP", lossless=True))
+    before = tree(raw)
     manifest = prepare_data(settings(tmp_path, materialise=mode))
     assert {row.stored for row in manifest.images} == {"copied" if mode == "copy" else "linked"}
+    assert tree(raw) == before
     row = next(row for row in manifest.images if row.source == "cat/wrong.jpg")
     assert row.file.endswith("/wrong.webp") and [r.code for r in row.reasons] == ["extension_mismatch"]
 
