@@ -1,0 +1,112 @@
+"""Time the survey of many pictures against a plain loop over the same files, in turns, and print JSON.
+
+python scripts/bench_data.py --n 5000
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from lora_mvp import images
+from lora_mvp.survey import survey
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--n", type=int, default=500, help="pictures of 1024 x 1024; one in ten is a PNG")
+parser.add_argument("--workers", type=int, default=2)
+parser.add_argument("--slice", type=int, default=100, help="files between two turns")
+
+
+def draw(folder: Path, n: int) -> list[Path]:
+    """Pictures with the detail of photographs: smooth colours, edges and a little noise, shifted each time."""
+    rng = np.random.default_rng(0)
+    bases = []
+    for _ in range(4):
+        smooth = cv2.resize(
+            rng.integers(0, 256, (12, 12, 3), dtype=np.uint8), (1024, 1024), interpolation=cv2.INTER_CUBIC
+        )
+        for _ in range(60):
+            centre, size, colour = rng.integers(0, 1024, 2), int(rng.integers(5, 120)), rng.integers(0, 256, 3)
+            cv2.circle(smooth, centre.tolist(), size, colour.tolist(), -1, cv2.LINE_AA)
+        bases.append(smooth.astype(np.int16))
+    noise = rng.normal(0, 5, (1024, 1024, 3)).astype(np.int16)
+
+    def one(i: int) -> Path:
+        picture = np.roll(bases[i % len(bases)], 17 * i, axis=1) + np.roll(noise, 31 * i, axis=0)
+        picture = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+        path = folder / f"{i:05}.{'png' if i % 10 == 9 else 'jpg'}"
+        picture.save(path, **({"compress_level": 1} if i % 10 == 9 else {"quality": 90}))
+        return path
+
+    return [one(i) for i in range(n)]
+
+
+def plain(path: Path) -> tuple:
+    """What a script of ten lines would do."""
+    im = Image.open(path).convert("RGB")
+    grey = np.asarray(im.convert("L"))
+    return cv2.Laplacian(grey, cv2.CV_64F).var(), images.perceptual_hashes(im)
+
+
+def peak_of(pid: int | str) -> float:
+    """The most memory that a process ever held, MB."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
+    except OSError:
+        return 0.0
+
+
+def peaks() -> list[float]:
+    """Of this process and each of its workers, MB."""
+    return [peak_of(pid) for pid in ["self", *Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]]
+
+
+def timed(function) -> tuple[float, object]:
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+if __name__ == "__main__":
+    args = parser.parse_args()
+    cv2.setNumThreads(1)  # of the plain loop; each worker sets its own
+    with tempfile.TemporaryDirectory(prefix="bench-data-") as temp:
+        (Path(temp) / "raw").mkdir()
+        with ProcessPoolExecutor(1) as pool:  # its memory is not ours
+            paths = pool.submit(draw, Path(temp) / "raw", args.n).result()
+        cache = Path(temp) / "inspection.jsonl"
+        time.sleep(3)  # a file that has just changed is hashed again
+        stream, memory, turns = survey(paths, cache, workers=args.workers), [], []
+        for i in range(0, args.n, args.slice):  # in turns, so that both meet the same load of the machine
+            part = paths[i : i + args.slice]
+            surveyed = timed(lambda part=part: [next(stream) for _ in part])
+            memory.append(peaks())
+            assert all(look.facts for look in surveyed[1])
+            turns.append((surveyed[0], timed(lambda part=part: [plain(path) for path in part])[0]))
+        stream.close()
+        first, loop = map(sum, zip(*turns))
+        again, looks = timed(lambda: sum(look.facts is not None for look in survey(paths, cache, workers=args.workers)))
+        assert looks == args.n
+        result = {
+            "images": args.n,
+            "workers": args.workers,
+            "megabytes_on_disk": round(sum(path.stat().st_size for path in paths) / 1e6),
+            "survey_images_per_s": round(args.n / first, 1),
+            "plain_images_per_s": round(args.n / loop, 1),
+            "ratio": round(loop / first, 2),
+            "first_turn_s": [round(t, 2) for t in turns[0]],  # with the start of the workers
+            "peak_mb_parent_and_workers": [round(m) for m in max(memory, key=sum)],
+            "peak_mb": round(max(map(sum, memory))),
+            "again_s": round(again, 3),
+            "again_times_faster": round(first / again, 1),
+            "cache_mb": round(cache.stat().st_size / 1e6, 2),
+        }
+    print(json.dumps(result, indent=1))
