@@ -121,7 +121,7 @@ def to_rgb(
     if im.has_transparency_data:
         rgba = im.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB"), ["had_alpha"]
-    return im.convert("RGB"), ["cmyk"] if im.mode == "CMYK" else []
+    return im if im.mode == "RGB" else im.convert("RGB"), ["cmyk"] if im.mode == "CMYK" else []
 
 # %% ../nbs/01_images.ipynb #5c246d70
 def in_srgb(
@@ -178,9 +178,9 @@ def decode(
             turn = upright(im)
             srgb, colour = in_srgb(im)
             rgb, notes = to_rgb(srgb, background)
-        except LoraMvpError:
+        except (LoraMvpError, MemoryError):
             raise
-        except Exception as e:  # decoders raise OSError, ValueError, SyntaxError, struct.error, MemoryError ...
+        except Exception as e:  # decoders raise OSError, ValueError, SyntaxError, struct.error ...
             raise LoraMvpError("unreadable", str(e) or type(e).__name__) from e
     notes = notes + colour
     return (rgb, notes) if turn is None else (rgb.transpose(turn), ["rotated", *notes])
@@ -197,7 +197,7 @@ def open_rgb(
 
 # %% ../nbs/01_images.ipynb #f04903a2
 def sharpness(
-    im: Image.Image,  # RGB
+    im: Image.Image,  # RGB or grey
 ) -> float:  # 0 for a flat picture, some 100 to several 1000 for a sharp photo
     "Variance of the Laplacian of the grey picture, at its own size."
     edges = cv2.Laplacian(np.asarray(im.convert("L")), cv2.CV_16S)
@@ -208,11 +208,13 @@ def pixel_hash(
     im: Image.Image,  # RGB
 ) -> str:  # SHA-256 of size and pixels
     "The identity of a picture, whatever the file around it."
-    return hashlib.sha256(f"{im.width}x{im.height}:".encode() + im.tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{im.width}x{im.height}:".encode())
+    digest.update(im.tobytes())
+    return digest.hexdigest()
 
 
 def perceptual_hashes(
-    im: Image.Image,  # RGB
+    im: Image.Image,  # RGB or grey
 ) -> list[str]:  # eight of 16 hexadecimal digits, the first for the picture as it is; none for a flat one
     "Hashes that nearly agree for pictures that look the same, one for each orientation."
     grey = cv2.resize(np.asarray(im.convert("L")), (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
@@ -257,9 +259,10 @@ def facts_of(
     im: Image.Image,  # RGB, upright
 ) -> Facts:
     "Measure a picture."
-    mean, deviation = (float(value[0, 0]) for value in cv2.meanStdDev(np.asarray(im.convert("L"))))
-    numbers = {"sharpness": sharpness(im), "brightness": mean, "contrast": deviation}
-    hashes = {"pixel_sha256": pixel_hash(im), "phashes": perceptual_hashes(im)}
+    grey = im.convert("L")
+    mean, deviation = (float(value[0, 0]) for value in cv2.meanStdDev(np.asarray(grey)))
+    numbers = {"sharpness": sharpness(grey), "brightness": mean, "contrast": deviation}
+    hashes = {"pixel_sha256": pixel_hash(im), "phashes": perceptual_hashes(grey)}
     return Facts(width=im.width, height=im.height, **hashes, **{k: round(v, 4) for k, v in numbers.items()})
 
 
@@ -277,6 +280,8 @@ def look(
         im, found.notes = decode(data, max_pixels, background)
         found.format = open_header(data, max_pixels).format.replace("MPO", "JPEG")
         found.facts = facts_of(im)
+    except MemoryError:  # another time there may be more
+        found.code, found.notes, found.detail = "decoder_crash", [], "not enough memory"
     except Exception as e:
         found.code, found.notes = e.code if isinstance(e, LoraMvpError) else "unreadable", []
         found.detail = str(e) or type(e).__name__
