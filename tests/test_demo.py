@@ -39,7 +39,7 @@ def metrics(out: Path) -> dict:
 def test_bad_files_are_named_with_their_reason(full):
     out, printed, _ = full
     rejected = {
-        Path(r["path"]).name: r["reason"]
+        Path(r["path"]).name: r["reasons"][0]["code"]
         for r in json.loads((out / "processed" / "manifest.json").read_text())["rejected"]
     }
     assert rejected == {"broken-download.png": "unreadable", "out-of-focus.png": "blurry", "thumbnail.png": "too_small"}

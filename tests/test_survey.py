@@ -39,9 +39,22 @@ def files(folder, names):
     return paths
 
 
+OTHERS = set()  # children that earlier tests of this process have left
+
+
+def children():
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
+@pytest.fixture(autouse=True)
+def _others():
+    OTHERS.clear()
+    OTHERS.update(children())
+
+
 def running():
-    """The children of this process, zombies included."""
-    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    """The children that the test started, zombies included."""
+    return sorted(children() - OTHERS)
 
 
 def alive(pid):
