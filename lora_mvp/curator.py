@@ -6,7 +6,7 @@
 __all__ = ['STATUSES', 'SIDE', 'CHOICES', 'GREEN', 'RED', 'AMBER', 'PAGE', 'Item', 'items_of', 'Curation', 'select', 'jpeg',
            'placeholder', 'thumbnail', 'badge', 'about', 'Card', 'counted', 'Curator']
 
-# %% ../nbs/15a_curator.ipynb #8111aa6b
+# %% ../nbs/15a_curator.ipynb #59227694
 import io
 import math
 import threading
@@ -26,7 +26,7 @@ from .images import REASONS, Reason, open_rgb
 from .manifest import Manifest, leaves_folder
 from .report import text
 
-# %% ../nbs/15a_curator.ipynb #960ff05e
+# %% ../nbs/15a_curator.ipynb #862e53e1
 class Item(NamedTuple):
     "One picture that a person can decide about."
 
@@ -56,7 +56,7 @@ def items_of(
             found.append(Item(r.path, r.label, r.sha256, passed, r.reasons, "", files))
     return sorted(found, key=lambda item: item.path)
 
-# %% ../nbs/15a_curator.ipynb #493bcf6b
+# %% ../nbs/15a_curator.ipynb #9657617a
 STATUSES = ("all", "accepted", "rejected", "changed")
 
 
@@ -135,7 +135,7 @@ class Curation:
         self.saved = dict(self.decisions)
         return file
 
-# %% ../nbs/15a_curator.ipynb #c5740dec
+# %% ../nbs/15a_curator.ipynb #29cda837
 def select(
     curation: Curation,
     status: str = "all",  # one of `STATUSES`
@@ -158,7 +158,7 @@ def select(
 
     return [item for item in curation.items if fits(item)]
 
-# %% ../nbs/15a_curator.ipynb #db475229
+# %% ../nbs/15a_curator.ipynb #aa0322aa
 SIDE = 192  # pixels of a thumbnail
 
 
@@ -195,8 +195,8 @@ def thumbnail(
         return jpeg(clean)
     return placeholder("cannot be opened")
 
-# %% ../nbs/15a_curator.ipynb #77a6ce32
-CHOICES = {"as checked": None, "keep": True, "reject": False}
+# %% ../nbs/15a_curator.ipynb #0c0673ed
+CHOICES = {"auto": None, "keep": True, "reject": False}  # auto: as the checks say
 GREEN, RED, AMBER = "#1a7f37", "#c62828", "#8a5a00"
 
 
@@ -221,11 +221,14 @@ def about(
     for r in item.reasons:
         detail = r.detail if r.detail == REASONS.get(r.code, "") else f"{REASONS.get(r.code, '')}: {r.detail}"
         badges.append(badge(r.code, RED if r.severity == "reject" else AMBER, detail))
-    name = f'<bdi style="overflow-wrap:anywhere"><b>{text(Path(item.path).name)}</b></bdi>'
-    style = "line-height:1.5;height:92px;overflow-y:auto"
-    return f'<div style="{style}" title="{text(item.path)}">{name}<br>{text(item.label)}<br>{"".join(badges)}</div>'
+    clamp = (
+        "display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:2;overflow:hidden;overflow-wrap:anywhere"
+    )
+    name = f'<b style="{clamp}"><bdi>{text(Path(item.path).name)}</bdi></b>'
+    outer = '<div style="line-height:1.5;height:102px;overflow-y:auto">'
+    return f'{outer}<div title="{text(item.path)}">{name}{text(item.label)}</div>{"".join(badges)}</div>'
 
-# %% ../nbs/15a_curator.ipynb #c5463b68
+# %% ../nbs/15a_curator.ipynb #d31af99e
 class Card:
     "One place of the gallery."
 
@@ -261,7 +264,7 @@ class Card:
         self.about.value = about(item, curation)
         self.filling = False
 
-# %% ../nbs/15a_curator.ipynb #fac66abf
+# %% ../nbs/15a_curator.ipynb #dcfce68d
 PAGE = 24  # pictures on a page
 
 
@@ -280,10 +283,11 @@ class Curator:
         self.pictures, self.loading, self.lock = {}, [], threading.Lock()  # thumbnails by hash; futures
         self.pool, self.wait = ThreadPoolExecutor(2), placeholder("...")
         self.cards = [Card(self.decided) for _ in range(min(PAGE, len(self.curation.items)))]
-        self.filters, self.turn, self.bulk, self.end = self._filters(), self._turn(), self._bulk(), self._end()
+        self.filters, self.turn, self.bulk, self.end = self._filters(), self._turn(), self._bulk(), self._save()
         columns = widgets.Layout(grid_template_columns="repeat(auto-fill, 226px)", grid_gap="8px")
         self.gallery = widgets.GridBox(layout=columns)
-        self.view = widgets.VBox([self.filters, widgets.HBox([self.turn, self.bulk]), self.gallery, self.end])
+        above = widgets.Box([self.turn, self.bulk, self.end], layout=widgets.Layout(flex_flow="row wrap"))
+        self.view = widgets.VBox([self.filters, above, self.gallery])
         self.filter()
 
     def _filters(self) -> widgets.Box:
@@ -312,12 +316,14 @@ class Curator:
     def _bulk(self) -> widgets.Box:
         buttons = []
         for words, keep in CHOICES.items():
-            button = widgets.Button(description=f"all shown: {words}", layout=widgets.Layout(width="auto"))
+            button = widgets.Button(
+                description=f"{words} all", tooltip="all pictures of this page", layout=widgets.Layout(width="auto")
+            )
             button.on_click(lambda _, keep=keep: self.keep_shown(keep))
             buttons.append(button)
-        return widgets.HBox(buttons, layout=widgets.Layout(margin="0 0 0 24px"))
+        return widgets.HBox(buttons, layout=widgets.Layout(margin="0 24px"))
 
-    def _end(self) -> widgets.Box:
+    def _save(self) -> widgets.Box:
         self.save_button = widgets.Button(description="save", icon="save")
         self.save_button.on_click(self.save)
         self.message = widgets.HTML()
