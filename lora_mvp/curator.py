@@ -6,7 +6,7 @@
 __all__ = ['STATUSES', 'SIDE', 'CHOICES', 'GREEN', 'RED', 'AMBER', 'PAGE', 'Item', 'items_of', 'Curation', 'select', 'jpeg',
            'placeholder', 'thumbnail', 'badge', 'about', 'Card', 'counted', 'Curator']
 
-# %% ../nbs/15a_curator.ipynb #59227694
+# %% ../nbs/15a_curator.ipynb #7b2d2946
 import io
 import math
 import threading
@@ -26,7 +26,7 @@ from .images import REASONS, Reason, open_rgb
 from .manifest import Manifest, leaves_folder
 from .report import text
 
-# %% ../nbs/15a_curator.ipynb #862e53e1
+# %% ../nbs/15a_curator.ipynb #04cec3e0
 class Item(NamedTuple):
     "One picture that a person can decide about."
 
@@ -56,7 +56,7 @@ def items_of(
             found.append(Item(r.path, r.label, r.sha256, passed, r.reasons, "", files))
     return sorted(found, key=lambda item: item.path)
 
-# %% ../nbs/15a_curator.ipynb #9657617a
+# %% ../nbs/15a_curator.ipynb #53908a70
 STATUSES = ("all", "accepted", "rejected", "changed")
 
 
@@ -135,12 +135,12 @@ class Curation:
         self.saved = dict(self.decisions)
         return file
 
-# %% ../nbs/15a_curator.ipynb #29cda837
+# %% ../nbs/15a_curator.ipynb #f6406907
 def select(
     curation: Curation,
     status: str = "all",  # one of `STATUSES`
-    label: str | None = None,  # None: any
-    reason: str | None = None,  # a key of `REASONS`; None: any
+    label: str = "",  # empty: any
+    reason: str = "",  # a key of `REASONS`; empty: any
     part: str = "",  # of the name or the caption, in any case
 ) -> list[Item]:  # by path
     "The pictures that fit all of it."
@@ -151,14 +151,14 @@ def select(
         said = {"all": True, "changed": changed, "accepted": curation.kept(item), "rejected": not curation.kept(item)}
         return (
             said[status]
-            and (label is None or item.label == label)
-            and (reason is None or any(r.code == reason for r in item.reasons))
+            and label in ("", item.label)
+            and (not reason or any(r.code == reason for r in item.reasons))
             and (part in item.path.casefold() or part in curation.caption(item).casefold())
         )
 
     return [item for item in curation.items if fits(item)]
 
-# %% ../nbs/15a_curator.ipynb #aa0322aa
+# %% ../nbs/15a_curator.ipynb #d9b19ba8
 SIDE = 192  # pixels of a thumbnail
 
 
@@ -195,7 +195,7 @@ def thumbnail(
         return jpeg(clean)
     return placeholder("cannot be opened")
 
-# %% ../nbs/15a_curator.ipynb #0c0673ed
+# %% ../nbs/15a_curator.ipynb #885e8fe5
 CHOICES = {"auto": None, "keep": True, "reject": False}  # auto: as the checks say
 GREEN, RED, AMBER = "#1a7f37", "#c62828", "#8a5a00"
 
@@ -228,7 +228,7 @@ def about(
     outer = '<div style="line-height:1.5;height:102px;overflow-y:auto">'
     return f'{outer}<div title="{text(item.path)}">{name}{text(item.label)}</div>{"".join(badges)}</div>'
 
-# %% ../nbs/15a_curator.ipynb #d31af99e
+# %% ../nbs/15a_curator.ipynb #5e6d6e86
 class Card:
     "One place of the gallery."
 
@@ -264,15 +264,15 @@ class Card:
         self.about.value = about(item, curation)
         self.filling = False
 
-# %% ../nbs/15a_curator.ipynb #dcfce68d
+# %% ../nbs/15a_curator.ipynb #9e85005c
 PAGE = 24  # pictures on a page
 
 
 def counted(
     names: list[str],
-) -> list[tuple[str, str | None]]:  # what is shown, value
+) -> list[tuple[str, str]]:  # what is shown, value
     "The options of a filter, with how many there are of each."
-    return [("all", None)] + [(f"{name or '(none)'} ({n:,})", name) for name, n in sorted(Counter(names).items())]
+    return [("all", "")] + [(f"{name} ({n:,})", name) for name, n in sorted(Counter(names).items())]
 
 
 class Curator:
@@ -317,7 +317,9 @@ class Curator:
         buttons = []
         for words, keep in CHOICES.items():
             button = widgets.Button(
-                description=f"{words} all", tooltip="all pictures of this page", layout=widgets.Layout(width="auto")
+                description=f"{words} page",
+                tooltip=f"{words}: every picture on this page",
+                layout=widgets.Layout(width="auto"),
             )
             button.on_click(lambda _, keep=keep: self.keep_shown(keep))
             buttons.append(button)
