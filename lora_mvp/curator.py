@@ -6,9 +6,10 @@
 __all__ = ['STATUSES', 'SIDE', 'CHOICES', 'GREEN', 'RED', 'AMBER', 'PAGE', 'Item', 'items_of', 'Curation', 'select', 'jpeg',
            'placeholder', 'thumbnail', 'badge', 'about', 'Card', 'counted', 'Curator']
 
-# %% ../nbs/15a_curator.ipynb #7b2d2946
+# %% ../nbs/15a_curator.ipynb #2ef6db06
 import io
 import math
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from .images import REASONS, Reason, open_rgb
 from .manifest import Manifest, leaves_folder
 from .report import text
 
-# %% ../nbs/15a_curator.ipynb #04cec3e0
+# %% ../nbs/15a_curator.ipynb #03073a4d
 class Item(NamedTuple):
     "One picture that a person can decide about."
 
@@ -43,7 +44,10 @@ def items_of(
     manifest: Manifest,
 ) -> list[Item]:  # by path
     "The pictures of a manifest that can be decided about."
-    raw, found = manifest.folder / manifest.config["raw_data_dir"], []
+    raw, found = (
+        Path(os.path.normpath(manifest.folder / manifest.config["raw_data_dir"])),
+        [],
+    )  # folder may not be there
     for row in manifest.images:
         files = [] if leaves_folder(row.source) else [raw / row.source]
         files += [] if leaves_folder(row.file) else [manifest.path_of(row)]
@@ -56,7 +60,7 @@ def items_of(
             found.append(Item(r.path, r.label, r.sha256, passed, r.reasons, "", files))
     return sorted(found, key=lambda item: item.path)
 
-# %% ../nbs/15a_curator.ipynb #53908a70
+# %% ../nbs/15a_curator.ipynb #87e39e3f
 STATUSES = ("all", "accepted", "rejected", "changed")
 
 
@@ -135,7 +139,7 @@ class Curation:
         self.saved = dict(self.decisions)
         return file
 
-# %% ../nbs/15a_curator.ipynb #f6406907
+# %% ../nbs/15a_curator.ipynb #ffbd367c
 def select(
     curation: Curation,
     status: str = "all",  # one of `STATUSES`
@@ -158,7 +162,7 @@ def select(
 
     return [item for item in curation.items if fits(item)]
 
-# %% ../nbs/15a_curator.ipynb #d9b19ba8
+# %% ../nbs/15a_curator.ipynb #b8dfa0c1
 SIDE = 192  # pixels of a thumbnail
 
 
@@ -195,7 +199,7 @@ def thumbnail(
         return jpeg(clean)
     return placeholder("cannot be opened")
 
-# %% ../nbs/15a_curator.ipynb #885e8fe5
+# %% ../nbs/15a_curator.ipynb #13aba75c
 CHOICES = {"auto": None, "keep": True, "reject": False}  # auto: as the checks say
 GREEN, RED, AMBER = "#1a7f37", "#c62828", "#8a5a00"
 
@@ -228,7 +232,7 @@ def about(
     outer = '<div style="line-height:1.5;height:102px;overflow-y:auto">'
     return f'{outer}<div title="{text(item.path)}">{name}{text(item.label)}</div>{"".join(badges)}</div>'
 
-# %% ../nbs/15a_curator.ipynb #5e6d6e86
+# %% ../nbs/15a_curator.ipynb #396a8758
 class Card:
     "One place of the gallery."
 
@@ -264,7 +268,7 @@ class Card:
         self.about.value = about(item, curation)
         self.filling = False
 
-# %% ../nbs/15a_curator.ipynb #9e85005c
+# %% ../nbs/15a_curator.ipynb #848f2517
 PAGE = 24  # pictures on a page
 
 
@@ -297,7 +301,7 @@ class Curator:
         self.status = widgets.Dropdown(options=STATUSES, description="show", **made)
         self.label = widgets.Dropdown(options=counted([item.label for item in items]), description="label", **made)
         self.reason = widgets.Dropdown(options=counted(codes), description="reason", **made)
-        self.part = widgets.Text(placeholder="part of a name or caption, Enter", continuous_update=False, **made)
+        self.part = widgets.Text(placeholder="part of name or caption", continuous_update=False, **made)
         for control in (self.status, self.label, self.reason, self.part):
             control.observe(self.filter, "value")
         wrap = widgets.Layout(flex_flow="row wrap")

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 import lora_mvp.curator
 from lora_mvp.config import LoraMvpError, load_config
-from lora_mvp.curator import PAGE, Curation, Curator, about, select, thumbnail
+from lora_mvp.curator import PAGE, Curation, Curator, about, placeholder, select, thumbnail
 from lora_mvp.data import Override, check_data, prepare_data, read_overrides, write_overrides
 from lora_mvp.manifest import Manifest, ManifestImage, read_manifest
 
@@ -92,6 +92,8 @@ def test_prepare_data_does_what_was_decided(config):
 
 def test_it_can_be_curated_before_anything_is_written(config):
     curation = Curation(check_data(config))
+    assert not config.data.processed_dir.exists()
+    assert placeholder("cannot be opened") not in {thumbnail(item) for item in curation.items}
     curation.keep(item_of(curation, "cat/2.png"), False)
     curation.save()
     assert "cat/2.png" not in sources(prepare_data(config))
