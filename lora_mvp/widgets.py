@@ -12,6 +12,7 @@ import ipywidgets as widgets
 from PIL import Image
 
 from .config import LoraMvpError
+from .curator import Curator as Curator  # so that all widgets are found here
 from .infer import LoadedRun, render
 from .runs import StepReport, loss_figure
 
