@@ -414,6 +414,7 @@ def mode_of(
 
 
 def still_there(
+    source: Path,  # raw image
     out: Path,  # processed folder
     row: ManifestImage | None,  # of the earlier run
     wanted: dict[str, Any],  # what the new row must say
@@ -423,6 +424,8 @@ def still_there(
     if row is None or not same_settings or any(getattr(row, key) != value for key, value in wanted.items()):
         return False
     path = out / row.file
+    if row.stored == "linked":
+        return path.is_file() and os.path.samefile(source, path)
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == row.sha256
 
 
@@ -452,7 +455,7 @@ def make_rows(
         row = {"source": r.path, "label": r.label, "caption": caption, "caption_source": source, "reasons": r.reasons}
         row |= {"split": splits[r.sha256], "group": groups[r.sha256], "facts": r.facts}
         made_from = {"file": file, "source_sha256": r.sha256}
-        if mode != "link" and still_there(out, earlier.get(file), made_from, same_settings):
+        if still_there(path, out, earlier.get(file), made_from, same_settings):
             kept = earlier[file]
             made = {"stored": kept.stored, "width": kept.width, "height": kept.height, "sha256": kept.sha256}
         else:
