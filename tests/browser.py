@@ -86,10 +86,18 @@ class Page:
             raise AssertionError(f"{expression}: {e}; the page says: {self.js('document.body.innerText')}") from e
 
     def click(self, element):
-        """Press the mouse in the middle of the element that an expression gives."""
+        """Press the mouse in the middle of the element that an expression gives, once it lies still and is on top."""
         self.wait(f"!!({element})")
-        box = f"(() => {{ const e = {element}; e.scrollIntoView({{block: 'center'}}); const b = e.getBoundingClientRect();"
-        x, y = self.js(box + " return [b.x + b.width / 2, b.y + b.height / 2]; })()")
+        target = f"""(async () => {{
+            const frame = () => new Promise(requestAnimationFrame), e = {element};
+            const middle = () => {{ const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; }};
+            e.scrollIntoView({{block: 'center', behavior: 'instant'}});
+            const before = middle();
+            for (let k = 0; k < 5; k++) await frame();
+            const [x, y] = middle(), top = document.elementFromPoint(x, y);
+            return before[0] == x && before[1] == y && e.contains(top) && [x, y];
+        }})()"""
+        x, y = wait_for(lambda: self.js(target))
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
