@@ -325,7 +325,7 @@ def thresholds(
 
 # %% ../nbs/03_report.ipynb #79e39ef9
 WIDTH, HEIGHT, BINS = 340, 170, 24  # of a histogram, in units of its drawing
-LEFT, RIGHT, TOP, BOTTOM = 12, 328, 30, 142  # its axes
+LEFT, RIGHT, TOP, BOTTOM = 16, 324, 36, 142  # its axes
 KEPT, LEFT_OUT = "fill:var(--train,#2f6f9f)", "fill:var(--rejected,#b5443c)"  # the page's colours; plain ones elsewhere
 INK, SOFT = "fill:var(--ink,#1c1c1a)", "fill:var(--soft,#5c5c57)"
 
@@ -394,7 +394,8 @@ def histogram(
     parts = [bars(groups)]
     parts.append(f'<path d="M{LEFT} {BOTTOM}H{RIGHT}" style="stroke:var(--soft,#5c5c57)"/>')
     for place, label in ticks.items():
-        parts.append(f'<text x="{x(place):.1f}" y="{BOTTOM + 15}" text-anchor="middle" style="{SOFT}">{label}</text>')
+        at = min(max(x(place), 4 * len(label)), WIDTH - 4 * len(label))  # 8 units per letter: none is cut off
+        parts.append(f'<text x="{at:.1f}" y="{BOTTOM + 15}" text-anchor="middle" style="{SOFT}">{label}</text>')
     for value in lines:
         at = x(metric.scale(value))
         side = "start" if at < (LEFT + RIGHT) / 2 else "end"
@@ -796,7 +797,10 @@ def write_report(
     training: TrainingConfig | None = None,  # for the arithmetic of steps
 ) -> Path:  # report.html
     "Write report.html, contact_train.png, contact_val.png and rejected.csv; raises `LoraMvpError` where it cannot."
-    folder = Path(folder)
+    folder, inside = Path(folder), Path(raw).resolve()
+    if inside in (folder.resolve(), *folder.resolve().parents):
+        text = f"the report's folder {folder} lies in the folder of the raw pictures; choose one outside it"
+        raise LoraMvpError("folders_overlap", text)
     for split in ("train", "val"):
         atomic_write(folder / f"contact_{split}.png", png_bytes(contact_sheet(manifest, split, raw=raw)))
     atomic_write(folder / "rejected.csv", rejected_csv(manifest))
