@@ -807,7 +807,7 @@ def killed_run(config, moment, delay):
                 threading.Timer(delay, blow).start() if delay else blow()
 
         sys.addaudithook(listen)
-        prepare_data(config)
+        prepare_data(config, resplit=True)
     finally:
         os._exit(0)
 
@@ -823,13 +823,13 @@ def test_killed_at_any_moment(tmp_path):
     while killed < 30 and rounds < 200:
         if rounds % 10 == 5:
             shutil.rmtree(out, ignore_errors=True)
-        config = settings(tmp_path, image_size=(32, 48)[rounds % 2])  # all files are written anew
+        config = settings(tmp_path, image_size=(32, 48)[rounds % 2], seed=rounds % 3)  # other files, under other names
         killed += killed_run(config, rng.integers(300), rng.choice([0, rng.uniform(0, 0.01)]))
         rounds += 1
         if (out / "manifest.json").exists():
             parse_manifest(out / "manifest.json")
     assert killed == 30
-    last = prepare_data(settings(tmp_path))
+    last = prepare_data(settings(tmp_path), resplit=True)
     assert tree(out) == tree(tmp_path / "calm") and tree(raw) == before
     assert last == calm.model_copy(update={"folder": last.folder})
 
