@@ -655,7 +655,7 @@ def table_of_labels(
     labels = sorted({label for label, _ in counts})
     width = max(len("(no label)"), *(len(label) for label in labels)) if labels else 10
     body = [(label or "(no label)", [counts[label, c] for c in columns]) for label in labels]
-    body.append(("total", [sum(numbers) for numbers in zip(*(row for _, row in body), strict=True)]))
+    body.append(("total", [sum(numbers[i] for _, numbers in body) for i in range(len(columns))]))
     head = f"{'label':{width}}" + "".join(f"{c:>10}" for c in columns)
     return [head] + [f"{label:{width}}" + "".join(f"{n:>10}" for n in row) for label, row in body]
 

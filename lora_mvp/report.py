@@ -502,6 +502,8 @@ def on_amounts(
 ) -> list[str]:  # sentences
     "Too few images, one label that dominates, no validation."
     train, val, found = manifest.rows("train"), manifest.rows("val"), []
+    if not manifest.images:
+        return ["No image was accepted; what follows says why."]
     if len(train) < 10:
         few = "the adapter will repeat them. Ten to thirty varied pictures are a good start for one subject"
         found.append(f"Only {count(len(train), 'image')} to train on: {few}.")
@@ -509,7 +511,7 @@ def on_amounts(
     if len(labels) > 1 and labels[0][1] > 2 / 3 * len(manifest.images):
         share = f"{labels[0][1]:,} of {len(manifest.images):,} images are {labels[0][0]}"
         found.append(f"{share}: the adapter learns that label most. Add images of the others, or remove some of it.")
-    if manifest.images and not val:
+    if not val:
         found.append("There is no validation image, so nothing shows when training goes on too long. Add images.")
     scenes = {row.group or row.file for row in val}
     if len(scenes) == 1:
@@ -743,7 +745,8 @@ def report_html(
     links = [name.partition(" ") for name in parts]
     nav = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, _, title in links)
     labels = sorted({row.label for row in manifest.images})
-    what = f"{count(len(manifest.images), 'image')} in {count(len(labels), 'label')}: {', '.join(labels[:12])}"
+    what = f"{count(len(manifest.images), 'image')} in {count(len(labels), 'label')}"
+    what += f": {', '.join(labels[:12])}" if labels else ""
     what += f" and {len(labels) - 12:,} more" if len(labels) > 12 else ""
     return f"""<!DOCTYPE html>
 <html lang="en">

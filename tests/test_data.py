@@ -616,6 +616,9 @@ def test_when_nothing_is_accepted(tmp_path, capsys, command):
     assert tree(tmp_path) == before
     (tmp_path / "nothing").mkdir()
     assert main([command, f"--set=data.raw_data_dir={tmp_path / 'nothing'}", *folders[1:]]) == 3
+    (tmp_path / "nothing" / "cat").mkdir()
+    assert main([command, f"--set=data.raw_data_dir={tmp_path / 'nothing'}", *folders[1:]]) == 3
+    assert capsys.readouterr().out.splitlines()[1].split() == ["total", "0", "0", "0"]
 
 
 def test_a_report_that_cannot_be_written(tmp_path, caplog):
