@@ -272,7 +272,7 @@ def apply_override(
 # %% ../nbs/02_data.ipynb #8aa0c0d7
 def known_captions(
     config: AppConfig,
-    accepted: list[tuple[Path, ImageRecord]],
+    accepted: list[tuple[Path, ImageRecord]],  # nothing is asked about them
 ) -> AutoCaptions | None:  # None without a captioner
     "What the captioner said in earlier runs."
     data = config.data

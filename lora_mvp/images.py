@@ -304,7 +304,8 @@ def look(
     except Exception as e:
         found.code, found.notes = e.code if isinstance(e, LoraMvpError) else "unreadable", []
         found.detail = str(e) or type(e).__name__
-        found.value, found.threshold = getattr(e, "value", None), getattr(e, "threshold", None)
+        if isinstance(e, BeyondLimit):
+            found.value, found.threshold = e.value, e.threshold
     return found
 
 # %% ../nbs/01_images.ipynb #178ea559

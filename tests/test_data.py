@@ -741,6 +741,18 @@ def test_decisions_of_a_person(tmp_path):
     assert [r.code for r in rows["cat/soft.png"].reasons] == ["blurry"]
 
 
+def test_a_person_may_keep_a_near_duplicate(tmp_path):
+    raw = fill(tmp_path / "raw", cat=2)
+    mirrored = open_rgb(raw / "cat" / "cat_0.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    mirrored.save(raw / "cat" / "z.png")
+    config = settings(tmp_path, checks={"near_duplicate": "reject"})
+    (refused,) = prepare_data(config).rejected
+    assert (refused.path, refused.reason) == ("cat/z.png", "near_duplicate")
+    write_overrides(tmp_path / "out", {refused.sha256: Override(keep=True)})
+    kept = {row.source: row for row in prepare_data(config).images}
+    assert kept["cat/z.png"].split == kept["cat/cat_0.png"].split and len(kept) == 3
+
+
 def test_background(tmp_path):
     "Transparency is put on the configured colour, also where the bytes would have been kept."
     raw = fill(tmp_path / "raw", cat=2)
