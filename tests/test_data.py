@@ -991,7 +991,7 @@ def test_manifest_is_always_whole(tmp_path):
 
     reader = threading.Thread(target=read)
     reader.start()
-    for seed in range(5):
+    for seed in range(3):
         prepare_data(settings(tmp_path, seed=seed), resplit=True)
     stop.set()
     reader.join()
