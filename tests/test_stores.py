@@ -26,19 +26,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from postgres import postgres
+from store_clients import example, new_id, open_and_say, submit_until_killed
 
-from lora_mvp.api.jobs import Job, JobIds, JobSpec, moved, noted, now, transition
+from lora_mvp.api.jobs import Job, JobSpec, moved, noted, now, transition
 from lora_mvp.api.stores import JsonStore, SqlStore, StateFile, open_store, pack
 from lora_mvp.config import ApiConfig, LoraMvpError
 
-new_id = JobIds()
 STRANGE = {"a": 'quote " slash \\ line\nend', "nul": "\0", "smile": "\U0001f600", "big": 2**70, "list": [None, 1.5, []]}
-
-
-def example(**fields) -> Job:
-    """A new job."""
-    spec = JobSpec(manifest="cats/manifest.json", config={"training.max_train_steps": 20})
-    return Job(**({"id": new_id(), "kind": "train", "spec": spec, "created_at": now(), "updated_at": now()} | fields))
 
 
 def code_of(call) -> str:
@@ -374,28 +368,8 @@ TestJsonModel, TestSqliteModel = StoreMachine.TestCase, SqliteMachine.TestCase
 @pytest.fixture(scope="module")
 def forks():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lora_mvp.api.stores"])
+    context.set_forkserver_preload(["__main__", "lora_mvp.api.stores"])
     return context
-
-
-def submit_until_killed(url: str, answered: str) -> None:
-    """Create, change and delete jobs from four threads; note what the store has answered."""
-    store = open_store(ApiConfig(db_path=url))
-    file = os.open(answered, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-    def work(_):
-        for k in range(10_000):
-            job, _ = store.create(example())
-            os.write(file, f"{job.id} 0\n".encode())
-            for _ in range(2):
-                job = transition(store, job, "starting" if job.status == "queued" else "queued")
-                os.write(file, f"{job.id} {job.version}\n".encode())
-            if k % 4 == 0:
-                store.delete(job.id)
-                os.write(file, f"{job.id} gone\n".encode())
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4)))
 
 
 def kill_rounds(forks, folder: Path, ending: str, rounds: int) -> int:
@@ -440,14 +414,6 @@ def test_what_was_answered_survives_kill_9(forks, tmp_path, ending):
 @pytest.mark.parametrize("ending", [".json", ".db"])
 def test_what_was_answered_survives_kill_9_two_hundred_times(forks, tmp_path, ending):
     print(ending, "answers held against the store:", kill_rounds(forks, tmp_path, ending, 200))
-
-
-def open_and_say(url: str, out) -> None:
-    try:
-        open_store(ApiConfig(db_path=url))
-        out.send("opened")
-    except LoraMvpError as error:
-        out.send((error.code, error.message))
 
 
 def test_a_second_process_is_refused_and_the_first_is_unharmed(forks, file_place):

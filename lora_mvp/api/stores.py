@@ -452,7 +452,7 @@ class JsonStore:
         self._change.close()
         self._held.release()
 
-# %% ../../nbs/13a_api.stores.ipynb #609b42c2
+# %% ../../nbs/13a_api.stores.ipynb #5222cc77
 _tables = sa.MetaData()
 _Name = sa.String().with_variant(sa.String(collation="C"), "postgresql")
 _jobs = sa.Table(
@@ -467,7 +467,7 @@ _jobs = sa.Table(
     sa.Column("record", sa.Text, nullable=False),
     sa.Index("lora_mvp_jobs_queue", "status", "id"),
     sa.Index("lora_mvp_jobs_counts", "kind", "status"),
-    sa.Index("lora_mvp_jobs_keys", "owner", "key"),
+    sa.Index("lora_mvp_jobs_keys", "owner", "key", "id"),
 )
 _schema = sa.Table(
     "lora_mvp_schema",
