@@ -488,7 +488,7 @@ def _make_tables(connection: sa.Connection, jobs: Iterable[Job]) -> None:
     if rows := [_row(job) for job in jobs]:
         connection.execute(sa.insert(_jobs), rows)
 
-# %% ../../nbs/13a_api.stores.ipynb #c214ac1d
+# %% ../../nbs/13a_api.stores.ipynb #f2713d9c
 def _flaw(path: Path) -> str | None:
     "What is wrong with an SQLite file of ours, or None."
     if path.is_dir():
@@ -508,7 +508,11 @@ def _flaw(path: Path) -> str | None:
         return str(error)
     if found == "ok" and version == (SCHEMA,):
         return None
-    return f"it is damaged: {found}" if found != "ok" else f"its layout is {version}, this version reads {SCHEMA}"
+    return (
+        f"it is damaged: {found}"
+        if found != "ok"
+        else f"its layout is {version and version[0]}, this version reads {SCHEMA}"
+    )
 
 
 def _new_file(path: Path, jobs: list[Job]) -> None:
