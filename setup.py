@@ -28,7 +28,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         "dev": cfg["dev_requirements"].split(),
-        "postgres": cfg["postgres_requirements"].split(),  # api.db_path: postgresql+psycopg://...
+        "postgres": cfg["postgres_requirements"].split(),  # api.db_path: postgresql+pg8000://...
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

@@ -303,9 +303,9 @@ class EvaluationConfig(_Section):
 def _anchor_store(name: str, info) -> str:
     "The address of a database stays as it is; a file becomes an absolute path."
     if "://" in name:
-        if re.match(r"(sqlite|postgresql\+psycopg)://", name):
+        if re.match(r"(sqlite|postgresql\+pg8000)://", name):
             return name
-        raise ValueError("is no store; write a .json, .db or .sqlite file, sqlite:///FILE or postgresql+psycopg://...")
+        raise ValueError("is no store; write a .json, .db or .sqlite file, sqlite:///FILE or postgresql+pg8000://...")
     if not name.endswith((".json", ".db", ".sqlite")):
         raise ValueError("is no store; the file's ending says which: .json, .db or .sqlite")
     return str(_absolute(name, info.context["base"])) if info.context else name

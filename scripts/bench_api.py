@@ -1,7 +1,7 @@
 """Time the parts of the job service and print JSON.
 
 python scripts/bench_api.py store --jobs 1000 10000
-python scripts/bench_api.py store --jobs 1000 10000 --url postgresql+psycopg://USER@HOST/EMPTY_DATABASE
+python scripts/bench_api.py store --jobs 1000 10000 --url postgresql+pg8000://USER@HOST/EMPTY_DATABASE
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """A PostgreSQL server of Debian's packages, for the time of some tests."""
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -8,12 +9,12 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import quote
 
 import pytest
 import sqlalchemy as sa
 
-SETTINGS = "listen_addresses= fsync=on shared_buffers=16MB max_connections=40 dynamic_shared_memory_type=mmap".split()
+SETTINGS = "fsync=on shared_buffers=16MB max_connections=40 dynamic_shared_memory_type=mmap".split()
+PASSWORD = "geheim"
 
 
 def programs() -> Path:
@@ -26,25 +27,34 @@ def programs() -> Path:
 
 
 class Postgres:
-    """A server that listens on a socket in its own folder, and nowhere else."""
+    """A server that listens on a socket in its own folder, and on an address of its own on this machine."""
 
     def __init__(self, folder: Path):
         self.programs, self.folder, self.running = programs(), folder, None
+        self.host, self.port = ".".join(["127", *map(str, random.sample(range(1, 255), 3))]), random.randrange(9000, 32000)
         self.user = {}
         if os.geteuid() == 0:  # it refuses to run as root; the package makes a user for it
             shutil.chown(folder, "postgres", "postgres")
             self.user = {"user": "postgres", "group": "postgres", "extra_groups": [], "cwd": folder}
-        command = [self.programs / "initdb", "-D", folder / "data", "-U", "tester", "-A", "trust", "--no-sync"]
-        subprocess.run([*command, "-E", "UTF8", "--locale=C.UTF-8"], check=True, capture_output=True, **self.user)
+        (folder / "password").write_text(PASSWORD)
+        command = [self.programs / "initdb", "-D", folder / "data", "-U", "tester", "--pwfile", folder / "password"]
+        options = ["-A", "scram-sha-256", "--no-sync", "-E", "UTF8", "--locale=C.UTF-8"]
+        subprocess.run([*command, *options], check=True, capture_output=True, **self.user)
         self.admin = sa.create_engine(self.url(), poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
 
-    def url(self, schema: str = "public") -> str:
-        where = f"host={quote(str(self.folder))}&options={quote(f'-csearch_path={schema}')}"
-        return f"postgresql+psycopg://tester:geheim@/postgres?{where}"
+    def url(self, user: str = "tester", tcp: bool = False) -> str:
+        host, socket = (f"{self.host}:{self.port}", "") if tcp else ("", f"?unix_sock={self.folder}/.s.PGSQL.{self.port}")
+        return f"postgresql+pg8000://{user}:{PASSWORD}@{host}/postgres{socket}"
+
+    def new_user(self, name: str) -> None:
+        """One with a schema of its own, which PostgreSQL looks into first as it has the same name."""
+        self.sql(f"CREATE ROLE {name} LOGIN PASSWORD '{PASSWORD}'")
+        self.sql(f"CREATE SCHEMA AUTHORIZATION {name}")
 
     def start(self) -> None:
         settings = [word for setting in SETTINGS for word in ("-c", setting)]
         command = [self.programs / "postgres", "-D", self.folder / "data", "-k", self.folder, *settings]
+        command += ["-h", self.host, "-p", f"{self.port}"]
         with open(os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), "w") as log:
             self.running = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **self.user)
         end = time.monotonic() + 60
@@ -55,7 +65,7 @@ class Postgres:
     def answers(self) -> bool:
         try:
             return self.sql("SELECT 1") == 1
-        except sa.exc.OperationalError:
+        except sa.exc.DBAPIError:
             return False
 
     def sql(self, text: str):

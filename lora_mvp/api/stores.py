@@ -590,7 +590,7 @@ def _engine(url: str) -> tuple[sa.Engine, Path | None]:  # and the file, for SQL
             f"{error.name} is not installed, which PostgreSQL needs: pip install 'lora-mvp[postgres]'."
         ) from error
     except (ArgumentError, TypeError, ValueError) as error:
-        raise _failed("api.db_path is no address of a database: sqlite:///FILE or postgresql+psycopg://...") from error
+        raise _failed("api.db_path is no address of a database: sqlite:///FILE or postgresql+pg8000://...") from error
     if path:
         sa.event.listen(engine, "connect", _durable)
     return engine, path
@@ -676,7 +676,7 @@ class SqlStore:
 
     def __init__(
         self,
-        url: str,  # sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE
+        url: str,  # sqlite:///FILE or postgresql+pg8000://USER:PASSWORD@HOST/DATABASE
         rebuild: Rebuild = tuple,  # asked when file or table are missing, or cannot be read
     ):
         self._database = database = _Database(url)
