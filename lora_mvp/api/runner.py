@@ -246,7 +246,7 @@ def look(self: Runner) -> None:
         self.reason = "interrupted"
     elif now - self.beaten >= 1:
         self.beaten = now
-        progress = self.folder.progress()
+        progress = self.folder.progress(self.attempt)
         if progress and progress["step"] != self.step:
             self.step, self.stepped = progress["step"], now
         if self.folder.current_attempt() != self.attempt:
