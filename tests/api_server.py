@@ -33,7 +33,7 @@ class Resting:
         pass
 
     def describe(self):
-        return {"name": "resting", "slots": 0}
+        return {"name": "resting", "slots": 0, "gpus": []}
 
 
 def places(root: Path, **api) -> dict:

@@ -14,7 +14,7 @@ __all__ = ['PROBLEM_TYPE', 'STATUS_OF', 'CODE_OF', 'BODY_SECONDS', 'SEND_SECONDS
            'event_stream', 'size_of', 'end_of', 'healthz', 'readyz', 'metrics', 'page_policy', 'web_page', 'page',
            'lifespan', 'open_backend', 'noticed_signals', 'create_app']
 
-# %% ../../nbs/15_api.main.ipynb #de22cfc7
+# %% ../../nbs/15_api.main.ipynb #3681aa97
 import base64
 import hashlib
 import json
@@ -45,7 +45,7 @@ from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPBearer
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -265,7 +265,7 @@ class Backend:
         "What could keep the service from taking a job."
         return self.service.ready() | ({"draining": "the service is about to stop"} if self.stopping else {})
 
-# %% ../../nbs/15_api.main.ipynb #fb47e213
+# %% ../../nbs/15_api.main.ipynb #a0fb6a82
 class Metrics:
     "What `/metrics` shows."
 
@@ -278,7 +278,7 @@ class Metrics:
         )
         self.registry.register(self)
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         "What is read at this moment."
         service, config = self.backend.service, self.backend.config
         jobs = GaugeMetricFamily("lora_jobs", "Jobs that are kept.", labels=("kind", "status"))
@@ -286,6 +286,18 @@ class Metrics:
         for key in [(kind, status) for kind in get_args(Kind) for status in get_args(Status)]:
             jobs.add_metric(key, counts.get(key, 0))
         yield jobs
+        moves = CounterMetricFamily(
+            "lora_job_transitions", "Jobs that came into a state, since the start.", labels=("status",)
+        )
+        for status, number in service.transitions.items():
+            moves.add_metric([status], number)
+        yield moves
+        lost = CounterMetricFamily(
+            "lora_attempts_lost", "Attempts that were lost, since the start.", labels=("reason",)
+        )
+        for reason, number in service.lost.items():
+            lost.add_metric([reason], number)
+        yield lost
         ready = GaugeMetricFamily("lora_ready", "1 where a part of the service works.", labels=("part",))
         for part, problem in self.backend.ready().items():
             ready.add_metric([part], problem is None)
@@ -499,7 +511,7 @@ class RetryRequest(_Asked):
 
     fresh: bool = Field(False, description="from the start, not from the last good checkpoint")
 
-# %% ../../nbs/15_api.main.ipynb #855ae19f
+# %% ../../nbs/15_api.main.ipynb #d0861812
 class Progress(BaseModel):
     "The newest step of a job."
 
@@ -530,7 +542,7 @@ class JobView(BaseModel):
     spec: JobSpec
     error: JobError | None
     progress: Progress | None
-    queue_position: int | None = Field(description="of a queued job; the next to start is at 0")
+    queue_position: int | None = Field(description="of a queued job; 1 is the next to start")
     links: dict[str, str]
 
 
