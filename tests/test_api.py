@@ -4,13 +4,18 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import api_server
+import httpx
 import httpx2
 import pytest
-from api_server import Resting, places
+from api_server import Resting, places, raw, served
 from browser import wait_for
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, Phase, given, settings
@@ -504,3 +509,140 @@ def explore(strategy, examples, client, job, checks, seen):
         case.validate_response(answer, checks=checks)
 
     each()
+
+
+# --- a server in a process of its own ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server that waits one second for a body, with a job in its queue."""
+    root = tmp_path_factory.mktemp("server")
+    with served(root, env={"TEST_BODY_SECONDS": "1"}, requests_per_minute=10**6) as found:
+        found.job = httpx.post(f"{found.url}/train", json=ASKED).raise_for_status().json()["job_id"]
+        found.root = root
+        yield found
+
+
+def head(method, path, *lines, host="127.0.0.1"):
+    return "\r\n".join([f"{method} {path} HTTP/1.1", f"Host: {host}", *lines, "", ""]).encode()
+
+
+JSON = "Content-Type: application/json"
+
+
+def test_a_slow_body_is_not_waited_for(server):
+    began = time.monotonic()
+    answer = raw(server.port, head("POST", "/train", JSON, "Content-Length: 100"), b'{"manifest": ')
+    assert answer.startswith(b"HTTP/1.1 408") and b"body_too_slow" in answer and PROBLEM.encode() in answer
+    assert time.monotonic() - began >= 1
+    answer = raw(server.port, head("POST", "/train", JSON, "Transfer-Encoding: chunked"), b"1\r\n{\r\n")
+    assert answer.startswith(b"HTTP/1.1 408")
+
+
+def peak(process):
+    """Most memory that a process has ever held, in MiB."""
+    with open(f"/proc/{process.pid}/status") as file:
+        return int(next(line for line in file if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+@pytest.mark.parametrize("length", [f"Content-Length: {300 * 2**20}", "Transfer-Encoding: chunked"])
+def test_a_body_of_300_mib_is_refused_and_not_kept(server, length):
+    before, mib = peak(server.process), b" " * 2**20
+    chunk = b"100000\r\n" + mib + b"\r\n" if "chunked" in length else mib
+    answer = raw(server.port, head("POST", "/train", JSON, length), *[chunk] * 300)
+    # the server answers and closes while the client still sends: the answer may be lost on the way, the memory not
+    assert answer == b"" or (answer.startswith(b"HTTP/1.1 413") and b"body_too_large" in answer)
+    assert peak(server.process) - before < 20
+    assert httpx.get(f"{server.url}/healthz").json() == {"status": "ok"}
+    answer = raw(server.port, head("POST", "/train", JSON, length), chunk * 2)
+    assert answer.startswith(b"HTTP/1.1 413") and PROBLEM.encode() in answer
+
+
+def test_no_secret_comes_into_the_log(server):
+    for path in ("/v1/jobs?token=lmvp_" + "q" * 43, "/hf_" + "q" * 34):
+        httpx.get(server.url + path, headers={"Authorization": "Bearer lmvp_" + "b" * 43})
+    text = server.log.read_text()
+    assert "q" * 30 not in text and "b" * 30 not in text and '"path": "/v1/jobs"' in text
+    lines = [line for line in text.splitlines() if line.startswith("{")]
+    assert all(
+        {"time", "level", "request", "path", "status"} <= json.loads(line).keys() for line in lines if '"path"' in line
+    )
+
+
+def test_a_file_that_changes_while_it_is_sent_breaks_the_connection(server):
+    place = server.root / "jobs" / server.job / "run" / "samples.png"
+    place.parent.mkdir(exist_ok=True)
+    place.write_bytes(bytes(64 * 2**20))
+    url = f"{server.url}/v1/jobs/{server.job}/artifacts/samples.png"
+    with pytest.raises(httpx.RemoteProtocolError), httpx.stream("GET", url) as answer:
+        for number, _ in enumerate(answer.iter_raw()):
+            if number == 0:
+                with open(place, "r+b") as file:  # in place; one that is replaced stays what it was
+                    file.seek(-1, os.SEEK_END)
+                    file.write(b"x")
+    whole, got = httpx.get(url, headers={"Range": "bytes=0-0"}).headers["etag"].strip('"'), hashlib.sha256()
+    with httpx.stream("GET", url) as answer:
+        for number, part in enumerate(answer.iter_raw()):
+            got.update(part)
+            if number == 0:
+                os.replace(place.with_name("new") if place.with_name("new").write_bytes(b"new") else place, place)
+    assert got.hexdigest() == whole
+
+
+def test_a_second_server_says_why_it_does_not_start(server):
+    env = os.environ | {"LORA_MVP_CONFIG": str(server.root / "config.yaml")}
+    done = subprocess.run([sys.executable, api_server.__file__], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode not in (0, None) and "Traceback" not in done.stderr
+    assert "in use" in done.stderr or "another" in done.stderr
+    assert httpx.get(f"{server.url}/readyz").status_code == 200
+
+
+def test_a_stop_ends_streams_and_loses_nothing(tmp_path):
+    """SIGTERM while a stream is read and jobs come in: the stream says so, and every job that was taken is there."""
+    with served(tmp_path, max_queued=10**6, requests_per_minute=10**6) as server:
+        job = httpx.post(f"{server.url}/train", json=ASKED).json()["job_id"]
+        taken, refused = [job], []
+
+        def keep_submitting():
+            with httpx.Client(base_url=server.url) as client:
+                while True:
+                    try:
+                        answer = client.post("/train", json=ASKED)
+                    except httpx.TransportError:  # it has stopped
+                        return
+                    if answer.status_code == 202:
+                        taken.append(answer.json()["job_id"])
+                    else:
+                        refused.append(answer)
+
+        threads = [threading.Thread(target=keep_submitting) for _ in range(4)]
+        stream = httpx.stream("GET", f"{server.url}/v1/jobs/{job}/events", headers={"Accept": "text/event-stream"})
+        with stream as answer:
+            lines = answer.iter_lines()
+            assert next(lines) == "event: state"
+            for thread in threads:
+                thread.start()
+            wait_for(lambda: len(taken) > 20)
+            server.process.send_signal(signal.SIGTERM)
+            rest = list(lines)
+        server.process.wait(60)
+        for thread in threads:
+            thread.join()
+    assert sse("\n".join(rest).split("\n\n", 1)[1])[-1] == ("end", None, {"reason": "draining"})
+    for answer in refused:
+        problem(answer, 503, "draining")
+    assert "Traceback" not in server.log.read_text() and "timeout graceful" not in server.log.read_text()
+    with running(tmp_path, max_queued=10**6, requests_per_minute=10**6) as client:
+        assert [client.get(f"/status/{job}").status_code for job in taken] == [200] * len(taken)
+
+
+def test_the_promised_command_serves_and_stops(tmp_path):
+    with served(tmp_path, command=(sys.executable, "-m", "uvicorn", "lora_mvp.api.main:app", "--port", "0")) as server:
+        assert httpx.get(f"{server.url}/healthz").json() == {"status": "ok"}
+        wait_for(lambda: httpx.get(f"{server.url}/readyz").status_code == 200)
+        assert httpx.get(f"{server.url}/readyz").json()["engine"]["name"] == "local"
+        server.process.send_signal(signal.SIGTERM)
+        assert (
+            server.process.wait(60) == -signal.SIGTERM
+        )  # as uvicorn does: it stops in order, then lets the signal act
