@@ -34,9 +34,14 @@ from ..config import ApiConfig, LoraMvpError
 
 _logger = logging.getLogger(__name__)
 
-# %% ../../nbs/13a_api.stores.ipynb #eb21c1c3
+# %% ../../nbs/13a_api.stores.ipynb #2d6f08d7
 def _failed(what: str) -> LoraMvpError:
     return LoraMvpError("store_failed", what)
+
+
+def _in_use(where: str) -> LoraMvpError:
+    text = f"{where} is in use by another server. Stop that one first, or give this one another api.db_path."
+    return LoraMvpError("store_in_use", text)
 
 
 def hold(
@@ -48,8 +53,7 @@ def hold(
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout as error:
-        text = f"{path} is in use by another server. Stop that one first, or give this one another api.db_path."
-        raise LoraMvpError("store_in_use", text) from error
+        raise _in_use(str(path)) from error
     except OSError as error:
         text = f"{path}.lock cannot be written: {error.strerror}. The service needs a folder it may write to; see api.db_path."
         raise _failed(text) from error
@@ -448,7 +452,7 @@ class JsonStore:
         self._change.close()
         self._held.release()
 
-# %% ../../nbs/13a_api.stores.ipynb #b42be394
+# %% ../../nbs/13a_api.stores.ipynb #5222cc77
 _tables = sa.MetaData()
 _Name = sa.String().with_variant(sa.String(collation="C"), "postgresql")
 _jobs = sa.Table(
@@ -463,9 +467,14 @@ _jobs = sa.Table(
     sa.Column("record", sa.Text, nullable=False),
     sa.Index("lora_mvp_jobs_queue", "status", "id"),
     sa.Index("lora_mvp_jobs_counts", "kind", "status"),
-    sa.Index("lora_mvp_jobs_keys", "owner", "key"),
+    sa.Index("lora_mvp_jobs_keys", "owner", "key", "id"),
 )
-_schema = sa.Table("lora_mvp_schema", _tables, sa.Column("version", sa.Integer, nullable=False))
+_schema = sa.Table(
+    "lora_mvp_schema",
+    _tables,
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("probe", sa.Text),  # written to see whether a write goes through
+)
 
 
 def _row(job: Job) -> dict[str, object]:
@@ -532,7 +541,7 @@ def ready_file(path: Path, rebuild: Rebuild) -> str | None:  # what was recovere
         raise _failed(f"{path} cannot be read: {error.strerror}.") from error
     return recover(path, {path: flaw}, [], rebuild, lambda jobs: _new_file(path, jobs))[1] if flaw else None
 
-# %% ../../nbs/13a_api.stores.ipynb #e7458372
+# %% ../../nbs/13a_api.stores.ipynb #0936cc44
 _LOCK = "hashtextextended(current_schema() || '.lora_mvp_jobs', 0)"
 _KEEPALIVE = "SET tcp_keepalives_idle = 30; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3"
 
@@ -548,18 +557,17 @@ def _ready_tables(connection: sa.Connection, where: str, rebuild: Rebuild) -> st
     return None
 
 
-def _hold_tables(connection: sa.Connection, where: str) -> None:
+def _hold_tables(connection: sa.Connection, where: str) -> LoraMvpError | None:
     "Take the advisory lock, waiting a second for the connection of a server that has just ended."
     end = time.monotonic() + 1
     while not connection.exec_driver_sql(f"SELECT pg_try_advisory_lock({_LOCK})").scalar():
         if time.monotonic() > end:
-            text = f"{where} is in use by another server. Stop that one first, or give this one another api.db_path."
-            raise LoraMvpError("store_in_use", text)
+            return _in_use(where)
         time.sleep(0.1)
     connection.exec_driver_sql(_KEEPALIVE)  # so that the lock of a machine that has vanished ends within a minute
     connection.commit()
 
-# %% ../../nbs/13a_api.stores.ipynb #6f7cbe66
+# %% ../../nbs/13a_api.stores.ipynb #34a0643e
 def _durable(connection: sqlite3.Connection, _) -> None:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")  # a commit returns when the disk has it
@@ -630,12 +638,10 @@ class _Database:
             _logger.warning("%s: the connection was lost; making another", self.where)
         self._drop_writer()
         connection = self.engine.connect()
-        try:
-            if not self.path:
-                _hold_tables(connection, self.where)
-        except BaseException:
+        if not self.path and (error := _hold_tables(connection, self.where)):
             connection.close()
-            raise
+            self.failure = error.message
+            raise error
         self.writer = connection
         return connection
 
@@ -653,7 +659,7 @@ class _Database:
             if self.held:
                 self.held.release()
 
-# %% ../../nbs/13a_api.stores.ipynb #8eb89763
+# %% ../../nbs/13a_api.stores.ipynb #6b50f99a
 def _parsed(record: str) -> Job:
     try:
         return Job.model_validate_json(record)
@@ -684,7 +690,7 @@ class SqlStore:
         "Why changes cannot be written now; None when they can. Tries again if the last one could not."
         if self._database.failure:
             with suppress(LoraMvpError), self._database.change() as connection:  # the answer is in `failure`
-                connection.execute(sa.update(_schema).values(version=SCHEMA))
+                connection.execute(sa.update(_schema).values(probe=" " * 2**15))  # more than a job needs
         return self._database.failure
 
     def create(self, job: Job) -> tuple[Job, bool]:
