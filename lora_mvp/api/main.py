@@ -227,11 +227,14 @@ class Buckets:
     def _filled(self, left: float, at: float, now: float) -> float:
         return min(self.size, left + (now - at) * self.size / 60)
 
-# %% ../../nbs/15_api.main.ipynb #bb2e5c8e
-def server_config() -> AppConfig:
+# %% ../../nbs/15_api.main.ipynb #e88953ec
+def server_config(
+    file: str | os.PathLike | None = None,  # None: as the environment says
+    overrides: list[str] = (),  # "section.key=value" texts
+) -> AppConfig:
     "The settings of the server; raises `LoraMvpError`."
-    named = os.environ.get("LORA_MVP_CONFIG")
-    return load_config(named or ("config.yaml" if Path("config.yaml").is_file() else None))
+    named = file or os.environ.get("LORA_MVP_CONFIG")
+    return load_config(named or ("config.yaml" if Path("config.yaml").is_file() else None), overrides)
 
 
 class Backend:
