@@ -61,7 +61,7 @@ from .service import Service
 from .stores import open_store
 from ..config import AppConfig, LoraMvpError, load_config
 
-# %% ../../nbs/15_api.main.ipynb #b07d6d44
+# %% ../../nbs/15_api.main.ipynb #7b13442f
 PROBLEM_TYPE = "application/problem+json"
 STATUS_OF = {  # code of a LoraMvpError -> HTTP status; 422 for all others
     "token_missing": 401,
@@ -102,11 +102,11 @@ class Problem(BaseModel):
     "What went wrong, as RFC 9457 has it."
 
     type: str = "about:blank"
-    title: str  # of the status
-    status: int
-    detail: str  # a sentence for people
-    code: str  # for programs
-    request_id: str
+    title: str = Field(description="of the status", examples=["Unprocessable Entity"])
+    status: int = Field(examples=[422])
+    detail: str = Field(description="a sentence for people", examples=["there is no manifest 'cats/manifest.json'."])
+    code: str = Field(description="for programs", examples=["manifest_missing"])
+    request_id: str = Field(description="finds the line in the log", examples=["8733d1ec3987f0d7"])
     errors: list[ProblemPart] = []
 
 
@@ -202,7 +202,7 @@ def log_as_json() -> None:
     access = logging.getLogger("uvicorn.access")
     access.handlers, access.propagate = [], False
 
-# %% ../../nbs/15_api.main.ipynb #e08d2e99
+# %% ../../nbs/15_api.main.ipynb #31b06a2f
 class Buckets:
     "Requests that each client has left."
 
@@ -221,7 +221,8 @@ class Buckets:
         with self.lock:
             now = self.clock()
             if len(self.left) > 10_000:
-                self.left = {w: (n, t) for w, (n, t) in self.left.items() if self._filled(n, t, now) < self.size}
+                short = [(w, (n, t)) for w, (n, t) in self.left.items() if self._filled(n, t, now) < self.size]
+                self.left = dict(short[-5_000:])
             left = self._filled(*self.left.get(who, (self.size, now)), now)
             self.left[who] = (left - 1 if left >= 1 else left, now)
             return left >= 1
