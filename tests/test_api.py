@@ -80,6 +80,8 @@ def problem(answer, status, code=None):
 def test_every_error_has_the_same_form(client, job):
     problem(client.get("/none"), 404, "not_found")
     problem(client.get("/v1/jobs/" + NONE), 404, "job_not_found")
+    for odd in ("x", "%00", "a" * 26, "..%2f..", NONE + "0", "%ff"):
+        problem(client.get("/v1/jobs/" + odd), 404)
     problem(client.put("/train", json=ASKED), 405, "method_not_allowed")
     problem(client.request("BREW", "/train"), 405, "method_not_allowed")
     problem(
