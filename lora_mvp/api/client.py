@@ -76,7 +76,9 @@ class Client:
         patience: float = 60.0,  # seconds in which a request that got no answer is sent again
     ):
         self.url, self.patience = address(url), patience
-        token, here = token or os.environ.get("LORA_MVP_TOKEN"), is_loopback(self.url.host)
+        token, here = (token or os.environ.get("LORA_MVP_TOKEN") or "").strip(), is_loopback(self.url.host)
+        if not (token.isascii() and token.isprintable()):
+            raise LoraMvpError("token_invalid", "The token holds characters that no token has; copy it again.")
         if token and self.url.scheme == "http" and not here:
             log.warning("the token travels unencrypted to %s; put the service behind https", self.url.host)
         head = {"Authorization": f"Bearer {token}"} if token else {}
@@ -106,18 +108,16 @@ class Client:
         while True:
             try:
                 answer = self.http.send(request, stream=stream)
-            except httpx.TransportError as error:
-                text = (
-                    f"The job service at {self.url} cannot be reached ({error or type(error).__name__}); is it running?"
-                )
-                failure, wait = LoraMvpError("service_unreachable", text), 0.0
-                again = repeatable or isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-            else:
                 if answer.is_success:
                     return answer
                 with closing(answer):
                     failure, wait = refused(answer), _seconds(answer.headers.get("retry-after"))
                 again = answer.status_code in (429, 503) or (repeatable and answer.status_code in (502, 504))
+            except httpx.TransportError as error:
+                why = str(error) or type(error).__name__
+                text = f"The job service at {self.url} cannot be reached ({why}); is it running?"
+                failure, wait = LoraMvpError("service_unreachable", text), 0.0
+                again = repeatable or isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
             wait = max(wait, pause * (0.5 + random.random()))
             if not again or time.monotonic() + wait > end:
                 raise failure
