@@ -112,6 +112,8 @@ class Client:
             wait = max(wait, pause * (0.5 + random.random()))
             if not again or time.monotonic() + wait > end:
                 raise failure
+            if pause == 1.0:  # the third time; who waits should know for what
+                log.warning("%s Trying again for %.0f s.", failure, end - time.monotonic())
             time.sleep(wait)
             pause = min(2 * pause, 8.0)
 

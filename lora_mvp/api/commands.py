@@ -190,7 +190,8 @@ def ended(job: dict[str, Any]) -> None:
 
 # %% ../../nbs/15c_api.commands.ipynb #d4e4aac7
 def _client(args: argparse.Namespace) -> Client:
-    return Client(args.url)
+    stays = any(getattr(args, name, False) for name in ("wait", "watch", "follow"))
+    return Client(args.url, patience=600 if stays else 10)
 
 
 def _started(client: Client, args: argparse.Namespace, job: dict[str, Any]) -> None:
