@@ -229,13 +229,15 @@ def newest_first(
 
 
 @patch
-def progress(self: JobFolder) -> dict | None:
-    "The newest progress of the newest attempt."
-    attempt = self.current_attempt()
+def progress(
+    self: JobFolder,
+    attempt: int | None = None,  # only of this one
+) -> dict | None:
+    "The newest progress."
     for event in self.newest_first():
-        if event["attempt"] < attempt:
+        if attempt is not None and event["attempt"] < attempt:
             return None
-        if event["type"] == "progress" and event["attempt"] == attempt:
+        if event["type"] == "progress" and attempt in (None, event["attempt"]):
             return event
     return None
 
@@ -323,9 +325,8 @@ def _job_again(folder: JobFolder) -> Job | None:
     status, facts = said["status"], {"attempt": attempt, "updated_at": said["time"]}
     if status in TERMINAL:
         facts |= {"finished_at": said["time"], "error": said.get("error")}
-    elif attempt == 0 or (status == "queued" and said["attempt"] == attempt):
-        status = "cancelled" if folder.cancel_asked() else "queued"
-        facts |= {"finished_at": said["time"]} if status == "cancelled" else {}
+    elif attempt == 0 or status == "queued":
+        facts |= {"attempt": said.get("attempt", 0), "error": said.get("error")}
     else:
         status = "cancelling" if folder.cancel_asked() else "starting"
         facts |= {"engine_ref": beat.ref if beat and beat.attempt == attempt else None, "started_at": said["time"]}
