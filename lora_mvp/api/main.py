@@ -227,10 +227,13 @@ class Buckets:
         return min(self.size, left + (now - at) * self.size / 60)
 
 # %% ../../nbs/15_api.main.ipynb #de5b4847
-def server_config() -> AppConfig:
+def server_config(
+    file: str | os.PathLike | None = None,  # None: as the environment says
+    overrides: list[str] = (),  # "section.key=value" texts
+) -> AppConfig:
     "The settings of the server; raises `LoraMvpError`."
-    named = os.environ.get("LORA_MVP_CONFIG")
-    return load_config(named or ("config.yaml" if Path("config.yaml").is_file() else None))
+    named = file or os.environ.get("LORA_MVP_CONFIG")
+    return load_config(named or ("config.yaml" if Path("config.yaml").is_file() else None), overrides)
 
 
 class Backend:
