@@ -76,8 +76,8 @@ def end_jobs(jobs_dir: Path) -> None:
 class Cutter:
     """A proxy for TCP that cuts connections: `cuts` holds, for each coming connection, after how many bytes of the answer."""
 
-    def __init__(self, port: int):
-        self.port, self.cuts, self.connections = port, [], 0
+    def __init__(self, port: int, cuts: list[int | None] = ()):
+        self.port, self.cuts, self.connections = port, list(cuts), 0
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         threading.Thread(target=self.accept, daemon=True).start()
@@ -89,7 +89,9 @@ class Cutter:
             except OSError:  # closed
                 return
             self.connections += 1
-            threading.Thread(target=self.carry, args=(client, self.cuts.pop(0) if self.cuts else None), daemon=True).start()
+            threading.Thread(
+                target=self.carry, args=(client, self.cuts.pop(0) if self.cuts else None), daemon=True
+            ).start()
 
     def carry(self, client: socket.socket, cut: int | None):
         """Carry one connection; `cut` bytes of the answer come through, then both ends see it break."""

@@ -309,7 +309,7 @@ def download(
     self: Client,
     job_id: str,
     folder: str | os.PathLike,  # made where it is missing
-    names: list[str] | None = None,  # only these; None: all
+    names: list[str] | None = None,  # only these; None: all but the checkpoints
     on_bytes: Callable[[int, int], None] = lambda done, total: None,  # called with bytes so far and in all
 ) -> list[Path]:  # what was written, or was there already with the right content
     "Fetch a job's artifacts; what is there is not fetched again. Raises `artifact_not_found`, `download_damaged`."
@@ -317,7 +317,7 @@ def download(
     if missing := set(names or []) - set(listed):
         text = f"Job {job_id} has no artifact {', '.join(sorted(missing))}; it has {', '.join(listed) or 'none'}."
         raise LoraMvpError("artifact_not_found", text)
-    rows = [listed[name] for name in names or listed]
+    rows = [listed[n] for n in names] if names else [row for row in listed.values() if row["kind"] != "checkpoint"]
     places, done, total = [inside(Path(folder), row["name"]) for row in rows], 0, sum(row["size"] for row in rows)
     for row, place in zip(rows, places):
         if not (place.is_file() and file_sha256(place) == row["sha256"]):

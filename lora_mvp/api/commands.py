@@ -108,7 +108,7 @@ def paragraph(job: dict[str, Any]) -> str:
     "A job in some lines."
     progress, error = job.get("progress"), job.get("error")
     rows = {"job": job["job_id"], "status": job["status"], "of": job["kind"], "retry of": job.get("retry_of")}
-    rows |= {"queue": f"{job['queue_position']} before it" if job.get("queue_position") else None}
+    rows |= {"in queue": job.get("queue_position")}
     rows |= {name: job.get(f"{name}_at") for name in ("created", "started", "finished")}
     rows |= {"progress": pace(progress) if progress else None}
     rows |= {"attempt": job["attempt"] or None, "error": f"{error['message']} ({error['code']})" if error else None}
@@ -312,7 +312,7 @@ def _add_jobs(actions) -> None:
     delete.add_argument("--artifacts", action="store_true", help="its files too")
     for parser in (evaluate, retry, status, logs, cancel, delete, download):
         parser.add_argument("job", help="its name, as submit and list print it")
-    download.add_argument("name", nargs="*", help="only these artifacts")
+    download.add_argument("name", nargs="*", help="only these artifacts (default: all but the checkpoints)")
     download.add_argument("--out", help="folder (default: the job's name)")
     for parser in (submit, evaluate):
         parser.add_argument(
