@@ -7,10 +7,11 @@ __all__ = ['listen', 'cmd_serve', 'cmd_token', 'visible', 'duration', 'line', 'p
            'ended', 'jobs_submit', 'jobs_evaluate', 'jobs_retry', 'jobs_list', 'jobs_status', 'jobs_logs',
            'jobs_cancel', 'jobs_delete', 'jobs_download', 'add_service']
 
-# %% ../../nbs/15c_api.commands.ipynb #5fdf2c75
+# %% ../../nbs/15c_api.commands.ipynb #a80cf078
 import argparse
 import errno
 import json
+import logging
 import socket
 import sys
 from collections.abc import Iterator
@@ -54,19 +55,29 @@ def cmd_serve(args: argparse.Namespace) -> None:
     check_listen(args.host, Tokens(config.api.tokens_file))
     with listen(args.host, args.port) as listener:
         host, port = listener.getsockname()[:2]
-        print(
-            f"the job service listens on http://{f'[{host}]' if ':' in host else host}:{port}",
-            file=sys.stderr,
-            flush=True,
-        )
-        app, options = create_app(config), {"log_config": None, "log_level": "critical", "access_log": False}
-        server = uvicorn.Server(uvicorn.Config(app, **options, server_header=False, timeout_graceful_shutdown=10))
+        app = create_app(config)
+        logging.getLogger("uvicorn.error").addFilter(lambda record: not hasattr(app.state, "failure"))  # said below
+        options = {"log_config": None, "log_level": "error", "access_log": False, "server_header": False}
+        server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=10, **options))
+        server.startup = _announced(server.startup, f"http://{f'[{host}]' if ':' in host else host}:{port}")
         try:
             server.run(sockets=[listener])
+        except SystemExit:
+            if failure := getattr(app.state, "failure", None):
+                raise failure from None
+            raise
         except KeyboardInterrupt:
             raise LoraMvpError("interrupted", "The service has stopped; jobs that run go on.") from None
-    if not server.started:
-        raise app.state.failure
+
+
+def _announced(startup, url: str):
+    "A server's start that says where it listens once it does."
+
+    async def announced(*args: Any, **options: Any) -> None:
+        await startup(*args, **options)
+        print(f"the job service listens on {url}", file=sys.stderr, flush=True)
+
+    return announced
 
 
 def cmd_token(args: argparse.Namespace) -> None:
