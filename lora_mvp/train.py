@@ -451,7 +451,7 @@ def asked_to_stop(self: Trainer, stop: threading.Event) -> bool:
 @patch
 def run(
     self: Trainer,
-    on_step: Callable[[StepReport], None] | None = None,  # called after every step
+    on_step: Callable[[StepReport], None] | None = None,  # called after every step, before it is written about
     progress: bool = True,
 ) -> float:  # seconds in steps
     "Step until max_train_steps; validate, sample and save on the way. Raises `Interrupted` after a stop request."
@@ -464,10 +464,10 @@ def run(
             seconds += time.perf_counter() - start
             bar.set_postfix_str(f"loss {report.loss:.4f}", refresh=False)
             bar.update()
-            if main:
-                append_row(self.folder.history, report)
             if on_step:
                 on_step(report)
+            if main:
+                append_row(self.folder.history, report)
             stopped = self.asked_to_stop(stop)
             at_checkpoint = self.step_number % t.checkpointing_steps == 0 or self.step_number == t.max_train_steps
             if at_checkpoint:

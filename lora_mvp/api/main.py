@@ -14,7 +14,7 @@ __all__ = ['PROBLEM_TYPE', 'STATUS_OF', 'CODE_OF', 'BODY_SECONDS', 'SEND_SECONDS
            'event_stream', 'size_of', 'end_of', 'healthz', 'readyz', 'metrics', 'page_policy', 'web_page', 'page',
            'lifespan', 'open_backend', 'noticed_signals', 'create_app']
 
-# %% ../../nbs/15_api.main.ipynb #ea7d0c77
+# %% ../../nbs/15_api.main.ipynb #3681aa97
 import base64
 import hashlib
 import json
@@ -30,7 +30,7 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from http import HTTPStatus
 from importlib import resources
 from pathlib import Path
@@ -45,7 +45,7 @@ from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPBearer
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -55,13 +55,13 @@ from starlette.types import Scope as Connection
 
 from .access import Scope, Token, Tokens, is_loopback, known_secrets, open_confined, plain, redact
 from .engines import Engine, LocalEngine
-from .folders import Artifact, JobFolder
+from .folders import Artifact, JobFolder, jobs_in
 from .jobs import TERMINAL, Job, JobError, JobSpec, Kind, Status
 from .service import Service
 from .stores import open_store
 from ..config import AppConfig, LoraMvpError, load_config
 
-# %% ../../nbs/15_api.main.ipynb #e5fcc08a
+# %% ../../nbs/15_api.main.ipynb #a1395762
 PROBLEM_TYPE = "application/problem+json"
 STATUS_OF = {  # code of a LoraMvpError -> HTTP status; 422 for all others
     "token_missing": 401,
@@ -83,6 +83,7 @@ STATUS_OF = {  # code of a LoraMvpError -> HTTP status; 422 for all others
     "rate_limited": 429,
     "disk_low": 503,
     "draining": 503,
+    "not_ready": 503,
     "engine_unavailable": 503,
     "store_failed": 503,
 }
@@ -226,7 +227,7 @@ class Buckets:
     def _filled(self, left: float, at: float, now: float) -> float:
         return min(self.size, left + (now - at) * self.size / 60)
 
-# %% ../../nbs/15_api.main.ipynb #de5b4847
+# %% ../../nbs/15_api.main.ipynb #e88953ec
 def server_config(
     file: str | os.PathLike | None = None,  # None: as the environment says
     overrides: list[str] = (),  # "section.key=value" texts
@@ -246,7 +247,7 @@ class Backend:
     ):
         self.config, self.tokens = config, Tokens(config.api.tokens_file)
         self.buckets, self.stopping = Buckets(config.api.requests_per_minute), False
-        self.store = open_store(config.api)
+        self.store = open_store(config.api, partial(jobs_in, config.api.jobs_dir))
         try:
             self.engine = engine or LocalEngine(config.api)
             self.service = Service(config, self.store, self.engine)
@@ -267,7 +268,7 @@ class Backend:
         "What could keep the service from taking a job."
         return self.service.ready() | ({"draining": "the service is about to stop"} if self.stopping else {})
 
-# %% ../../nbs/15_api.main.ipynb #fb47e213
+# %% ../../nbs/15_api.main.ipynb #a0fb6a82
 class Metrics:
     "What `/metrics` shows."
 
@@ -280,7 +281,7 @@ class Metrics:
         )
         self.registry.register(self)
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         "What is read at this moment."
         service, config = self.backend.service, self.backend.config
         jobs = GaugeMetricFamily("lora_jobs", "Jobs that are kept.", labels=("kind", "status"))
@@ -288,6 +289,18 @@ class Metrics:
         for key in [(kind, status) for kind in get_args(Kind) for status in get_args(Status)]:
             jobs.add_metric(key, counts.get(key, 0))
         yield jobs
+        moves = CounterMetricFamily(
+            "lora_job_transitions", "Jobs that came into a state, since the start.", labels=("status",)
+        )
+        for status, number in service.transitions.items():
+            moves.add_metric([status], number)
+        yield moves
+        lost = CounterMetricFamily(
+            "lora_attempts_lost", "Attempts that were lost, since the start.", labels=("reason",)
+        )
+        for reason, number in service.lost.items():
+            lost.add_metric([reason], number)
+        yield lost
         ready = GaugeMetricFamily("lora_ready", "1 where a part of the service works.", labels=("part",))
         for part, problem in self.backend.ready().items():
             ready.add_metric([part], problem is None)
@@ -501,7 +514,7 @@ class RetryRequest(_Asked):
 
     fresh: bool = Field(False, description="from the start, not from the last good checkpoint")
 
-# %% ../../nbs/15_api.main.ipynb #855ae19f
+# %% ../../nbs/15_api.main.ipynb #d0861812
 class Progress(BaseModel):
     "The newest step of a job."
 
@@ -532,7 +545,7 @@ class JobView(BaseModel):
     spec: JobSpec
     error: JobError | None
     progress: Progress | None
-    queue_position: int | None = Field(description="of a queued job; the next to start is at 0")
+    queue_position: int | None = Field(description="of a queued job; 1 is the next to start")
     links: dict[str, str]
 
 
@@ -552,7 +565,7 @@ def view(
         **{name: getattr(job, name) for name in JobView.model_fields if name in Job.model_fields},
     )
 
-# %% ../../nbs/15_api.main.ipynb #60e614ab
+# %% ../../nbs/15_api.main.ipynb #46bb7cdf
 class JobPage(BaseModel):
     "Some jobs; ask again with `after` = `next` for more."
 
@@ -601,10 +614,10 @@ class CheckpointPage(BaseModel):
 
 
 class Ready(BaseModel):
-    "Whether jobs are taken, and what is wrong where they are not."
+    "Jobs are taken."
 
     ready: bool
-    parts: dict[str, str | None]
+    parts: list[str] = Field(description="what was looked at")
     engine: dict[str, Any]
 
 
@@ -771,7 +784,7 @@ def delete(job_id: JobId, request: Request, artifacts: bool = False, token=SUBMI
     "Forget a job that is over; its files stay unless `artifacts` is true."
     service_of(request).delete(owned(request, job_id, token).id, artifacts=artifacts)
 
-# %% ../../nbs/15_api.main.ipynb #35cb864f
+# %% ../../nbs/15_api.main.ipynb #0cf2dd6d
 def artifact_view(job_id: str, artifact: Artifact) -> ArtifactView:
     facts = {name: getattr(artifact, name) for name in ("name", "size", "sha256", "kind")}
     return ArtifactView(url=f"/v1/jobs/{job_id}/artifacts/{quote(artifact.name)}", **facts)
@@ -792,12 +805,12 @@ def checkpoints(job_id: JobId, request: Request, token=READ) -> CheckpointPage:
     "The checkpoints of a training."
     steps: dict[int, list[Artifact]] = {}
     for artifact in folder_of(request, job_id).artifacts():
-        if found := re.match(r"checkpoints/[a-z]+-0*([0-9]+)/", artifact.name):
+        if found := re.match(r"checkpoint-0*([0-9]+)/", artifact.name):
             steps.setdefault(int(found[1]), []).append(artifact)
     rows = [(step, sum(a.size for a in files), [a.name for a in files]) for step, files in sorted(steps.items())]
     return CheckpointPage(data=[CheckpointView(step=step, size=size, artifacts=names) for step, size, names in rows])
 
-# %% ../../nbs/15_api.main.ipynb #6416b630
+# %% ../../nbs/15_api.main.ipynb #47f0f4a6
 _FILE = {
     "description": "the bytes",
     "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
@@ -826,7 +839,7 @@ def artifact(
     if found is None:
         raise LoraMvpError("artifact_not_found", "This job has no such file; its list of artifacts has the names.")
     try:
-        file = open(open_confined(folder.root / "run", name, hard_links=True), "rb")  # a retry shares checkpoints
+        file = open(open_confined(folder.run, name, hard_links=True), "rb")  # a retry shares checkpoints
     except LoraMvpError:
         raise LoraMvpError("artifact_gone", "The file was there a moment ago and is gone.") from None
     tag, size = f'"{found.sha256}"', os.fstat(file.fileno()).st_size
@@ -843,7 +856,7 @@ def artifact(
     sent = pieces(file, start, end, None if part else found.sha256)
     return StreamingResponse(sent, 206 if part else 200, headers, "application/octet-stream")
 
-# %% ../../nbs/15_api.main.ipynb #ced92004
+# %% ../../nbs/15_api.main.ipynb #ed4becf8
 _TEXT = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 _LOG = {
     200: {"description": "the log, or a part", **_TEXT},
@@ -863,7 +876,7 @@ def logs(
     "What the job has printed, without secrets. X-Log-Size is the size of the whole log so far."
     folder = folder_of(request, job_id)
     try:
-        size = os.stat(folder.root / "job.log").st_size
+        size = os.stat(folder.log_file).st_size
     except FileNotFoundError:  # the job has not started yet
         size = 0
     part = wanted_range(range, size)
@@ -873,7 +886,7 @@ def logs(
     headers |= {"Content-Range": f"bytes {start}-{start + len(text) - 1}/{size}"} if part else {}
     return Response(text, 206 if part else 200, headers, "text/plain; charset=utf-8")
 
-# %% ../../nbs/15_api.main.ipynb #ef5f04a3
+# %% ../../nbs/15_api.main.ipynb #d2e40b6c
 LOOK_SECONDS, PING_SECONDS = 0.5, 15.0
 _SSE = {
     200: {
@@ -913,7 +926,7 @@ async def event_stream(
     "The events of a job as they come, in the form of server-sent events."
     size, asked, pinged = -1, 0.0, time.monotonic()
     while not backend.stopping:
-        now, new = time.monotonic(), size_of(folder.root / "events.jsonl")
+        now, new = time.monotonic(), size_of(folder.events_file)
         found = await run_in_threadpool(folder.events, after, 1000) if new != size else []
         size = new if len(found) < 1000 else -1
         for after, event in found:
@@ -947,21 +960,25 @@ def end_of(service: Service, job_id: str) -> dict[str, str] | None:
         return {"reason": "deleted"}
     return {"reason": "finished", "status": job.status} if job.status in TERMINAL else None
 
-# %% ../../nbs/15_api.main.ipynb #2f16f4b4
+# %% ../../nbs/15_api.main.ipynb #67cbff31
 @router.get("/healthz", tags=["operation"])
 async def healthz() -> Health:
     "The process answers. Touches neither disk nor engine, and needs no token."
     return Health()
 
 
-@router.get("/readyz", tags=["operation"], responses={503: {"model": Ready, "description": "jobs are not taken now"}})
-def readyz(request: Request, response: Response, token=READ) -> Ready:
-    "Whether jobs are taken; of each part what is wrong with it."
+@router.get("/readyz", tags=["operation"], response_model=Ready)
+def readyz(request: Request, token=READ) -> Any:
+    "Whether jobs are taken. Where they are not, 503, and `errors` says for each part what is wrong with it."
     backend = request.app.state.backend
-    parts = {part: wrong and without_paths(wrong, backend.config) for part, wrong in backend.ready().items()}
-    ready = not any(parts.values())
-    response.status_code = 200 if ready else 503
-    return Ready(ready=ready, parts=parts, engine=backend.engine.describe())
+    parts = backend.ready()
+    wrong = [
+        ProblemPart(param=part, message=without_paths(text, backend.config)) for part, text in parts.items() if text
+    ]
+    if wrong:
+        detail = "Jobs are not taken now."
+        return problem(request.state.request_id, 503, "not_ready", detail, wrong)
+    return Ready(ready=True, parts=list(parts), engine=backend.engine.describe())
 
 
 @router.get(
@@ -1043,7 +1060,7 @@ class noticed_signals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-# %% ../../nbs/15_api.main.ipynb #a3dfe877
+# %% ../../nbs/15_api.main.ipynb #da21a681
 _PROBLEMS = {
     400: "not a request that is understood",
     401: "no token, or not one of this service",
@@ -1064,7 +1081,9 @@ _PROBLEMS = {
 _ANSWER = {"content": {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}}
 ERRORS = {status: {"description": text, **_ANSWER} for status, text in _PROBLEMS.items()}
 ABOUT = """Trainings and evaluations as jobs. Submit one, follow it, fetch its files.
-Every error has the form of RFC 9457; `code` says what it is. Where the service has tokens, send one as `Authorization: Bearer`."""
+
+Where the service has tokens, send one as `Authorization: Bearer`. Everything that is read needs the scope `read`; to submit, and to cancel, retry or delete
+jobs of its own, a token needs `submit`; jobs of others, `admin`. Only `/healthz` and the page at `/` are open."""
 
 
 def create_app(
