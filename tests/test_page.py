@@ -23,6 +23,9 @@ SMALL = {
 }
 SMALL |= {"gradient_accumulation": 1, "lr_warmup_steps": 1, "checkpointing_steps": 20, "sample_prompts": [HOSTILE]}
 WATCH = "addEventListener('securitypolicyviolation', e => (window.refused ??= []).push(e.violatedDirective))"
+WITHOUT_STREAM = """const plain = fetch; window.held = 0;
+window.fetch = (where, how) => how?.headers?.Accept !== 'text/event-stream' ? plain(where, how) : Promise.reject(new TypeError(`held ${++held}`));
+"""
 PHONE, DESKTOP = (390, 844), (1300, 1000)
 
 
@@ -93,6 +96,18 @@ def test_progress_arrives_by_itself(page):
     page.wait(f"{step} > {before} + 3")
     page.wait("document.querySelectorAll('#curve path').length >= 5")
     assert page.js("window.stayed")
+
+
+def test_progress_arrives_where_a_proxy_lets_no_stream_through(page):
+    cut = page.call("Page.addScriptToEvaluateOnNewDocument", source=WITHOUT_STREAM)
+    page.call("Page.reload")
+    page.wait("window.held > 1 && document.querySelectorAll('#curve path').length >= 5")  # points come as events only
+    last = "document.querySelector('#curve svg').lastChild.previousSibling.getAttribute('d').length"
+    before = page.js(last)
+    page.wait(f"{last} > {before}")
+    page.call("Page.removeScriptToEvaluateOnNewDocument", identifier=cut["identifier"])
+    page.call("Page.reload")
+    page.wait("window.held === undefined && document.querySelectorAll('#curve path').length >= 5")
 
 
 def test_sample_pictures_are_shown(page):
