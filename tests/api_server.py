@@ -38,11 +38,12 @@ class Resting:
 
 def places(root: Path, **api) -> dict:
     """The `api` section for a server that lives below `root`, with one picture to train on."""
-    (root / "data" / "cats").mkdir(parents=True, exist_ok=True)
     (root / "models").mkdir(exist_ok=True)
-    (root / "data" / "cats" / "1.png").write_bytes(b"not looked into before a job starts")
-    row = {"image": "1.png", "caption": "a cat", "split": "train"}
-    (root / "data" / "cats" / "manifest.json").write_text(json.dumps([row]))
+    if not (root / "data").is_dir():
+        (root / "data" / "cats").mkdir(parents=True)
+        (root / "data" / "cats" / "1.png").write_bytes(b"not looked into before a job starts")
+        row = {"image": "1.png", "caption": "a cat", "split": "train"}
+        (root / "data" / "cats" / "manifest.json").write_text(json.dumps([row]))
     here = {"db_path": str(root / "jobs.json"), "jobs_dir": str(root / "jobs"), "data_dir": str(root / "data")}
     return here | {"models_dir": str(root / "models"), "min_free_gb": 0.0, "poll_interval": 0.2} | api
 

@@ -61,13 +61,14 @@ from .service import Service
 from .stores import open_store
 from ..config import AppConfig, LoraMvpError, load_config
 
-# %% ../../nbs/15_api.main.ipynb #a1395762
+# %% ../../nbs/15_api.main.ipynb #b07d6d44
 PROBLEM_TYPE = "application/problem+json"
 STATUS_OF = {  # code of a LoraMvpError -> HTTP status; 422 for all others
     "token_missing": 401,
     "scope_missing": 403,
     "not_yours": 403,
     "token_required": 403,
+    "origin_forbidden": 403,
     "path_forbidden": 403,
     "model_forbidden": 403,
     "unsafe_weights": 403,
@@ -86,6 +87,7 @@ STATUS_OF = {  # code of a LoraMvpError -> HTTP status; 422 for all others
     "not_ready": 503,
     "engine_unavailable": 503,
     "store_failed": 503,
+    "not_writable": 503,
 }
 
 
@@ -424,7 +426,7 @@ class Exchange:
         metrics.requests.labels(method, route, self.status).inc()
         metrics.seconds.labels(method, route).observe(seconds)
 
-# %% ../../nbs/15_api.main.ipynb #3e2e8ba4
+# %% ../../nbs/15_api.main.ipynb #6d17bfe9
 class Gate:
     "Lets in who came to the right host and address, with a token where there are any, and not too often."
 
@@ -450,6 +452,9 @@ class Gate:
         address, client = scope.get("server") or ("", None), (scope.get("client") or [""])[0]
         if not backend.tokens and address[1] is not None and not is_loopback(address[0]):
             raise LoraMvpError("token_required", "Without tokens this service answers its own machine only.")
+        site = Headers(scope=scope).get("sec-fetch-site", "none")
+        if scope["method"] != "GET" and site not in ("none", "same-origin"):
+            raise LoraMvpError("origin_forbidden", "A page of another site asks for this; it is not done.")
         token = backend.tokens.check(Headers(scope=scope).get("authorization")) if backend.tokens else None
         if not backend.buckets.take(f"token {token.id}" if token else client):
             raise LoraMvpError("rate_limited", "Too many requests; wait a little.")
