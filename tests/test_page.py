@@ -23,9 +23,11 @@ SMALL = {
 }
 SMALL |= {"gradient_accumulation": 1, "lr_warmup_steps": 1, "checkpointing_steps": 20, "sample_prompts": [HOSTILE]}
 WATCH = "addEventListener('securitypolicyviolation', e => (window.refused ??= []).push(e.violatedDirective))"
-WITHOUT_STREAM = """const plain = fetch; window.held = 0;
-window.fetch = (where, how) => how?.headers?.Accept !== 'text/event-stream' ? plain(where, how) : Promise.reject(new TypeError(`held ${++held}`));
-"""
+WITHOUT_STREAM = """{
+  const whole = fetch, stream = how => how?.headers?.Accept === 'text/event-stream';
+  window.held = 0;
+  window.fetch = (where, how) => stream(how) ? Promise.reject(new TypeError(`held ${++held}`)) : whole(where, how);
+}"""
 PHONE, DESKTOP = (390, 844), (1300, 1000)
 
 
