@@ -63,9 +63,13 @@ class Postgres:
             result = connection.exec_driver_sql(text)
             return result.scalar() if result.returns_rows else None
 
-    def stop(self, how: int = signal.SIGINT) -> None:
-        """SIGINT: fast shutdown; SIGQUIT: at once, as in a crash."""
-        self.running.send_signal(how)
+    def cut_connections(self) -> int:
+        others = "pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        return self.sql(f"SELECT count(pg_terminate_backend(pid)) FROM {others}")
+
+    def stop(self) -> None:
+        """At once, as in a crash."""
+        self.running.send_signal(signal.SIGQUIT)
         try:
             self.running.wait(60)
         finally:

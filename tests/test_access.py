@@ -43,13 +43,11 @@ def test_a_folder_that_turns_into_a_link_while_it_is_looked_at_leads_nowhere(api
     thread = threading.Thread(target=swap)
     thread.start()
     try:
-        for _ in range(200_000):
+        for _ in range(10_000):  # a check of the resolved path before the file is opened fails in a few of these
             try:
                 answers[read(tmp_path / "data", "cats/file")] += 1
             except LoraMvpError:
                 answers["refused"] += 1
-            if min(answers.values()) > 100:
-                break
     finally:
         done.set()
         thread.join()

@@ -80,6 +80,8 @@ def problem(answer, status, code=None):
 def test_every_error_has_the_same_form(client, job):
     problem(client.get("/none"), 404, "not_found")
     problem(client.get("/v1/jobs/" + NONE), 404, "job_not_found")
+    for odd in ("x", "%00", "a" * 26, "..%2f..", NONE + "0", "%ff"):
+        problem(client.get("/v1/jobs/" + odd), 404)
     problem(client.put("/train", json=ASKED), 405, "method_not_allowed")
     problem(client.request("BREW", "/train"), 405, "method_not_allowed")
     problem(
@@ -358,9 +360,10 @@ def test_healthz_answers_when_everything_else_is_gone(tmp_path):
         client.app.state.backend.service.ready = lambda: {"store": "broken", "disk": None}
         answer = client.get("/readyz")
         assert problem(answer, 503, "not_ready")["errors"] == [{"param": "store", "message": "broken"}]
-        backend, client.app.state.backend = client.app.state.backend, None
+        backend = client.app.state.backend
+        kept, backend.service, backend.tokens = (backend.service, backend.tokens), None, None
         healthy = client.get("/healthz", headers={"Host": "10.1.2.3"})
-        client.app.state.backend = backend
+        backend.service, backend.tokens = kept
         assert (healthy.status_code, healthy.json()) == (200, {"status": "ok"})
 
 
@@ -466,7 +469,7 @@ def test_the_app_is_light_and_opens_nothing_before_it_starts(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("examples", [8, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [8, pytest.param(60, marks=pytest.mark.slow)])
 def test_schemathesis_finds_no_500(client, job, monkeypatch, examples):
     """Requests made from the OpenAPI document, well-formed and not, to every route; answers are as the document says."""
     import schemathesis
@@ -587,13 +590,14 @@ def test_a_file_that_changes_while_it_is_sent_breaks_the_connection(server):
                 with open(place, "r+b") as file:  # in place; one that is replaced stays what it was
                     file.seek(-1, os.SEEK_END)
                     file.write(b"x")
-    whole, got = httpx.get(url, headers={"Range": "bytes=0-0"}).headers["etag"].strip('"'), hashlib.sha256()
+    promised, got = httpx.get(url, headers={"Range": "bytes=0-0"}).headers["etag"], hashlib.sha256()
     with httpx.stream("GET", url) as answer:
         for number, part in enumerate(answer.iter_raw()):
             got.update(part)
             if number == 0:
-                os.replace(place.with_name("new") if place.with_name("new").write_bytes(b"new") else place, place)
-    assert got.hexdigest() == whole
+                place.with_name("new").write_bytes(b"new")
+                os.replace(place.with_name("new"), place)
+    assert f'"{got.hexdigest()}"' == promised
 
 
 def test_a_second_server_says_why_it_does_not_start(server):

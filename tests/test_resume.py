@@ -201,3 +201,63 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(server, drawings, small_r
     undisturbed = Run(server, drawings, settings | {"training.output_dir": tmp_path / "undisturbed"})
     assert undisturbed.finish() == 0
     assert run.bytes() == undisturbed.bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs signals on a parent's death, which only Linux has")
+def test_the_service_ends_in_the_same_bytes_as_the_command_line(left_alone, tmp_path):
+    """Chapter 14a: server, trainer and runner are killed in turn and a checkpoint is damaged, and it does not show."""
+    from lora_mvp.api.folders import JobFolder
+    from lora_mvp.api.jobs import JobSpec
+    from lora_mvp.api.runner import end_all, marked
+    from lora_mvp.config import config_yaml, load_config
+
+    api = {"db_path": tmp_path / "jobs.json", "jobs_dir": tmp_path / "jobs", "data_dir": left_alone.manifest.parent}
+    api |= {"models_dir": tmp_path, "poll_interval": 0.1, "min_free_gb": 0.0}
+    config = load_config(overrides={f"api.{key}": value for key, value in api.items()})
+    (tmp_path / "config.yaml").write_text(config_yaml(config))
+    settings = {key: value for key, value in left_alone.settings.items() if key != "training.output_dir"}
+    (tmp_path / "spec.json").write_text(JobSpec(manifest=left_alone.manifest.name, config=settings).model_dump_json())
+    program = Path(__file__).with_name("real_server.py")
+    log = open(tmp_path / "server.log", "w")
+
+    def serve():
+        return subprocess.Popen([sys.executable, program, tmp_path], stdout=log, stderr=log)
+
+    def until(condition):
+        end = time.monotonic() + 180
+        while not (found := condition()):
+            assert server.poll() is None and time.monotonic() < end, (tmp_path / "server.log").read_text()
+            time.sleep(0.01)
+        return found
+
+    def made(step, attempt):
+        until(lambda: (folder.progress(attempt) or {"step": 0})["step"] >= step)
+
+    def of(kind):
+        return next(p for p in marked(f"{folder.root.name}:") if f"lora_mvp.api.{kind}" in p.cmdline())
+
+    server, folder = serve(), None
+    try:
+        folder = JobFolder(until(lambda: list(tmp_path.glob("jobs/*/attempt")))[0].parent)
+        made(3, 1)
+        server.kill()
+        server.wait()
+        server = serve()
+        made(7, 1)
+        of("work").kill()
+        damaged = max(folder.run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        weights = (damaged / "adapter.safetensors").read_bytes()
+        (damaged / "adapter.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+        made(9, 2)
+        of("runner").kill()
+        until(lambda: (folder.last_state() or {}).get("status") == "succeeded")
+    finally:
+        server.kill()
+        server.wait()
+        end_all(f"{folder.root.name}:" if folder else "none")
+    assert folder.last_state()["attempt"] == 3
+    assert {name: (folder.run / name).read_bytes() for name in PROVED} == left_alone.bytes()
+    said = folder.log().decode()
+    assert f"{damaged.name} is damaged" in said
+    firsts = [event["step"] for _, event in folder.events() if event["type"] == "progress"]
+    assert firsts[0] == 1 and firsts[-1] == STEPS

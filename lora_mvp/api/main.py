@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['PROBLEM_TYPE', 'STATUS_OF', 'CODE_OF', 'BODY_SECONDS', 'SEND_SECONDS', 'MAX_BODY', 'PlainConfig', 'IdempotencyKey',
-           'PIECE', 'router', 'READ', 'SUBMIT', 'JobId', 'LOOK_SECONDS', 'PING_SECONDS', 'ERRORS', 'ABOUT', 'app',
-           'ProblemPart', 'Problem', 'problem', 'without_paths', 'on_error', 'on_invalid', 'on_http_error', 'JsonLines',
-           'log_as_json', 'Buckets', 'server_config', 'Backend', 'Metrics', 'Edge', 'plain_failure', 'Exchange', 'Gate',
-           'needs', 'TrainRequest', 'EvaluateRequest', 'RetryRequest', 'Progress', 'JobView', 'view', 'JobPage',
-           'EventPage', 'ArtifactView', 'ArtifactPage', 'CheckpointView', 'CheckpointPage', 'Ready', 'Health',
-           'wanted_range', 'pieces', 'service_of', 'owned', 'submit', 'train', 'evaluate', 'status', 'jobs', 'cancel',
-           'retry', 'delete', 'artifact_view', 'folder_of', 'artifacts', 'checkpoints', 'artifact', 'logs', 'events',
-           'event_stream', 'size_of', 'end_of', 'healthz', 'readyz', 'metrics', 'page_policy', 'web_page', 'page',
-           'lifespan', 'open_backend', 'noticed_signals', 'create_app']
+           'PIECE', 'router', 'READ', 'SUBMIT', 'JobId', 'ULID', 'LOOK_SECONDS', 'PING_SECONDS', 'ERRORS', 'ABOUT',
+           'app', 'ProblemPart', 'Problem', 'problem', 'without_paths', 'on_error', 'on_invalid', 'on_http_error',
+           'JsonLines', 'log_as_json', 'Buckets', 'server_config', 'Backend', 'Metrics', 'Edge', 'plain_failure',
+           'Exchange', 'Gate', 'needs', 'TrainRequest', 'EvaluateRequest', 'RetryRequest', 'Progress', 'JobView',
+           'view', 'JobPage', 'EventPage', 'ArtifactView', 'ArtifactPage', 'CheckpointView', 'CheckpointPage', 'Ready',
+           'Health', 'wanted_range', 'pieces', 'service_of', 'job_of', 'owned', 'submit', 'train', 'evaluate', 'status',
+           'jobs', 'cancel', 'retry', 'delete', 'artifact_view', 'folder_of', 'artifacts', 'checkpoints', 'artifact',
+           'logs', 'events', 'event_stream', 'size_of', 'end_of', 'healthz', 'readyz', 'metrics', 'page_policy',
+           'web_page', 'page', 'lifespan', 'open_backend', 'noticed_signals', 'create_app']
 
-# %% ../../nbs/15_api.main.ipynb #3681aa97
+# %% ../../nbs/15_api.main.ipynb #92959051
 import base64
 import hashlib
 import json
@@ -56,12 +56,12 @@ from starlette.types import Scope as Connection
 from .access import Scope, Token, Tokens, is_loopback, known_secrets, open_confined, plain, redact
 from .engines import Engine, LocalEngine
 from .folders import Artifact, JobFolder, jobs_in
-from .jobs import TERMINAL, Job, JobError, JobSpec, Kind, Status
+from .jobs import ALPHABET, TERMINAL, Job, JobError, JobSpec, Kind, Status
 from .service import Service
 from .stores import open_store
 from ..config import AppConfig, LoraMvpError, load_config
 
-# %% ../../nbs/15_api.main.ipynb #b07d6d44
+# %% ../../nbs/15_api.main.ipynb #7b13442f
 PROBLEM_TYPE = "application/problem+json"
 STATUS_OF = {  # code of a LoraMvpError -> HTTP status; 422 for all others
     "token_missing": 401,
@@ -102,11 +102,11 @@ class Problem(BaseModel):
     "What went wrong, as RFC 9457 has it."
 
     type: str = "about:blank"
-    title: str  # of the status
-    status: int
-    detail: str  # a sentence for people
-    code: str  # for programs
-    request_id: str
+    title: str = Field(description="of the status", examples=["Unprocessable Entity"])
+    status: int = Field(examples=[422])
+    detail: str = Field(description="a sentence for people", examples=["there is no manifest 'cats/manifest.json'."])
+    code: str = Field(description="for programs", examples=["manifest_missing"])
+    request_id: str = Field(description="finds the line in the log", examples=["8733d1ec3987f0d7"])
     errors: list[ProblemPart] = []
 
 
@@ -202,7 +202,7 @@ def log_as_json() -> None:
     access = logging.getLogger("uvicorn.access")
     access.handlers, access.propagate = [], False
 
-# %% ../../nbs/15_api.main.ipynb #e08d2e99
+# %% ../../nbs/15_api.main.ipynb #31b06a2f
 class Buckets:
     "Requests that each client has left."
 
@@ -221,7 +221,8 @@ class Buckets:
         with self.lock:
             now = self.clock()
             if len(self.left) > 10_000:
-                self.left = {w: (n, t) for w, (n, t) in self.left.items() if self._filled(n, t, now) < self.size}
+                short = [(w, (n, t)) for w, (n, t) in self.left.items() if self._filled(n, t, now) < self.size]
+                self.left = dict(short[-5_000:])
             left = self._filled(*self.left.get(who, (self.size, now)), now)
             self.left[who] = (left - 1 if left >= 1 else left, now)
             return left >= 1
@@ -670,19 +671,27 @@ def pieces(
                 raise EOFError("the file changed while it was sent")
             yield piece
 
-# %% ../../nbs/15_api.main.ipynb #7c4bce8e
+# %% ../../nbs/15_api.main.ipynb #4d1c07cc
 router = APIRouter()
 READ, SUBMIT = Depends(needs("read")), Depends(needs("submit"))
 JobId = Annotated[str, Field(max_length=64)]
+ULID = f"[{ALPHABET}]{{26}}"
 
 
 def service_of(request: Request) -> Service:
     return request.app.state.backend.service
 
 
+def job_of(request: Request, job_id: str) -> Job:
+    "A job; raises `LoraMvpError` (`job_not_found`), also for what no store needs to be asked about."
+    if not re.fullmatch(ULID, job_id):
+        raise LoraMvpError("job_not_found", "There is no such job; ids are as POST /train answered them.")
+    return service_of(request).get(job_id)
+
+
 def owned(request: Request, job_id: str, token: Token | None) -> Job:
     "A job that the caller may change: one of its own, or any with the scope admin."
-    job = service_of(request).get(job_id)
+    job = job_of(request, job_id)
     if token and not token.allows("admin") and job.owner != token.id:
         raise LoraMvpError("not_yours", "This job came with another token; changing it needs the scope admin.")
     return job
@@ -722,14 +731,14 @@ def evaluate(
     "Draw with the result of a training, and measure."
     return submit(request, response, "evaluate", JobSpec(**body.model_dump()), key, token)
 
-# %% ../../nbs/15_api.main.ipynb #e6bc611d
+# %% ../../nbs/15_api.main.ipynb #7d40272e
 @router.get("/status/{job_id}", tags=["jobs"], response_model=JobView, responses={304: {"description": "as it was"}})
 @router.get("/v1/jobs/{job_id}", tags=["jobs"], response_model=JobView, responses={304: {"description": "as it was"}})
 def status(
     job_id: JobId, request: Request, if_none_match: Annotated[str | None, Header()] = None, token=READ
 ) -> Response:
     "A job. With the ETag of the last answer as If-None-Match, 304 when nothing has changed."
-    body = view(service_of(request), service_of(request).get(job_id)).model_dump_json()
+    body = view(service_of(request), job_of(request, job_id)).model_dump_json()
     tag = f'"{hashlib.sha256(body.encode()).hexdigest()[:32]}"'
     if tag in (if_none_match or ""):
         return Response(status_code=304, headers={"ETag": tag})
@@ -741,9 +750,7 @@ def jobs(
     request: Request,
     status: Annotated[list[Status] | None, Query(description="one or more")] = None,
     kind: Kind | None = None,
-    after: Annotated[
-        str | None, Query(pattern="^[0-9A-HJKMNP-TV-Z]{26}$", description="`next` of the page before")
-    ] = None,
+    after: Annotated[str | None, Query(pattern=f"^{ULID}$", description="`next` of the page before")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     token=READ,
 ) -> JobPage:
@@ -789,14 +796,14 @@ def delete(job_id: JobId, request: Request, artifacts: bool = False, token=SUBMI
     "Forget a job that is over; its files stay unless `artifacts` is true."
     service_of(request).delete(owned(request, job_id, token).id, artifacts=artifacts)
 
-# %% ../../nbs/15_api.main.ipynb #0cf2dd6d
+# %% ../../nbs/15_api.main.ipynb #2a9e6abf
 def artifact_view(job_id: str, artifact: Artifact) -> ArtifactView:
     facts = {name: getattr(artifact, name) for name in ("name", "size", "sha256", "kind")}
     return ArtifactView(url=f"/v1/jobs/{job_id}/artifacts/{quote(artifact.name)}", **facts)
 
 
 def folder_of(request: Request, job_id: str) -> JobFolder:
-    return service_of(request).folder(service_of(request).get(job_id))
+    return service_of(request).folder(job_of(request, job_id))
 
 
 @router.get("/v1/jobs/{job_id}/artifacts", tags=["files"])

@@ -172,6 +172,7 @@ class Runner:
         self.job, self.api = folder.read_job(), read_settings(folder).api
         self.mark = f"{self.job.id}:{attempt}"
         self.ref, self.log = ref_of(os.getpid(), self.mark), JobLog(folder.log_file)
+        self.reserve = folder.root / ".reserve"  # room on the disk for the last word
         self.reason: str | None = None  # to stop: an error code, "cancelled", "interrupted" or "fenced"
         self.told_to_end = False
         self.presses: list[tuple[float, Callable[[], None]]] = []  # what will be done about it, and when
@@ -197,6 +198,7 @@ class Runner:
             _be_killed_first()
 
         self.say("starting")
+        self.keep_room()
         out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
         env = {**os.environ, MARK: self.mark, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(self.command(), cwd=self.folder.root, env=env, preexec_fn=first, **out)
@@ -212,14 +214,30 @@ def _be_killed_first() -> None:
     except OSError:
         return  # not Linux, or not allowed
 
-# %% ../../nbs/13e_api.runner.ipynb #945e5162
+# %% ../../nbs/13e_api.runner.ipynb #0e67969f
+def _complain(error: Exception) -> None:
+    try:
+        print(error, file=sys.stderr, flush=True)
+    except OSError:
+        return  # what it complains of, most likely: the disk is full
+
+
+@patch
+def keep_room(self: Runner, size: int = 2**16) -> None:
+    "Hold a little of the disk back."
+    try:
+        self.reserve.write_bytes(bytes(size))
+    except OSError as error:
+        _complain(error)
+
+
 @patch
 def say(self: Runner, status: str) -> None:
     "Write a heartbeat; on a full disk the next one may succeed."
     try:
         self.folder.beat(Heartbeat(attempt=self.attempt, ref=self.ref, status=status, time=now()))
     except LoraMvpError as error:
-        print(error, file=sys.stderr)
+        _complain(error)
 
 
 @patch
@@ -256,7 +274,7 @@ def look(self: Runner) -> None:
         elif self.stepped is not None and now - self.stepped > self.api.stall_seconds:
             self.reason = "stalled"
 
-# %% ../../nbs/13e_api.runner.ipynb #2ed16239
+# %% ../../nbs/13e_api.runner.ipynb #945e5162
 @patch
 def trainers(self: Runner) -> list[psutil.Process]:
     "The processes that train."
@@ -325,7 +343,7 @@ def judge(
     text = f"The trainer was ended by {name}." if name else f"The trainer ended with exit status {status}."
     return Result(outcome="lost", error=JobError(code="worker_lost", message=text, **how), **facts)
 
-# %% ../../nbs/13e_api.runner.ipynb #abc58e5a
+# %% ../../nbs/13e_api.runner.ipynb #2ed16239
 @patch
 def run(self: Runner) -> int:  # exit status
     "Watch over the trainer until it and all it started are gone."
@@ -351,6 +369,7 @@ def conclude(self: Runner, seconds: float = 60.0) -> int:
     "Write the result; when the disk is full, wait a while for room."
     said, limit = self.folder.read_outcome(), self.clock() + seconds
     said = said if said and said.attempt == self.attempt else None
+    self.reserve.unlink(missing_ok=True)
     result = judge(self.attempt, self.process.returncode, said, self.reason)
     while self.folder.current_attempt() == self.attempt:
         try:
@@ -358,7 +377,7 @@ def conclude(self: Runner, seconds: float = 60.0) -> int:
             return 0
         except LoraMvpError as error:
             if self.clock() > limit:
-                print(error, file=sys.stderr)
+                _complain(error)
                 return FULL
             time.sleep(0.5)
     return FENCED

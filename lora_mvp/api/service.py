@@ -88,7 +88,7 @@ class Service:
         self.new_id = JobIds(newest[0].id if newest else "")
         self.turn, self.wake, self.thread = threading.Lock(), threading.Event(), None
         self.draining, self.reconciled = False, False
-        self.trouble: str | None = None  # what kept the last tick from being whole
+        self.troubles: dict[str, str] = {}  # job -> what kept the last tick from attending to it
         self.not_before: dict[str, float] = {}  # job -> time before which a lost one is not started again
         self.silent: dict[str, tuple] = {}  # job -> its last sign of life, and since when there was no other
         self.stopping: set[str] = set()  # refs that the engine was told to stop
@@ -210,11 +210,18 @@ def submit(
 
 
 @patch
-def take(self: Service, job: Job, settings: AppConfig) -> tuple[Job, bool]:
+def take(
+    self: Service,
+    job: Job,
+    settings: AppConfig,
+    files: dict[str, Path] | None = None,  # to begin with: name below `run/` -> file
+) -> tuple[Job, bool]:
     "Keep a new job; when it is none, or cannot be kept, its folder goes away again."
     folder, created = self.folder(job), False
     try:
         self.fill(job, settings)
+        for name, file in (files or {}).items():
+            _link(file, folder.run / name)
         kept, created = self.store.create(job)
     finally:
         if not created:
@@ -284,11 +291,10 @@ def retry(
     settings, time = self.check(old.kind, old.spec), now()
     job = Job(id=self.new_id(), kind=old.kind, spec=old.spec, owner=owner, created_at=time, updated_at=time)
     job = job.model_copy(update={"retry_of": old.id})
+    kept = {}
     if not fresh:
-        for name, file in self.folder(old).files().items():
-            if name.startswith(("checkpoint-", "samples/step-")):
-                _link(file, self.folder(job).run / name)
-    return self.take(job, settings)[0]
+        kept = {n: f for n, f in self.folder(old).files().items() if n.startswith(("checkpoint-", "samples/step-"))}
+    return self.take(job, settings, kept)[0]
 
 
 def _link(file: Path, copy: Path) -> None:
@@ -418,15 +424,16 @@ def guarded(self: Service, do: Callable[..., None], job: Job, *more: Any) -> Non
     try:
         do(job, *more)
     except (LoraMvpError, OSError) as error:
-        self.trouble = f"job {job.id}: {error}"
-        log.error("job %s cannot be attended to: %s", job.id, error)
+        if self.troubles_before.get(job.id) != str(error):  # once, not with every tick
+            log.error("job %s cannot be attended to: %s", job.id, error)
+        self.troubles[job.id] = str(error)
 
 
 @patch
 def tick(self: Service) -> None:
     "Compare store and world once, and act."
     with self.turn:
-        self.trouble = None
+        self.troubles_before, self.troubles = self.troubles, {}
         active = list(self.all(ACTIVE))
         lives = self.engine.poll([job.engine_ref for job in active if job.engine_ref])
         self.stopping &= lives.keys()
@@ -446,7 +453,7 @@ def loop(self: Service) -> None:
         try:
             self.tick()
         except Exception as error:
-            self.trouble = f"{type(error).__name__} in the loop"
+            self.troubles["the loop"] = type(error).__name__
             log.exception("the loop failed and goes on")
         self.wake.wait(self.api.poll_interval)
         self.wake.clear()
@@ -474,7 +481,7 @@ def ready(self: Service) -> dict[str, str | None]:  # part -> what is wrong, Non
     return {
         "store": getattr(self.store, "problem", None),
         "disk": "less than api.min_free_gb is free" if self.disk_low() else None,
-        "engine": self.trouble and "some jobs cannot be attended to; the log says why",
+        "engine": "some jobs cannot be attended to; the log says why" if self.troubles else None,
         "reconciled": None if self.reconciled else "the jobs of the server before this one are not looked at yet",
         "draining": "the service is about to stop" if self.draining else None,
     }

@@ -59,7 +59,7 @@ def hold(
         raise _failed(text) from error
     return lock
 
-# %% ../../nbs/13a_api.stores.ipynb #3fd3c485
+# %% ../../nbs/13a_api.stores.ipynb #3f536a99
 SCHEMA = 1  # of the file and of the table
 _MARK = b', "jobs": [\n'
 
@@ -81,14 +81,14 @@ def unpack(raw: bytes) -> tuple[int, list[Job]]:  # generation, jobs
         facts = json.loads(head[:300] + b"}")
     except ValueError:
         facts = None
-    if not isinstance(facts, dict) or "sha256" not in facts:
+    if not isinstance(facts, dict) or not isinstance(facts.get("generation"), int):
         raise ValueError("it is empty" if not raw else "it is not a state file, or only the beginning of one")
     if facts.get("schema_version") != SCHEMA:
         raise ValueError(f"its schema_version is {facts.get('schema_version')}, this version reads {SCHEMA}")
     body = rest.removesuffix(b"\n]}\n")
-    if facts["sha256"] != sha256(body).hexdigest():
+    if facts.get("sha256") != sha256(body).hexdigest():
         raise ValueError("its checksum does not match: it was cut off or changed")
-    return int(facts["generation"]), [Job.model_validate_json(line) for line in body.split(b",\n") if line]
+    return facts["generation"], [Job.model_validate_json(line) for line in body.split(b",\n") if line]
 
 # %% ../../nbs/13a_api.stores.ipynb #b19ada2c
 Rebuild = Callable[[], Iterable[Job]]  # the jobs of which there are folders
@@ -374,9 +374,9 @@ class _GroupCommit:
         for settle, what in answers:
             settle(what)
 
-# %% ../../nbs/13a_api.stores.ipynb #13273f5c
+# %% ../../nbs/13a_api.stores.ipynb #c5aa5f5d
 class JsonStore:
-    "Jobs in one file; raises `LoraMvpError` `store_in_use` or `store_failed`."
+    "The `Store` in one file; raises `LoraMvpError` `store_in_use` or `store_failed`."
 
     def __init__(
         self,
@@ -452,7 +452,7 @@ class JsonStore:
         self._change.close()
         self._held.release()
 
-# %% ../../nbs/13a_api.stores.ipynb #5222cc77
+# %% ../../nbs/13a_api.stores.ipynb #fcea5c57
 _tables = sa.MetaData()
 _Name = sa.String().with_variant(sa.String(collation="C"), "postgresql")
 _jobs = sa.Table(
@@ -488,7 +488,7 @@ def _make_tables(connection: sa.Connection, jobs: Iterable[Job]) -> None:
     if rows := [_row(job) for job in jobs]:
         connection.execute(sa.insert(_jobs), rows)
 
-# %% ../../nbs/13a_api.stores.ipynb #39d84b4f
+# %% ../../nbs/13a_api.stores.ipynb #f2713d9c
 def _flaw(path: Path) -> str | None:
     "What is wrong with an SQLite file of ours, or None."
     if path.is_dir():
@@ -508,7 +508,11 @@ def _flaw(path: Path) -> str | None:
         return str(error)
     if found == "ok" and version == (SCHEMA,):
         return None
-    return f"it is damaged: {found}" if found != "ok" else f"its layout is {version}, this version reads {SCHEMA}"
+    return (
+        f"it is damaged: {found}"
+        if found != "ok"
+        else f"its layout is {version and version[0]}, this version reads {SCHEMA}"
+    )
 
 
 def _new_file(path: Path, jobs: list[Job]) -> None:
@@ -541,7 +545,7 @@ def ready_file(path: Path, rebuild: Rebuild) -> str | None:  # what was recovere
         raise _failed(f"{path} cannot be read: {error.strerror}.") from error
     return recover(path, {path: flaw}, [], rebuild, lambda jobs: _new_file(path, jobs))[1] if flaw else None
 
-# %% ../../nbs/13a_api.stores.ipynb #0936cc44
+# %% ../../nbs/13a_api.stores.ipynb #7dc59bd5
 _LOCK = "hashtextextended(current_schema() || '.lora_mvp_jobs', 0)"
 _KEEPALIVE = "SET tcp_keepalives_idle = 30; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3"
 
@@ -567,7 +571,7 @@ def _hold_tables(connection: sa.Connection, where: str) -> LoraMvpError | None:
     connection.exec_driver_sql(_KEEPALIVE)  # so that the lock of a machine that has vanished ends within a minute
     connection.commit()
 
-# %% ../../nbs/13a_api.stores.ipynb #34a0643e
+# %% ../../nbs/13a_api.stores.ipynb #e563e8d9
 def _durable(connection: sqlite3.Connection, _) -> None:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")  # a commit returns when the disk has it
@@ -659,7 +663,7 @@ class _Database:
             if self.held:
                 self.held.release()
 
-# %% ../../nbs/13a_api.stores.ipynb #6b50f99a
+# %% ../../nbs/13a_api.stores.ipynb #ed88c25b
 def _parsed(record: str) -> Job:
     try:
         return Job.model_validate_json(record)
@@ -668,7 +672,7 @@ def _parsed(record: str) -> Job:
 
 
 class SqlStore:
-    "Jobs in SQLite or PostgreSQL; raises `LoraMvpError` `store_in_use` or `store_failed`."
+    "The `Store` in SQLite or PostgreSQL; raises `LoraMvpError` `store_in_use` or `store_failed`."
 
     def __init__(
         self,
@@ -743,7 +747,7 @@ class SqlStore:
     def close(self) -> None:
         self._database.close()
 
-# %% ../../nbs/13a_api.stores.ipynb #ec4504bc
+# %% ../../nbs/13a_api.stores.ipynb #6a53ad2c
 def open_store(
     api: ApiConfig,
     rebuild: Rebuild = tuple,  # the jobs of which there are folders, for a store that was lost
