@@ -151,6 +151,17 @@ def test_a_killed_runner_takes_its_trainer_and_what_that_started_along(desk):  #
     assert not any(p.is_running() for p in started)
 
 
+def test_a_runner_that_is_told_to_end_saves_first(desk):  # 28, as when the machine is shut down
+    desk = desk()
+    id = desk.submit("pause=0.05", steps=30)
+    desk.until_step(id, 7)
+    desk.processes(id)[0].terminate()
+    assert desk.until(id).attempt == 2
+    desk.exact(id, 30)
+    steps = [event["step"] for _, event in desk.folder(id).events() if event["type"] == "progress"]
+    assert steps == list(range(1, 31))  # none was done twice
+
+
 def test_a_poison_job_stops_after_its_attempts_while_another_runs(desk):  # row 27
     desk = desk(max_attempts=2)
     poison, other = desk.submit("poison@3"), desk.submit("pause=0.05")

@@ -123,6 +123,10 @@ def test_config_is_light():
     assert not modules_after("import lora_mvp.config") & HEAVY
 
 
+def test_the_service_and_what_watches_over_trainings_are_light():
+    assert not modules_after("import lora_mvp.api.service, lora_mvp.api.runner, lora_mvp.api.work") & HEAVY
+
+
 @pytest.mark.skipif(f"{PACKAGE}.cli" not in FLOORS, reason="the command line is not written yet")
 def test_help_is_light():
     code = (

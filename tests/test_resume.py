@@ -261,3 +261,50 @@ def test_the_service_ends_in_the_same_bytes_as_the_command_line(left_alone, tmp_
     assert f"{damaged.name} is damaged" in said
     firsts = [event["step"] for _, event in folder.events() if event["type"] == "progress"]
     assert firsts[0] == 1 and firsts[-1] == STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs signals on a parent's death, which only Linux has")
+def test_two_processes_under_the_service(drawings, small_run, tmp_path):
+    """A real torchrun: two processes train, save themselves on a cancel, and a retry goes on from there."""
+    from lora_mvp.api.engines import Gpu, LocalEngine
+    from lora_mvp.api.jobs import TERMINAL, JobSpec
+    from lora_mvp.api.runner import end_all, marked
+    from lora_mvp.api.service import Service
+    from lora_mvp.api.stores import open_store
+    from lora_mvp.config import load_config
+
+    api = {"db_path": tmp_path / "jobs.json", "jobs_dir": tmp_path / "jobs", "data_dir": drawings.parent}
+    api |= {"models_dir": tmp_path, "poll_interval": 0.1, "min_free_gb": 0.0}
+    config = load_config(overrides={f"api.{key}": value for key, value in api.items()})
+    cards = [Gpu("GPU-none-1", "no card"), Gpu("GPU-none-2", "no card")]  # the processes find none and use the CPU
+    service = Service(config, open_store(config.api), LocalEngine(config.api, gpus=cards))
+
+    def until(condition):
+        end = time.monotonic() + 300
+        while not (found := condition()):
+            service.tick()
+            assert time.monotonic() < end, service.folder(job).log().decode()
+            time.sleep(0.01)
+        return found
+
+    settings = small_run("none", max_train_steps=2000, checkpointing_steps=1000)
+    del settings["training.output_dir"]
+    job, _ = service.submit("train", JobSpec(manifest=drawings.name, config=settings, gpus=2))
+    try:
+        until(lambda: (service.folder(job).progress() or {"step": 0})["step"] >= 3)
+        service.cancel(job.id)
+        assert until(lambda: (ended := service.get(job.id)).status in TERMINAL and ended).status == "cancelled"
+        saved = service.folder(job).progress()["step"]
+        assert (service.folder(job).run / f"checkpoint-{saved}").is_dir()
+        job = service.retry(job.id)
+        until(lambda: (service.folder(job).progress() or {"step": 0})["step"] > saved)
+        assert service.folder(job).events()[-1][1]["step"] >= saved
+        first = [event for _, event in service.folder(job).events() if event["type"] == "progress"][0]
+        assert first["step"] == saved + 1
+        service.cancel(job.id)
+        assert until(lambda: (ended := service.get(job.id)).status in TERMINAL and ended).status == "cancelled"
+        until(lambda: not marked(f"{job.id}:"))
+    finally:
+        end_all(f"{job.id}:")
+        service.store.close()

@@ -255,6 +255,22 @@ def pump(self: Runner, seconds: float) -> bool:  # whether there may be more
 
 
 @patch
+def beat(self: Runner) -> None:
+    "Once a second: does this attempt still count, and has the training made a step?"
+    now = self.clock()
+    if now - self.beaten < 1:
+        return
+    self.beaten = now
+    if self.folder.current_attempt() != self.attempt:
+        self.reason, self.presses = "fenced", []
+        return
+    self.say("stopping" if self.reason else "running")
+    progress = self.folder.progress(self.attempt)
+    if progress and progress["step"] != self.step:
+        self.step, self.stepped = progress["step"], now
+
+
+@patch
 def look(self: Runner) -> None:
     "Find a reason to stop."
     now = self.clock()
@@ -262,17 +278,10 @@ def look(self: Runner) -> None:
         self.reason = "cancelled"
     elif self.told_to_end:
         self.reason = "interrupted"
-    elif now - self.beaten >= 1:
-        self.beaten = now
-        progress = self.folder.progress(self.attempt)
-        if progress and progress["step"] != self.step:
-            self.step, self.stepped = progress["step"], now
-        if self.folder.current_attempt() != self.attempt:
-            self.reason = "fenced"
-        elif self.api.max_runtime and now - self.began > self.api.max_runtime:
-            self.reason = "deadline_exceeded"
-        elif self.stepped is not None and now - self.stepped > self.api.stall_seconds:
-            self.reason = "stalled"
+    elif self.api.max_runtime and now - self.began > self.api.max_runtime:
+        self.reason = "deadline_exceeded"
+    elif self.stepped is not None and now - self.stepped > self.api.stall_seconds:
+        self.reason = "stalled"
 
 # %% ../../nbs/13e_api.runner.ipynb #945e5162
 @patch
@@ -288,15 +297,12 @@ def trainers(self: Runner) -> list[psutil.Process]:
 @patch
 def press(self: Runner) -> None:
     "Do what is due to end the trainer."
-    now, grace = self.clock(), self.api.grace_seconds
+    now, grace, patience = self.clock(), self.api.grace_seconds, self.patience
+    if self.reason == "fenced":
+        grace = patience = 0.0
     if not self.presses:
-        if self.reason == "fenced":
-            grace = patience = 0.0
-        else:
-            patience = self.patience
-            self.say("stopping")
-            _all(self.trainers(), signal.SIGTERM)
         self.presses = [
+            (now, lambda: _all(self.trainers() if grace else marked(self.mark), signal.SIGTERM)),
             (now + grace, lambda: _all(marked(self.mark), signal.SIGTERM)),
             (now + grace + patience, lambda: end_all(self.mark, descendants=True)),
         ]
@@ -350,13 +356,11 @@ def run(self: Runner) -> int:  # exit status
     self.start()
     while self.process.poll() is None:
         self.pump(0.1)
-        before = self.beaten
+        self.beat()
         if self.reason is None:
             self.look()
         if self.reason:
             self.press()
-        if self.beaten != before and self.reason is None:
-            self.say("running")
     end_all(self.mark, descendants=True)
     while self.pump(0.0):
         continue

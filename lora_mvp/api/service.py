@@ -160,7 +160,11 @@ def check_room(self: Service) -> None:
 
 @patch
 def disk_low(self: Service) -> bool:
-    return shutil.disk_usage(self.jobs_dir).free < self.api.min_free_gb * 1e9
+    "Whether too little is free, or the disk is not there at all."
+    try:
+        return shutil.disk_usage(self.jobs_dir).free < self.api.min_free_gb * 1e9
+    except OSError:
+        return True
 
 
 @patch
