@@ -18,6 +18,7 @@ import re
 import sys
 from pathlib import Path
 
+from .api.commands import add_service
 from .config import AppConfig, LoraMvpError, config_schema, config_yaml, load_config
 
 # %% ../nbs/18_cli.ipynb #d7458211
@@ -247,6 +248,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo = _command(commands, "demo", cmd_demo, needs_config=False)
     demo.add_argument("--out", default="demo", help="a new or empty folder (default: demo)")
     demo.add_argument("--steps", type=_count, help="fewer training steps, for a quick look")
+    add_service(commands)
     return parser
 
 # %% ../nbs/18_cli.ipynb #d81e5986

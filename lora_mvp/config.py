@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PathKey', 'ModelKey', 'Template', 'Size', 'Count', 'Seed', 'Prompt', 'Severity', 'CHECKS', 'Scheduler', 'StoreKey',
            'LoraMvpError', 'atomic_write', 'derive_seed', 'resolve_model_name', 'DataConfig', 'TrainingConfig',
-           'EvaluationConfig', 'ApiConfig', 'AppConfig', 'load_config', 'config_yaml', 'config_schema']
+           'EvaluationConfig', 'ApiConfig', 'AppConfig', 'override_values', 'load_config', 'config_yaml',
+           'config_schema']
 
 # %% ../nbs/00_config.ipynb #a18765dd
 import difflib
@@ -574,6 +575,16 @@ def _complain(problems: list, name: str) -> None:
     lines = [f"  {f'line {place}' if isinstance(place, int) else place}: {sentence}" for place, sentence in problems]
     head = f"{name}: {len(problems)} mistake{'s' if len(problems) > 1 else ''} in the configuration"
     raise LoraMvpError("config_invalid", "\n".join([head, *lines]))
+
+# %% ../nbs/00_config.ipynb #d81b07e6
+def override_values(
+    overrides: list[str],  # "section.key=value" texts
+) -> dict[str, Any]:  # {"section.key": value}
+    "Overrides as values; whether a key exists and takes its value is for `load_config` to say."
+    data, problems = {}, []
+    _apply(overrides, data, {}, problems)
+    _complain(problems, "overrides")
+    return {f"{section}.{key}": value for section, keys in data.items() for key, value in keys.items()}
 
 # %% ../nbs/00_config.ipynb #8f8e2d77
 def load_config(
