@@ -284,7 +284,12 @@ class EvaluationConfig(_Section):
     "What to draw and measure after training."
 
     prompts: list[Prompt] = Field(
-        ["A photo of a cat", "A futuristic cityscape at sunset"], min_length=1, description="prompts to draw and score"
+        ["A photo of a cat", "A futuristic cityscape at sunset"],
+        min_length=1,
+        description="prompts to draw and score; not set: the 32 of the package",
+    )
+    prompt_file: PathKey | None = Field(
+        None, description="YAML list, or groups of lists, of prompts; {subject} is what was learnt; null: prompts"
     )
     num_samples: Count = Field(4, description="pictures per prompt")
     fid_batch_size: Count = Field(4, description="pictures per step of the feature extractor")
@@ -292,6 +297,9 @@ class EvaluationConfig(_Section):
         None, description="CLIP that scores: name, hub id or folder; null: the one that suits the base"
     )
     clip_pretrained: str | None = Field(None, description="which weights of clip_model, for open_clip names")
+    picture_extractor: str | None = Field(
+        None, description="what compares pictures with pictures, such as dinov2:<folder>; null: clip_model"
+    )
     baseline_model_path: ModelKey | None = Field(None, description="model to compare with; null: the bare base model")
     num_inference_steps: Count = Field(30, description="denoising steps per picture")
     guidance_scale: float = Field(7.5, ge=0, description="how strongly a picture follows its prompt; 1: no guidance")

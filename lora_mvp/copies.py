@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEAR_BITS', 'RealSet', 'read_pictures', 'find_real', 'real_of_split', 'scenes', 'Threshold', 'calibrate',
-           'nearest_hash', 'Near', 'CopyCheck', 'check_copies', 'nearest_sheet']
+           'nearest_hash', 'Near', 'CopyShare', 'CopyCheck', 'check_copies', 'nearest_sheet']
 
 # %% ../nbs/11c_copies.ipynb #7a2344da
 import glob
@@ -124,7 +124,7 @@ def nearest_hash(
         bits[rows] = ((64 - agree.max(1)) / 2).round()
     return index, bits
 
-# %% ../nbs/11c_copies.ipynb #d16add03
+# %% ../nbs/11c_copies.ipynb #d759e637
 class Near(BaseModel):
     "A sample and its nearest training picture"
 
@@ -135,7 +135,7 @@ class Near(BaseModel):
     copied: bool
 
 
-class CopyCheck(BaseModel):
+class CopyShare(BaseModel):
     "How many samples are training pictures come back"
 
     n: int  # samples
@@ -147,6 +147,11 @@ class CopyCheck(BaseModel):
     threshold: float | None  # cosine; None: too few different pictures to say
     threshold_n: int  # real pictures that the threshold rests on
     near_bits: int = NEAR_BITS
+
+
+class CopyCheck(CopyShare):
+    "The share with its evidence"
+
     rows: list[Near]  # in the order of the samples
 
 
