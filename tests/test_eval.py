@@ -8,14 +8,19 @@ from PIL import Image
 
 from lora_mvp import eval as evaluation
 from lora_mvp.config import LoraMvpError, load_config
-from lora_mvp.eval import Metrics, evaluate, find_real, score, table
+from lora_mvp.eval import Metrics, evaluate, find_real, score
 from lora_mvp.extractors import ClipExtractor
 from lora_mvp.infer import LoadedRun
+from lora_mvp.samples import read_plan
+from lora_mvp.scores import table
 
 
 @pytest.fixture(scope="module")
 def scorer(small_clip):
     return ClipExtractor(small_clip, name="small", device="cpu")
+
+
+TWO = "evaluation.prompts=[A photo of a cat, A futuristic cityscape at sunset]"
 
 
 def noise_pictures(n, seed, size=(40, 32), bright=0):
@@ -82,6 +87,7 @@ def drawing(monkeypatch, scorer):
     monkeypatch.setattr(evaluation, "render", render)
     monkeypatch.setattr(evaluation, "find_run", lambda path: ("tiny", path))
     monkeypatch.setattr(evaluation, "scorer_for", lambda base, config: scorer)
+    monkeypatch.setattr(evaluation, "model_facts", lambda run, scale: {"base": f"{run.adapter} at {scale}"})
     return loaded
 
 
@@ -96,38 +102,39 @@ def real(tmp_path):
 
 def test_what_an_evaluation_leaves_behind(drawing, real, tmp_path):
     (tmp_path / "real" / "label0" / "notes.txt").write_text("no picture")
-    config = load_config(overrides=["evaluation.num_samples=3"])
+    config = load_config(overrides=[TWO, "evaluation.num_samples=3"])
     result = evaluate(config, tmp_path / "run", real)
     out = tmp_path / "run" / "evaluation"
     assert json.loads((out / "metrics.json").read_text()) == result
     assert result["columns"] == ["base", "LoRA"] and result["n_pairs"] == 6 and result["n_real"] == 6
-    assert [s["seed"] for s in result["samples"]] == [42, 43, 44] * 2
+    seeds = [row.seed for row in read_plan(out / "plan.json").rows]
+    assert [s["seed"] for s in result["samples"]] == seeds and len(set(seeds)) == 6
     assert "real_unreadable" in [w["code"] for w in result["warnings"]]
     files = [s[column] for s in result["samples"] for column in ("base_file", "lora_file")]
     assert len(set(files)) == 12
     for file in files:
-        assert json.loads(Image.open(out / file).text["lora_mvp"])["seed"] in (42, 43, 44)
+        assert json.loads(Image.open(out / file).text["lora_mvp"])["seed"] in seeds
     assert min(Image.open(out / "samples.png").size) > 256
     assert len(drawing) == 1
     assert not list(out.glob(".*")) and not list(out.glob("*.tmp"))
 
 
 def test_strength_zero_is_the_base(drawing, real, tmp_path):
-    result = evaluate(load_config(), tmp_path / "run", real, tmp_path / "out", lora_scale=0.0)
+    result = evaluate(load_config(overrides=[TWO]), tmp_path / "run", real, tmp_path / "out", lora_scale=0.0)
     assert (tmp_path / "out" / "metrics.json").is_file()
     assert [s["base_score"] for s in result["samples"]] == [s["lora_score"] for s in result["samples"]]
     assert all(s["change"]["value"] in (0.0, None) for s in result["scores"].values())
 
 
 def test_another_model_as_baseline(drawing, real, tmp_path):
-    config = load_config(overrides={"evaluation.baseline_model_path": str(tmp_path / "baseline")})
+    config = load_config(overrides=[TWO, f"evaluation.baseline_model_path={tmp_path / 'baseline'}"])
     result = evaluate(config, tmp_path / "run", real)
     assert result["columns"] == ["baseline", "model"]
-    assert drawing == [str(tmp_path / "run"), str(tmp_path / "baseline")]
+    assert sorted(drawing) == [str(tmp_path / "baseline"), str(tmp_path / "run")]
 
 
 def test_user_mistakes(drawing, real, tmp_path, monkeypatch):
-    config = load_config()
+    config = load_config(overrides=[TWO])
     blank = load_config(overrides=['evaluation.prompts=[" "]'])
     file = tmp_path / "file"
     file.write_text("")
@@ -148,5 +155,5 @@ def test_user_mistakes(drawing, real, tmp_path, monkeypatch):
 def test_real_pictures_come_in_the_order_of_their_names(tmp_path):
     for name, colour in {"b": "red", "a": "blue"}.items():
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
-    pictures, refused = find_real(str(tmp_path / "*"))
-    assert [p.getpixel((0, 0)) for p in pictures] == [(0, 0, 255), (255, 0, 0)] and refused == []
+    found = find_real(str(tmp_path / "*"))
+    assert [p.getpixel((0, 0)) for p in found.images] == [(0, 0, 255), (255, 0, 0)] and found.refused == []
