@@ -106,7 +106,7 @@ def behind(
             found.append(name)
     return found
 
-# %% ../nbs/12a_choose.ipynb #874fc629
+# %% ../nbs/12a_choose.ipynb #73c7c188
 @dataclass
 class Ruling:
     "What the rule says"
@@ -132,10 +132,12 @@ def apply_rule(
     chosen = next(c for c in kept if not behind(c, leader))
     others = [kept[k].step for k in order if kept[k] is not chosen]
     if chosen is leader:
-        why = f"step {chosen.step} has the best mean rank over {', '.join(leader.criteria)}, and every earlier candidate is clearly behind."
+        why = f"step {chosen.step} has the best mean rank over {', '.join(leader.criteria)}, and every earlier one is behind."
     else:
         why = f"step {leader.step} has the best mean rank; step {chosen.step} is the earliest within one standard error of it."
-    if chosen.step == 0:
+    if len(kept) == 1 and len(candidates) > 1:
+        why = "every checkpoint is out, so the base stays."
+    elif chosen.step == 0:
         why = f"no checkpoint is better than the base: {why}"
     out = {step: reason for step, reason in reasons.items() if reason}
     return Ruling(chosen.step, leader.step, others[0] if others else None, why, out)

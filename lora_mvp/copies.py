@@ -22,7 +22,7 @@ from .metrics import nearest, similarity, wilson
 from .samples import place_tile
 from .splits import group, hash_signs, near_duplicates
 
-# %% ../nbs/11c_copies.ipynb #8f660182
+# %% ../nbs/11c_copies.ipynb #be18fa5c
 class RealSet(NamedTuple):
     "Real pictures and where they came from"
 
@@ -39,10 +39,11 @@ class RealSet(NamedTuple):
 
 def read_pictures(
     files: list[str],
+    names: list[str] | None = None,  # what to call them; default: as they are
 ) -> RealSet:
     "The pictures in some files, each once"
     kept, seen, refused, copies = [], set(), [], 0
-    for file in files:
+    for file, name in zip(files, names or files):
         try:
             image = open_rgb(file)
         except LoraMvpError as e:
@@ -50,7 +51,7 @@ def read_pictures(
             continue
         key = pixel_hash(image)
         copies += key in seen
-        kept += [(file, image)] if key not in seen else []
+        kept += [(name, image)] if key not in seen else []
         seen.add(key)
     return RealSet([file for file, _ in kept], [image for _, image in kept], refused, copies)
 
@@ -72,8 +73,9 @@ def real_of_split(
     manifest: Manifest,
     split: str,  # `train` or `val`
 ) -> RealSet:  # empty when the split is
-    "The pictures of one split as training sees them"
-    return read_pictures([str(manifest.path_of(row)) for row in manifest.rows(split)])
+    "The pictures of one split as training sees them, named as the manifest does"
+    rows = manifest.rows(split)
+    return read_pictures([str(manifest.path_of(row)) for row in rows], [row.file for row in rows])
 
 # %% ../nbs/11c_copies.ipynb #6b91ba6e
 NEAR_BITS = 8  # of 64: what the split of the data takes for the same picture, too

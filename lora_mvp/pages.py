@@ -17,10 +17,10 @@ from .report import POLICY, STYLE, jpeg_uri, section, text, tile
 from .scores import Metrics, Score, shown
 from .verdicts import Comparison
 
-# %% ../nbs/11f_pages.ipynb #e17db719
+# %% ../nbs/11f_pages.ipynb #bd7226b7
 EXTRA = """
 table { width: 100% } td:last-child { text-align: inherit; font-weight: inherit }
-th { color: var(--soft); font-size: 13px } .wide { overflow-x: auto }
+th, td { overflow-wrap: normal; vertical-align: top } th { color: var(--soft); font-size: 13px } .wide { overflow-x: auto }
 .verdict { font-size: 20px; font-weight: 600 } .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 4px }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 18px 14px; margin-top: 10px }
 .plot { max-width: 760px; width: 100%; height: auto }
