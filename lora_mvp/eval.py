@@ -240,7 +240,7 @@ def draw_columns(
         log.info("drawing %d pictures: %s", len(plan.rows), column.name)
         draw_column(column, run, model_facts(run, column.scale), plan, out / "samples" / column.folder, batch_size)
 
-# %% ../nbs/12_eval.ipynb #a122f23c
+# %% ../nbs/12_eval.ipynb #0f47b8f5
 class Evaluator:
     "Draws by a written plan, scores, compares; real pictures come from a pattern or from the run's own manifest"
 
@@ -257,7 +257,7 @@ class Evaluator:
         base: str,  # name of the base
     ) -> tuple[Extractor, Extractor]:  # of texts and pictures; of pictures alone
         "The extractors that the configuration names"
-        scorer, name = scorer_for(base, self.config), self.config.evaluation.picture_extractor
+        scorer, name = scorer_for(base, self.config), self.config.evaluation.extractor
         return scorer, find_extractor(name, self.config) if name else scorer
 
     def evaluate(
