@@ -6,7 +6,8 @@
 __all__ = ['log', 'MAX_COPIED', 'MAX_FORGOTTEN', 'PAIRS', 'Candidate', 'objection', 'mean_ranks', 'behind', 'Ruling',
            'apply_rule', 'CheckpointScore', 'Confirmation', 'Choice', 'training_of', 'whole_checkpoints', 'step_of',
            'Drawer', 'small_plan', 'validation_losses', 'Chooser', 'alike', 'choose', 'make_choice', 'confirm',
-           'step_figure', 'choice_rows', 'choice_text', 'growth_sheet', 'choice_page', 'write_choice']
+           'step_figure', 'choice_rows', 'confirmation_text', 'choice_text', 'growth_sheet', 'choice_page',
+           'write_choice']
 
 # %% ../nbs/12a_choose.ipynb #15926d8a
 import json
@@ -433,7 +434,7 @@ def confirm(
         plan_sha256=plan.sha256,
     )
 
-# %% ../nbs/12a_choose.ipynb #be5fca50
+# %% ../nbs/12a_choose.ipynb #6e061b62
 def step_figure(
     choice: Choice,
 ):  # matplotlib Figure
@@ -479,6 +480,17 @@ def choice_rows(
     return rows
 
 
+def confirmation_text(
+    found: Confirmation,
+) -> str:
+    "Whether the choice holds, and why"
+    text = f"{'confirmed' if found.confirmed else 'NOT confirmed'}; {found.judgement.verdict}: {found.judgement.why}"
+    if found.copies:
+        c = found.copies
+        text += f" Copies: {c.copied} of {c.n} [{c.low:.0%}, {c.high:.0%}]."
+    return text
+
+
 def choice_text(
     choice: Choice,
 ) -> str:
@@ -495,7 +507,7 @@ def choice_text(
         )
     return "\n".join([*lines, *(f"note: {w.message}" for w in choice.warnings)])
 
-# %% ../nbs/12a_choose.ipynb #e3b8d47d
+# %% ../nbs/12a_choose.ipynb #e6461409
 def growth_sheet(
     columns: list[Column],  # in order of step
     plan: SamplePlan,
@@ -525,8 +537,7 @@ def choice_page(
     items = "".join(f"<li><b>{text(w.code)}</b>: {text(w.message)}</li>" for w in choice.warnings)
     confirmed = ""
     if choice.confirm:
-        j = choice.confirm.judgement
-        confirmed = f"<p>{text('Confirmed' if choice.confirm.confirmed else 'NOT confirmed')} on fresh seeds: {text(j.verdict)}. {text(j.why)}</p>"
+        confirmed = f"<p>On fresh seeds, against the base: {text(confirmation_text(choice.confirm))}</p>"
     name = text(choice.path or "the base")
     parts = [
         section("choice", "Choice", f'<p class="verdict">{name}</p><p>{text(choice.why)}</p>{confirmed}'),
