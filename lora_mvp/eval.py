@@ -381,7 +381,7 @@ def settings_of(
     how |= {"steps": e.num_inference_steps, "guidance_scale": e.guidance_scale}
     return how | {"models": {c.name: {"path": str(c.model), "lora_scale": c.scale} for c in columns}}
 
-# %% ../nbs/12_eval.ipynb #591611f9
+# %% ../nbs/12_eval.ipynb #1ee959f3
 def score_columns(
     config: AppConfig,
     plan: SamplePlan,
@@ -400,8 +400,9 @@ def score_columns(
     images = [[column.pictures[k] for k in pairs] for column in columns]
     metrics = score(scorer, prompts, *images, real.images, seed, look, cache, names)
     values, evidence = [], []
+    control = next((pictures for column, pictures in zip(columns, images) if not column.scale), None)
     for column, pictures in zip(columns, images):
-        found, proof = column_scores(column, pictures, pairs, prompts, real, (scorer, look), cache)
+        found, proof = column_scores(column, pictures, pairs, prompts, real, (scorer, look), cache, control)
         values.append(found)
         evidence += [proof] if proof else []
     metrics.plan_sha256 = plan.sha256
@@ -423,6 +424,7 @@ def column_scores(
     real: RealSet,
     extractors: tuple[Extractor, Extractor],
     cache: FeatureCache,
+    control: list[Image.Image] | None = None,  # pictures of the base, which has copied nothing
 ) -> tuple[dict[str, np.ndarray], CopyEvidence | None]:
     "The scores of each picture of a column, and its copy check where the training pictures are known"
     scorer, look = extractors
@@ -432,7 +434,8 @@ def column_scores(
     if not train or not train.images:
         return sample_scores(match, features, real_features), None
     train_features = features_of(look, train.images, cache)
-    threshold = calibrate(train_features, real_features, scenes(train, real))
+    innocent = features_of(look, control, cache) if control else None
+    threshold = calibrate(train_features, real_features, scenes(train, real), innocent)
     check = check_copies(features, images, train_features, train, threshold, pairs)
     return sample_scores(match, features, real_features, train_features), CopyEvidence(
         column.name, check, images, train
