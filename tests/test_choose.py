@@ -12,7 +12,7 @@ from lora_mvp.choose import Choice, choice_text, choose
 from lora_mvp.config import LoraMvpError
 from lora_mvp.infer import load_run, render
 
-LAST = 60
+LAST = 48
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def overfitted(tmp_path_factory):
     manifest = prepare(root, ["whale", "crab", "duck", "bear-face", "horse"], "3d style")
     steep = {"learning_rate": 1e-3, "lr_scheduler": "constant", "lora_rank": 32, "lora_alpha": 32, "batch_size": 4}
     out = run(manifest, root / "lora", max_train_steps=LAST, checkpointing_steps=12, max_checkpoints=9, **steep)
-    for step in (24, 36, 48):  # two are enough to choose from, and need fewer pictures
+    for step in (24, 36):  # two are enough to choose from, and need fewer pictures
         shutil.rmtree(out / f"checkpoint-{step}")
     (root / "prompts.yaml").write_text(yaml.safe_dump(CALLED))
     return root

@@ -1,6 +1,7 @@
 """The evaluator on real, short trainings: what is better is called better, what is the same is not, and nothing is lost."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from lora_mvp.metrics import alignment
 from lora_mvp.scores import Metrics, compare_samples, sample_scores
 from lora_mvp.verdicts import judge
 
-STEPS = 40
+STEPS = 32
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,7 @@ def root(tmp_path_factory):
     run(manifest, root / "undertrained", max_train_steps=1, learning_rate=1e-4)
     groups = {"called": CALLED, "without_trigger": PLAIN}
     (root / "prompts.yaml").write_text(yaml.safe_dump(groups))
+    (root / "few.yaml").write_text(yaml.safe_dump({"called": CALLED[:8], "without_trigger": PLAIN[:2]}))
     return root
 
 
@@ -45,9 +47,15 @@ def good(root, evaluator):
     return evaluator.evaluate(root / "good")
 
 
+def hand_on(source, target) -> None:
+    """Pictures that another evaluation has drawn: they are found there and not drawn again."""
+    shutil.copytree(source, target)
+
+
 @pytest.fixture(scope="module")
-def better(root, evaluator):
+def better(root, evaluator, good):
     """The good run against the other."""
+    hand_on(root / "good" / "evaluation" / "samples" / "lora", root / "better" / "samples" / "a")
     return evaluator.ab_test(root / "good", root / "undertrained", root / "better")
 
 
@@ -68,7 +76,9 @@ def test_the_good_one_beats_its_base(good):
     assert good.forgetting.n == len(PLAIN)
 
 
-def test_one_step_of_training_is_no_better_than_the_base_and_worse_than_forty(root, evaluator, better):
+def test_one_step_of_training_is_no_better_than_the_base_and_worse_than_many(root, evaluator, better):
+    hand_on(root / "good" / "evaluation" / "samples" / "base", root / "nothing" / "samples" / "a")
+    hand_on(root / "better" / "samples" / "b", root / "nothing" / "samples" / "b")
     nothing = evaluator.ab_test("base", root / "undertrained", root / "nothing").judgement
     assert nothing.verdict in ("equivalent", "no_evidence"), nothing.why
     assert nothing.comparisons["likeness"].detectable < 8
@@ -102,7 +112,8 @@ def test_two_sets_of_one_model_are_called_different_no_more_often_than_the_level
 # -- the same is the same, and the other way round is the other way round -----------------------------------------------
 
 
-def test_a_model_against_itself_shows_exactly_nothing(root, evaluator):
+def test_a_model_against_itself_shows_exactly_nothing(root, evaluator, better):
+    hand_on(root / "better" / "samples" / "a", root / "same" / "samples" / "a")  # B is drawn by itself
     same = evaluator.ab_test(root / "good", root / "good", root / "same")
     assert same.judgement.verdict == "equivalent"
     assert same.columns == ("good (A)", "good (B)")
@@ -114,6 +125,8 @@ def test_a_model_against_itself_shows_exactly_nothing(root, evaluator):
 def test_exchanging_the_models_negates_everything(root, evaluator, better):
     there = Metrics.model_validate_json((root / "better" / "metrics.json").read_text())
     assert there == better
+    for old, new in ("ab", "ba"):
+        hand_on(root / "better" / "samples" / old, root / "back" / "samples" / new)
     back = evaluator.ab_test(root / "undertrained", root / "good", root / "back")
     assert (there.judgement.verdict, back.judgement.verdict) == ("a_better", "b_better")
     assert there.plan_sha256 == back.plan_sha256
@@ -183,8 +196,8 @@ def test_what_cannot_be_drawn_is_counted_and_left_out_of_both(root, tmp_path, mo
         ]
 
     monkeypatch.setattr(evaluation, "render", draw)
-    found = Evaluator(settings(root / "prompts.yaml"), HELD_OUT).evaluate(root / "good", tmp_path / "out")
-    assert (found.n_pairs, found.failed) == (len(CALLED) - 2, {"base": 0, "LoRA": 2})
+    found = Evaluator(settings(root / "few.yaml"), HELD_OUT).evaluate(root / "good", tmp_path / "out")
+    assert (found.n_pairs, found.failed) == (8 - 2, {"base": 0, "LoRA": 2})
     assert {"samples_missing", "n_mismatch_between_runs"} <= {w.code for w in found.warnings}
     errors = [row["error"] for row in rows(tmp_path / "out") if row["error"]]
     assert errors == ["out of memory", "a picture of a single colour"]
@@ -195,32 +208,30 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(root, tmp_path, monkeypa
     drawn = []
 
     def draw(run, prompts, seeds, scale, **how):
-        if len(drawn) == 20:
+        if len(drawn) == 8:
             drawn.append(None)
             raise KeyboardInterrupt
-        drawn.extend(prompts[: 20 - len(drawn)] if None not in drawn else prompts)
+        drawn.extend(prompts[: 8 - len(drawn)] if None not in drawn else prompts)
         return noise(seeds)
 
     monkeypatch.setattr(evaluation, "render", draw)
-    once = Evaluator(settings(root / "prompts.yaml", fid_batch_size=4), HELD_OUT)
+    once = Evaluator(settings(root / "few.yaml", fid_batch_size=4), HELD_OUT)
     with pytest.raises(KeyboardInterrupt):
         once.evaluate(root / "good", tmp_path / "out")
     assert not (tmp_path / "out" / "metrics.json").exists()
     kept = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("samples/*/*/*.png")}
-    assert len(kept) == 20
+    assert len(kept) == 8
     once.evaluate(root / "good", tmp_path / "out")
     assert {f: f.stat().st_mtime_ns for f in kept} == kept
-    assert len(drawn) == 1 + 2 * (len(CALLED) + len(PLAIN))
+    assert len(drawn) == 1 + 2 * (8 + 2)
 
 
 def test_training_pictures_as_real_ones_are_called_what_they_are(root, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "render", lambda run, prompts, seeds, scale, **how: noise(seeds))
     pattern = str(root / "data" / "train" / "**" / "*.png")
-    found = Evaluator(settings(root / "prompts.yaml"), pattern).evaluate(root / "good", tmp_path / "out")
+    found = Evaluator(settings(root / "few.yaml"), pattern).evaluate(root / "good", tmp_path / "out")
     assert "real_equals_train" in [w.code for w in found.warnings]
-    own = Evaluator(settings(root / "prompts.yaml")).evaluate(
-        root / "good", tmp_path / "own"
-    )  # the manifest's own split
+    own = Evaluator(settings(root / "few.yaml")).evaluate(root / "good", tmp_path / "own")  # the manifest's own split
     assert 0 < own.n_real < 10 and "real_equals_train" not in [w.code for w in own.warnings]
 
 
