@@ -104,27 +104,31 @@ def plan_for(
     how = {"num_inference_steps": e.num_inference_steps, "guidance_scale": e.guidance_scale}
     return make_plan(groups, per_prompt or e.num_samples, e.seed if seed is None else seed, **how)
 
-# %% ../nbs/12_eval.ipynb #946b4fe7
+# %% ../nbs/12_eval.ipynb #a3840831
 @dataclass
 class Data:
     "The pictures around one run"
 
     manifest: Manifest | None = None
     train: RealSet | None = None
+    problem: str = "it names no manifest"  # why there are none
 
 
 def data_of(
     model: str | Path,  # a run, an adapter or a pipeline
     manifest: str | Path | None = None,  # instead of the one that the run names
 ) -> Data:
-    "The data a run was trained on, as far as it can be found"
-    if manifest is None and RunFolder(model).record.is_file():
-        named = Path(read_run(model).manifest)
-        manifest = named if named.is_file() else None
-    if manifest is None:
+    "The data a run was trained on, as far as it can be found; `LoraMvpError` only for a manifest given here"
+    if manifest is not None:
+        found = read_manifest(manifest)
+        return Data(found, real_of_split(found, "train"), "")
+    if not RunFolder(model).record.is_file():
         return Data()
-    found = read_manifest(manifest)
-    return Data(found, real_of_split(found, "train"))
+    try:
+        found = read_manifest(read_run(model).manifest)
+    except LoraMvpError as e:  # data that has moved is no reason not to compare pictures; it becomes a warning
+        return Data(problem=str(e).rstrip("."))
+    return Data(found, real_of_split(found, "train"), "")
 
 
 def real_for(
@@ -441,7 +445,7 @@ def column_scores(
         column.name, check, images, train
     )
 
-# %% ../nbs/12_eval.ipynb #1c4a4072
+# %% ../nbs/12_eval.ipynb #4da0cc70
 def add_groups(
     done: Compared,
     plain: list[int],  # positions of the drawn prompts that do not call the new thing
@@ -496,13 +500,16 @@ def add_warnings(
                 f"{len(drawn) - len(set(drawn))} pictures of {column.name} are equal to another one, pixel for pixel."
             )
             found.append(("duplicate_samples", text))
+    for column in (column for column in columns if column.scale and column.data.train is None):
+        text = f"copies were not looked for in {column.name}: {column.data.problem}. Name the manifest of its training."
+        found.append(("no_training_pictures", text))
     for name, share in metrics.copies.items():
         if share.threshold is None:
             text = f"the copy check of {name} has no threshold, since too few pictures differ; only equal pictures are found."
             found.append(("copies_uncalibrated", text))
     metrics.warnings += [Warned(code=code, message=message) for code, message in found]
 
-# %% ../nbs/12_eval.ipynb #4ae36449
+# %% ../nbs/12_eval.ipynb #639294d9
 def sample_rows(
     done: Compared,
 ) -> list[dict[str, Any]]:  # one per picture, of all columns
@@ -532,6 +539,8 @@ def write_results(
         s.base_file, s.lora_file = (f"samples/{c.folder}/{c.samples[k].file}" for c in done.columns)
     prompts = [s.prompt for s in metrics.samples]
     save_png(comparison_sheet(prompts, *images, metrics.columns), out / "samples.png")
+    for old in [*out.glob("contact_*.png"), *out.glob("nearest_train*.png")]:
+        old.unlink()  # of an evaluation with more pages
     for column in done.columns:
         for k, page in enumerate(contact_sheets(done.plan, column.pictures)):
             save_png(page, out / f"contact_{column.folder}{f'-{k + 1}' if k else ''}.png")
