@@ -262,7 +262,7 @@ def loss_figure(history: list[StepReport], validation: list[ValidationRow]):
     from matplotlib.figure import Figure
 
     steps, values = [r.step for r in history], [r.loss for r in history]
-    width = max(1, len(steps) // 20)
+    width = max(5, len(steps) // 20)
     mean = [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
     figure = Figure(figsize=(9, 3.5) if validation else (5, 3.5), layout="constrained")
     left, *right = np.atleast_1d(figure.subplots(1, 2 if validation else 1))
