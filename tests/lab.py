@@ -46,8 +46,14 @@ def jupyterlab(folder, cells):
             yield f"http://127.0.0.1:{port}/doc/tree/notebook.ipynb?token={token}"
 
 
-def run_all(page):
-    """Begin to run all cells of the notebook that the page shows."""
+def start_all(page):
+    """Begin to run all cells of the notebook that the page shows; `window.ran` becomes true when they have."""
     page.wait("window.jupyterapp && jupyterapp.shell.currentWidget?.sessionContext?.isReady")
     page.wait("jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.connectionStatus == 'connected'")
-    page.js("void jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.js("void jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ran = true; })")
+
+
+def run_all(page):
+    """Run all cells of the notebook that the page shows."""
+    start_all(page)
+    page.wait("window.ran", 180)  # Python's heavy modules are imported meanwhile

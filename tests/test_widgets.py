@@ -135,7 +135,7 @@ def test_a_hand_at_work_in_jupyterlab(drawings, small_run, tmp_path):
     config = load_config(overrides=small_run(tmp_path / "run", sample_prompts=["a disc", "a square"]))
     with jupyterlab(tmp_path, CELLS) as address, browse(address, tmp_path / "chromium") as page:
         run_all(page)
-        page.wait(f"{cell(0)}?.innerText.includes('no such folder yet')", 120)
+        page.wait(f"{cell(0)}?.innerText.includes('no such folder yet')")
         page.wait(f"{cell(1)}?.innerText.includes('no such folder')")  # a sentence, no traceback
         page.wait(f"{button(2, 'draw')} && !{button(2, 'draw')}.disabled")
 
@@ -164,11 +164,16 @@ def test_a_hand_at_work_in_jupyterlab(drawings, small_run, tmp_path):
         page.wait(f"{cell(1)}.innerText.includes('seed 7') && {sources} != '{before}' && {pictures(1)} == 2")
         page.click(button(2, "draw"))
         page.wait(f"{pictures(2)} == 1 && !{button(2, 'draw')}.disabled")
-        page.click(button(2, "draw"))
-        page.wait(f"{pictures(2)} == 2 && !{button(2, 'draw')}.disabled")
+        words = f"{cell(2)}.querySelector('input[type=text]')"
+        page.click(words)
+        page.wait(f"document.activeElement == {words}")
+        page.js(f"{words}.select()")
+        page.type("a star")
+        page.click(button(2, "draw"))  # without Enter: the words and the click arrive together
+        page.wait(f"{pictures(2)} == 2 && {cell(2)}.innerText.includes('a star') && !{button(2, 'draw')}.disabled")
         page.click(button(2, "save"))
         page.wait(f"{cell(2)}.innerText.includes('saved as') && {button(2, 'saved')}.disabled")
     (kept,) = (tmp_path / "kept").glob("*.png")
     facts = json.loads(Image.open(kept).text["lora_mvp"])
-    again = render(load_run(tmp_path / "run"), ["a disc"], [1], 1.0, 2, 7.5)[0]
-    assert facts["prompt"] == "a disc" and Image.open(kept).tobytes() == again.tobytes()
+    again = render(load_run(tmp_path / "run"), ["a star"], [1], 1.0, 2, 7.5)[0]
+    assert facts["prompt"] == "a star" and Image.open(kept).tobytes() == again.tobytes()
