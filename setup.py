@@ -26,7 +26,10 @@ setup(
     packages=find_packages(include=[package, f"{package}.*"]),
     package_data={package: ["assets/**"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={
+        "dev": cfg["dev_requirements"].split(),
+        "eval-offline": cfg["eval_offline_requirements"].split(),
+    },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{package}={package}._modidx:d"],  # turns backticks in the docs into links

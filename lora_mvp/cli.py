@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['cmd_config', 'cmd_prepare_data', 'cmd_check_data', 'cmd_export_data', 'cmd_train', 'cmd_doctor', 'cmd_reproduce',
-           'cmd_generate', 'cmd_evaluate', 'cmd_export', 'cmd_inspect', 'cmd_demo', 'build_parser', 'set_up_output',
-           'refusal', 'main']
+           'cmd_generate', 'cmd_evaluate', 'cmd_compare', 'cmd_choose', 'cmd_export', 'cmd_inspect', 'cmd_demo',
+           'build_parser', 'set_up_output', 'refusal', 'main']
 
 # %% ../nbs/18_cli.ipynb #35076730
 import argparse
@@ -117,7 +117,7 @@ def cmd_reproduce(args: argparse.Namespace) -> None:
 
     print(reproduction_text(reproduce(args.run, args.out, _manifest(args))))
 
-# %% ../nbs/18_cli.ipynb #c4ca4c35
+# %% ../nbs/18_cli.ipynb #3b105f39
 def _model_path(args: argparse.Namespace) -> str:
     if args.model_path != "tiny" and not Path(args.model_path).exists():
         raise LoraMvpError(
@@ -144,10 +144,41 @@ def cmd_generate(args: argparse.Namespace) -> None:
 def cmd_evaluate(args: argparse.Namespace) -> None:
     "Compare base and adapter on the same prompts and seeds."
     config, path = _config(args), _model_path(args)
-    from lora_mvp.eval import evaluate, table
+    if args.checkpoints:
+        _choose(config, path, args)
+        return
+    from lora_mvp.eval import evaluate
+    from lora_mvp.scores import table
 
-    print(table(evaluate(config, path, args.real_glob, args.out, args.lora_scale)))
-    print(f"wrote {args.out or Path(path) / 'evaluation'}: metrics.json, samples.png")
+    print(table(evaluate(config, path, args.real_glob, args.out, args.lora_scale, _manifest(args))))
+    print(f"wrote {args.out or Path(path) / 'evaluation'}: report.html, metrics.json, samples.png")
+
+
+def cmd_compare(args: argparse.Namespace) -> None:
+    "Say which of two models is better, if pictures can tell."
+    config = _config(args)
+    from lora_mvp.eval import Evaluator
+    from lora_mvp.scores import findings
+    from lora_mvp.verdicts import judgement_text
+
+    evaluator = Evaluator(config, args.real_glob, _manifest(args))
+    found = evaluator.ab_test(args.a, args.b, args.out, args.lora_scale)
+    print(judgement_text(found.judgement, found.columns))
+    print("\n".join([*findings(found)[1:], *(f"note: {w.message}" for w in found.warnings)]))
+    print(f"wrote {args.out}: report.html, metrics.json, samples.png")
+
+
+def _choose(config: AppConfig, root: str, args: argparse.Namespace) -> None:
+    from lora_mvp.choose import choice_text, choose
+
+    limits = {key: value for key in ("max_copied", "max_forgotten") if (value := getattr(args, key, None)) is not None}
+    print(choice_text(choose(config, root, args.real_glob, _manifest(args), **limits)))
+    print(f"wrote {Path(root) / 'best.json'}, and report.html in {Path(root) / 'evaluation' / 'checkpoints'}")
+
+
+def cmd_choose(args: argparse.Namespace) -> None:
+    "Score the base and every checkpoint of a run, and choose one."
+    _choose(_config(args), args.run, args)
 
 
 def cmd_export(args: argparse.Namespace) -> None:
@@ -199,7 +230,7 @@ def _command(commands, name: str, function, needs_config: bool = True) -> argpar
         )
     return parser
 
-# %% ../nbs/18_cli.ipynb #c93d6a67
+# %% ../nbs/18_cli.ipynb #31f8b405
 def build_parser() -> argparse.ArgumentParser:
     "The parser of `lora-mvp`."
     parser = argparse.ArgumentParser(
@@ -225,17 +256,13 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--extend", action="store_true", help="with --resume: max_train_steps may be larger than it was")
     _add_checks(commands)
     _add_generate(commands)
-    evaluate = _command(commands, "evaluate", cmd_evaluate)
-    evaluate.add_argument("--model-path", required=True, help="output folder of a training, or an adapter folder")
-    evaluate.add_argument("--real-glob", required=True, help='real pictures, e.g. "data/processed/val/**/*.png"')
-    evaluate.add_argument("--out", help="where to write; default: MODEL_PATH/evaluation")
-    evaluate.add_argument("--lora-scale", type=_number, default=1.0, help="strength of the adapter (default 1)")
+    _add_evaluate(commands)
     demo = _command(commands, "demo", cmd_demo, needs_config=False)
     demo.add_argument("--out", default="demo", help="a new or empty folder (default: demo)")
     demo.add_argument("--steps", type=_count, help="fewer training steps, for a quick look")
     return parser
 
-# %% ../nbs/18_cli.ipynb #d81e5986
+# %% ../nbs/18_cli.ipynb #ff10300d
 def _add_generate(commands) -> None:
     parser = _command(commands, "generate", cmd_generate)
     parser.add_argument(
@@ -253,6 +280,33 @@ def _add_generate(commands) -> None:
     parser.add_argument("--guidance-scale", type=_number, help="default: evaluation.guidance_scale")
     parser.add_argument("--size", type=int, help="side in pixels (default: the base's own)")
     parser.add_argument("--out", default="outputs/pictures", help="folder (default: outputs/pictures)")
+
+
+def _add_real(parser: argparse.ArgumentParser) -> None:
+    where = "default: the validation images of the run's manifest"
+    parser.add_argument("--real-glob", help=f'real pictures, e.g. "data/processed/val/**/*.png"; {where}')
+    parser.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
+
+
+def _add_evaluate(commands) -> None:
+    evaluate = _command(commands, "evaluate", cmd_evaluate)
+    evaluate.add_argument("--model-path", required=True, help="output folder of a training, or an adapter folder")
+    evaluate.add_argument("--checkpoints", action="store_true", help="all checkpoints of it; the same as `choose`")
+    evaluate.add_argument("--out", help="where to write; default: MODEL_PATH/evaluation")
+    evaluate.add_argument("--lora-scale", type=_number, default=1.0, help="strength of the adapter (default 1)")
+    compare = _command(commands, "compare", cmd_compare)
+    compare.add_argument(
+        "a", metavar="A", help="output folder of a training, an adapter or a pipeline folder, or `base`"
+    )
+    compare.add_argument("b", metavar="B", help="another; `base` stands for the base of the other model")
+    compare.add_argument("--out", default="comparison", help="where to write (default: comparison)")
+    compare.add_argument("--lora-scale", type=_number, default=1.0, help="strength of both adapters (default 1)")
+    choose = _command(commands, "choose", cmd_choose)
+    choose.add_argument("run", metavar="OUT", help="output folder of a training, finished or not")
+    choose.add_argument("--max-copied", type=_number, help="largest share of copies (default 0.05)")
+    choose.add_argument("--max-forgotten", type=_number, help="largest loss on other prompts, points (default 1)")
+    for parser in (evaluate, compare, choose):
+        _add_real(parser)
 
 
 def _add_checks(commands) -> None:

@@ -4,15 +4,20 @@
 
 # %% auto #0
 __all__ = ['MIN_PAIRS', 'Estimate', 'as_sets', 'root_trace_gram', 'root_trace_eigh', 'frechet_distance', 'unit_rows',
-           'rbf_kernel', 'weighted_mmd2', 'mmd2_unbiased', 'bootstrap_weights', 'percentile_interval', 'mmd2_interval',
-           'relative_change', 'mmd2_relative_change', 'frechet_relative_change', 'group_means', 'sign_flip_p',
-           'PairedDifference', 'mean_interval', 'paired_interval']
+           'rbf_kernel', 'weighted_mmd2', 'mmd2_of', 'mmd2_unbiased', 'cubic_kernel', 'kid', 'bootstrap_weights',
+           'percentile_interval', 'mmd2_interval_of', 'mmd2_interval', 'kid_interval', 'permutation_p',
+           'relative_change', 'mmd2_relative_change', 'frechet_relative_change', 'similarity', 'alignment', 'diversity',
+           'group_members', 'nearest', 'group_means', 'student_tail', 'mean_interval', 'sign_flip_p', 'signed_ranks',
+           'wilcoxon_p', 'PairedTest', 'detectable_effect', 'paired_test', 'holm', 'wilson']
 
 # %% ../nbs/11_metrics.ipynb #65991dfa
 import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 # %% ../nbs/11_metrics.ipynb #bebee98c
 class Estimate(NamedTuple):
@@ -103,15 +108,40 @@ def weighted_mmd2(
     return within(kxx, wx) + within(kyy, wy) - 2 * across
 
 
+def mmd2_of(
+    x: np.ndarray,  # features (n, d)
+    y: np.ndarray,  # features (m, d)
+    kernel: Callable,  # of two feature arrays: the (n, m) similarities of their rows
+) -> float:
+    "Squared MMD with any kernel as a U-statistic; `ValueError` for sets of less than two pictures"
+    x, y = as_sets(x, y)
+    ones = np.ones((1, len(x))), np.ones((1, len(y)))
+    return float(weighted_mmd2(kernel(x, x), kernel(y, y), kernel(x, y), *ones)[0])
+
+
 def mmd2_unbiased(
     x: np.ndarray,  # features (n, d), unit rows for the CMMD form
     y: np.ndarray,  # features (m, d)
     sigma: float = 10.0,  # width of the kernel
 ) -> float:  # can be slightly negative when the sets are alike
     "Squared MMD with an RBF kernel as a U-statistic (Gretton et al. 2012, eq. 3)"
-    x, y = as_sets(x, y)
-    kernels = rbf_kernel(x, x, sigma), rbf_kernel(y, y, sigma), rbf_kernel(x, y, sigma)
-    return float(weighted_mmd2(*kernels, np.ones((1, len(x))), np.ones((1, len(y))))[0])
+    return mmd2_of(x, y, partial(rbf_kernel, sigma=sigma))
+
+# %% ../nbs/11_metrics.ipynb #dfd7f134
+def cubic_kernel(
+    x: np.ndarray,  # features (n, d), as the network gives them
+    y: np.ndarray,  # features (m, d)
+) -> np.ndarray:  # (n, m)
+    "Cubic similarity of every row of `x` with every row of `y`"
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def kid(
+    x: np.ndarray,  # features (n, d)
+    y: np.ndarray,  # features (m, d)
+) -> float:  # can be slightly negative when the sets are alike
+    "Squared MMD with the cubic kernel over all pictures, a U-statistic (Bińkowski et al. 2018, section 4)"
+    return mmd2_of(x, y, cubic_kernel)
 
 # %% ../nbs/11_metrics.ipynb #4d3b4e7c
 def bootstrap_weights(
@@ -128,25 +158,63 @@ def bootstrap_weights(
 def percentile_interval(
     value: float,  # the estimate itself
     draws: np.ndarray,  # its resampled values (repeats,)
-) -> Estimate:  # with the 2.5 and 97.5 percentiles
-    "The estimate with the middle 95 % of its resampled values"
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Estimate(float(value), float(low), float(high))
+    tail: float = 0.025,  # part of them to leave out at each end
+) -> Estimate:  # its ends are members of `draws`, so that negated draws give exactly the negated interval
+    "The estimate with the middle of its resampled values"
+    draws, k = np.sort(draws), int(tail * len(draws))
+    return Estimate(float(value), float(draws[k]), float(draws[len(draws) - 1 - k]))
 
 # %% ../nbs/11_metrics.ipynb #89519be9
-def mmd2_interval(
+def mmd2_interval_of(
     x: np.ndarray,  # features (n, d)
     y: np.ndarray,  # features (m, d)
-    sigma: float = 10.0,  # width of the kernel
+    kernel: Callable,  # of two feature arrays: the similarities of their rows
     repeats: int = 1000,  # bootstrap resamples
     seed: int = 0,  # of the resampling
 ) -> Estimate:  # unbiased squared MMD with its interval
     "Squared MMD with a 95 % interval by a weighted bootstrap that leaves out pairs of equal index"
     x, y = as_sets(x, y)
     rng = np.random.default_rng([seed, 1])
-    kernels = rbf_kernel(x, x, sigma), rbf_kernel(y, y, sigma), rbf_kernel(x, y, sigma)
     weights = bootstrap_weights(rng, len(x), repeats), bootstrap_weights(rng, len(y), repeats)
-    return percentile_interval(mmd2_unbiased(x, y, sigma), weighted_mmd2(*kernels, *weights))
+    draws = weighted_mmd2(kernel(x, x), kernel(y, y), kernel(x, y), *weights)
+    return percentile_interval(mmd2_of(x, y, kernel), draws)
+
+# %% ../nbs/11_metrics.ipynb #b9264409
+def mmd2_interval(
+    x: np.ndarray,  # features (n, d), unit rows for the CMMD form
+    y: np.ndarray,  # features (m, d)
+    sigma: float = 10.0,  # width of the kernel
+    repeats: int = 1000,  # bootstrap resamples
+    seed: int = 0,  # of the resampling
+) -> Estimate:
+    "`mmd2_unbiased` with its 95 % interval"
+    return mmd2_interval_of(x, y, partial(rbf_kernel, sigma=sigma), repeats, seed)
+
+
+def kid_interval(
+    x: np.ndarray,  # features (n, d)
+    y: np.ndarray,  # features (m, d)
+    repeats: int = 1000,  # bootstrap resamples
+    seed: int = 0,  # of the resampling
+) -> Estimate:
+    "`kid` with its 95 % interval"
+    return mmd2_interval_of(x, y, cubic_kernel, repeats, seed)
+
+# %% ../nbs/11_metrics.ipynb #245f879b
+def permutation_p(
+    x: np.ndarray,  # features (n, d)
+    y: np.ndarray,  # features (m, d)
+    kernel: Callable = rbf_kernel,  # of two feature arrays: the similarities of their rows
+    repeats: int = 1000,  # random deals
+    seed: int = 0,  # of the deals
+) -> float:  # p value, at least 1 / (repeats + 1)
+    "Permutation test that two sets come from one distribution, by their squared MMD"
+    x, y = as_sets(x, y)
+    k = kernel(both := np.concatenate([x, y]), both)
+    rng, in_x = np.random.default_rng([seed, 6]), np.arange(len(both)) < len(x)
+    deals = np.stack([in_x, *(rng.permutation(in_x) for _ in range(repeats))]).astype(np.float64)
+    found = weighted_mmd2(k, k, k, deals, 1 - deals)
+    return float((found >= found[0] - 1e-12 * np.abs(found[0])).sum() / (repeats + 1))
 
 # %% ../nbs/11_metrics.ipynb #ee6c8126
 def relative_change(
@@ -200,21 +268,86 @@ def frechet_relative_change(
     margin = 1.96 * float(np.std(draws, ddof=1))
     return Estimate(value, value - margin, value + margin)
 
+# %% ../nbs/11_metrics.ipynb #d95a7af9
+def similarity(
+    x: np.ndarray,  # features (n, d)
+    y: np.ndarray,  # features (m, d)
+) -> np.ndarray:  # (n, m), between -1 and 1
+    "Cosine of every row of `x` with every row of `y`"
+    return (unit_rows(x) @ unit_rows(y).T).clip(-1, 1)
+
+
+def alignment(
+    images: np.ndarray,  # features of pictures (n, d)
+    texts: np.ndarray,  # features of their prompts in the same space (n, d)
+) -> np.ndarray:  # (n,), between -100 and 100
+    "100 times the cosine of each picture with its prompt (CLIPScore of Hessel et al. 2021 with weight 1, not clamped)"
+    if np.shape(images) != np.shape(texts):
+        raise ValueError(f"each picture needs one text: features {np.shape(images)} and {np.shape(texts)}")
+    return 100 * (unit_rows(images) * unit_rows(texts)).sum(1)
+
+# %% ../nbs/11_metrics.ipynb #cf03be32
+def diversity(
+    features: np.ndarray,  # of the samples (n, d)
+    groups: list,  # the group (prompt) of each, length n
+) -> np.ndarray:  # one value per group, in order of first appearance; `nan` for a group of one
+    "One minus the mean cosine of the pairs of pictures within each group"
+    member = group_members(groups).astype(np.float64)
+    n, length = member.sum(1), np.linalg.norm(member @ unit_rows(features), axis=1)
+    pairs = np.where(n > 1, n * (n - 1), np.nan)
+    return 1 - (length**2 - n) / pairs  # |sum of unit rows|^2 = n + sum of the cosines of different rows
+
+
+def group_members(
+    groups: list,  # the group of each picture, length n
+) -> np.ndarray:  # booleans (number of groups, n)
+    "Who belongs to which group; groups in order of first appearance"
+    names = {name: k for k, name in enumerate(dict.fromkeys(groups))}
+    return np.array([names[g] for g in groups]) == np.arange(len(names))[:, None]
+
+# %% ../nbs/11_metrics.ipynb #c307aaac
+def nearest(
+    x: np.ndarray,  # features of samples (n, d)
+    train: np.ndarray,  # features of training pictures (m, d)
+) -> tuple[np.ndarray, np.ndarray]:  # index of the nearest (n,) and its cosine (n,)
+    "The training picture with the largest cosine to each sample"
+    cosines = similarity(x, train)
+    index = cosines.argmax(1)
+    return index, cosines[np.arange(len(index)), index]
+
 # %% ../nbs/11_metrics.ipynb #6c1c08a0
 def group_means(
     values: np.ndarray,  # one score per picture (n,)
     groups: list,  # the group (prompt) of each picture, length n
 ) -> np.ndarray:  # one mean per group, in order of first appearance
     "Mean score of each group"
-    values = np.asarray(values, dtype=np.float64)
-    names = list(dict.fromkeys(groups))
-    index = np.array([names.index(g) for g in groups])
-    return np.array([values[index == i].mean() for i in range(len(names))])
+    member = group_members(groups)
+    return np.array([np.asarray(values, dtype=np.float64)[row].mean() for row in member])
 
-# %% ../nbs/11_metrics.ipynb #2b27c589
+# %% ../nbs/11_metrics.ipynb #7a2ae6a0
 MIN_PAIRS = 6  # 2 / 2**6 = 0.03 is the first smallest p value below 0.05
 
 
+def student_tail(
+    n: int,  # number of values
+) -> float:  # below 0.025, towards which it grows
+    "What to leave out at each end of a bootstrap of n values for a 95 % interval (Hesterberg 2015)"
+    return float(stats.norm.cdf(-np.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1)))
+
+
+def mean_interval(
+    values: np.ndarray,  # independent scores (n,)
+    seed: int = 0,  # of the resampling
+    repeats: int = 4000,  # bootstrap resamples
+) -> Estimate:  # no interval below six values
+    "Mean with its expanded percentile bootstrap interval"
+    v = np.asarray(values, dtype=np.float64)
+    if len(v) < MIN_PAIRS:
+        return Estimate(float(v.mean()))
+    rows = np.random.default_rng([seed, 5]).integers(0, len(v), (repeats, len(v)))
+    return percentile_interval(v.mean(), v[rows].mean(1), student_tail(len(v)))
+
+# %% ../nbs/11_metrics.ipynb #2b27c589
 def sign_flip_p(
     differences: np.ndarray,  # paired differences (n,)
     seed: int = 0,  # of the random patterns, used above 12 pairs
@@ -229,37 +362,112 @@ def sign_flip_p(
     hits = (flipped >= abs(d.sum()) - 1e-12 * np.abs(d).sum()).sum()
     return float((hits + extra) / (len(signs) + extra))
 
-# %% ../nbs/11_metrics.ipynb #7a2ae6a0
-class PairedDifference(NamedTuple):
-    "Mean of `b - a` over pairs, its 95 % interval, p value and number of pairs"
+# %% ../nbs/11_metrics.ipynb #173fe12f
+def signed_ranks(
+    differences: np.ndarray,  # (n,)
+) -> np.ndarray:  # (n,)
+    "The rank of each difference by size, with its sign; zeros are ranked with the others and become 0 (Pratt 1959)"
+    return np.sign(differences) * stats.rankdata(np.abs(differences))
 
-    value: float
-    low: float
+
+def wilcoxon_p(
+    differences: np.ndarray,  # paired differences (n,)
+) -> float:  # two-sided p value; 1 when all are zero
+    "Wilcoxon's signed-rank test that the differences are symmetric around zero (Wilcoxon 1945)"
+    d = np.asarray(differences, dtype=np.float64)
+    if not d.any():
+        return 1.0
+    tied = len(set(np.abs(d))) < len(d) or 0 in d
+    if tied and len(d) <= 12:
+        return sign_flip_p(signed_ranks(d))
+    method = "exact" if len(d) <= 50 and not tied else "approx"
+    return float(stats.wilcoxon(d, zero_method="pratt", method=method).pvalue)
+
+# %% ../nbs/11_metrics.ipynb #a6324a28
+class PairedTest(NamedTuple):
+    "What `b - a` is, over independent clusters (prompts)"
+
+    n: int  # clusters
+    mean: float
+    median: float
+    low: float  # ends of the 95 % interval of the mean; `nan` below six clusters
     high: float
-    p: float
-    n: int
+    wilcoxon_p: float  # two-sided
+    sign_p: float  # two-sided
+    win: int  # clusters in which b is above a
+    tie: int
+    loss: int
+    effect_size: float  # rank-biserial correlation, -1 to 1
+    min_detectable_effect: float  # mean difference found with power 0.8 at level 0.05; `nan` below six clusters
+
+    @property
+    def estimate(self) -> Estimate:
+        "The mean with its interval"
+        return Estimate(self.mean, self.low, self.high)
 
 
-def mean_interval(
-    values: np.ndarray,  # independent scores (n,)
-    seed: int = 0,  # of the resampling
-    repeats: int = 2000,  # bootstrap resamples
-) -> Estimate:  # no interval below six values
-    "Mean with its percentile bootstrap interval"
-    v = np.asarray(values, dtype=np.float64)
-    if len(v) < MIN_PAIRS:
-        return Estimate(float(v.mean()))
-    rows = np.random.default_rng([seed, 5]).integers(0, len(v), (repeats, len(v)))
-    return percentile_interval(v.mean(), v[rows].mean(1))
+def detectable_effect(
+    differences: np.ndarray,  # paired differences (n,)
+) -> float:  # in their unit; `nan` below six
+    "The mean difference that a test at level 0.05 finds with power 0.8 at the spread observed (Lachin 1981)"
+    n = len(differences)
+    if n < MIN_PAIRS:
+        return float("nan")
+    return float(stats.t.ppf([0.975, 0.8], n - 1).sum() * np.std(differences, ddof=1) / np.sqrt(n))
 
 # %% ../nbs/11_metrics.ipynb #7b41c304
-def paired_interval(
-    a: np.ndarray,  # scores of the first model (n,), one per prompt
-    b: np.ndarray,  # of the second on the same prompts (n,)
-    seed: int = 0,  # of bootstrap and test
-) -> PairedDifference:  # of b - a; `nan` interval below six pairs
-    "Mean paired difference `b - a` with a bootstrap interval over pairs and a sign-flip p value"
+def paired_test(
+    a: np.ndarray,  # scores of the first model (n,)
+    b: np.ndarray,  # of the second; score k belongs to the same prompt and seed (n,)
+    clusters: list | None = None,  # the prompt of each pair, length n; None: each pair stands for itself
+    seed: int = 0,  # of the bootstrap
+) -> PairedTest:
+    "Statistics of `b - a`, averaged within clusters; `ValueError` for scores that are no pairs or not finite"
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if a.ndim != 1 or a.shape != b.shape or len(a) == 0:
+    if a.ndim != 1 or a.shape != b.shape or len(a) == 0 or (clusters is not None and len(clusters) != len(a)):
         raise ValueError(f"paired scores must be two lists of one length, not {a.shape} and {b.shape}")
-    return PairedDifference(*mean_interval(b - a, seed), sign_flip_p(b - a, seed), len(a))
+    if not np.isfinite(b - a).all():
+        raise ValueError("scores hold nan or infinite values; leave such pairs out of both lists")
+    d = b - a if clusters is None else group_means(b - a, clusters)
+    win, loss, ranks = int((d > 0).sum()), int((d < 0).sum()), signed_ranks(d)
+    return PairedTest(
+        len(d),
+        float(d.mean()),
+        float(np.median(d)),
+        *mean_interval(d, seed)[1:],
+        wilcoxon_p(d),
+        float(stats.binomtest(win, win + loss).pvalue) if win + loss else 1.0,
+        win,
+        len(d) - win - loss,
+        loss,
+        float(ranks.sum() / max(np.abs(ranks).sum(), 1)),
+        detectable_effect(d),
+    )
+
+# %% ../nbs/11_metrics.ipynb #49c5ca27
+def holm(
+    p_values: list[float],  # of the tests declared beforehand
+) -> np.ndarray:  # adjusted p values in the same order
+    "p values adjusted for their number (Holm 1979); compare them with the level as they are"
+    p = np.asarray(p_values, dtype=np.float64)
+    if not ((p >= 0) & (p <= 1)).all():  # also true for nan
+        raise ValueError(f"p values lie between 0 and 1, not {p}")
+    order = p.argsort(kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return adjusted
+
+# %% ../nbs/11_metrics.ipynb #f1802837
+def wilson(
+    k: int,  # how many of them
+    n: int,  # of how many
+) -> Estimate:  # share between 0 and 1; all `nan` for none of none
+    "A share with Wilson's 95 % interval"
+    if not 0 <= k <= n:
+        raise ValueError(f"{k} of {n} is no share")
+    if n == 0:
+        return Estimate(float("nan"))
+    z = stats.norm.ppf(0.975)
+    middle, half = (k + z**2 / 2) / (n + z**2), z * np.sqrt(k * (n - k) / n + z**2 / 4) / (n + z**2)
+    low, high = max(middle - half, 0.0) if k else 0.0, min(middle + half, 1.0) if k < n else 1.0
+    return Estimate(k / n, float(low), float(high))

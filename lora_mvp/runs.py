@@ -28,7 +28,7 @@ from .checkpoints import checkpoints
 from .config import AppConfig, LoraMvpError, atomic_write, derive_seed
 from .manifest import Manifest
 
-# %% ../nbs/08a_runs.ipynb #36a086e1
+# %% ../nbs/08a_runs.ipynb #98b7e68b
 class RunFolder:
     "Where the files of a run are, below `training.output_dir`."
 
@@ -44,8 +44,10 @@ class RunFolder:
         self.samples = self.root / "samples"
         self.sheet = self.root / "samples.png"
         self.pipeline = self.root / "model_index.json"
+        self.best = self.root / "best.json"  # which checkpoint was chosen, and why
+        self.best_adapter = self.root / "best_adapter"
 
-# %% ../nbs/08a_runs.ipynb #aab29f83
+# %% ../nbs/08a_runs.ipynb #8093520f
 def prepare_folder(folder: RunFolder, resume: bool, overwrite: bool) -> bool:  # whether a run is to be removed
     "Make the output folder; refuse one that holds a run unless told what to do with it."
     try:
@@ -68,7 +70,12 @@ def clear_folder(folder: RunFolder) -> None:
     "Remove a run's files, and nothing else that may be in its folder."
     parts = ["unet", "vae", "scheduler", "feature_extractor"]
     parts += [f"{part}{k}" for part in ("text_encoder", "tokenizer") for k in ("", "_2")]
-    for old in [*checkpoints(folder.root), folder.adapter, *(folder.root / part for part in parts)]:
+    for old in [
+        *checkpoints(folder.root),
+        folder.adapter,
+        folder.best_adapter,
+        *(folder.root / part for part in parts),
+    ]:
         shutil.rmtree(old, ignore_errors=True)
     for file in [
         folder.start,
@@ -79,6 +86,7 @@ def clear_folder(folder: RunFolder) -> None:
         folder.validation,
         folder.curve,
         folder.sheet,
+        folder.best,
         *folder.samples.glob("step-*.png"),
     ]:
         file.unlink(missing_ok=True)

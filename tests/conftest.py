@@ -41,3 +41,22 @@ def small_run():
         return values | {"evaluation.num_inference_steps": 2}
 
     return settings
+
+
+@pytest.fixture(scope="session")
+def small_clip(tmp_path_factory):
+    """The folder of a CLIP of random weights whose words are single characters."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    characters = [chr(i) for i in range(33, 127)]
+    words = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    n = len(words)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": n, "max_position_embeddings": 24, "bos_token_id": n - 2, "eos_token_id": n - 1, **shape}
+    vision = {"image_size": 32, "patch_size": 8, **shape}
+    folder = tmp_path_factory.mktemp("small-clip")
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[]).save_pretrained(folder)
+    return folder

@@ -78,7 +78,7 @@ def test_two_runs_give_the_same_adapter(full, tmp_path):
 def test_the_style_is_learnt_and_the_subject_kept(full):
     """The bars that the demo promises; the figures of one run are in README.md."""
     scores = metrics(full[0])["scores"]
-    distance, alignment = scores["frechet[tiny-clip]"]["change"], scores["clip_score[tiny-clip]"]
+    distance, alignment = scores["fd_tiny_clip"]["change"], scores["clip_score[tiny-clip]"]
     assert distance["value"] <= -0.15 and distance["high"] < 0, distance
     assert alignment["lora"]["value"] >= 0.9 * alignment["base"]["value"], alignment
     losses = list(json.loads((full[0] / "lora" / "run.json").read_text())["validation_loss"].values())
