@@ -78,6 +78,7 @@ from lora_mvp.runs import (
     ImageLosses,
     RunFolder,
     RunRecord,
+    RunStart,
     StepReport,
     ValidationRow,
     append_row,
@@ -432,6 +433,15 @@ def stop_request():
 
 # %% ../nbs/09_train.ipynb #8823bc7e
 @patch
+def announce(self: Trainer) -> None:
+    "Say what the run sets out to do, for whoever watches its folder (main process only)."
+    train_images, prompts = len(self.streams[0].images), self.sample_prompts()
+    steps = {"first_step": self.step_number, "steps": self.config.training.max_train_steps}
+    start = RunStart(**steps, train_images=train_images, sample_prompts=prompts)
+    atomic_write(self.folder.start, start.model_dump_json(indent=2) + "\n")
+
+
+@patch
 def mark(self: Trainer) -> None:
     "What happens at the start, at each checkpoint and at the end: validation losses and sample pictures."
     if self.accelerator.is_main_process:
@@ -516,7 +526,7 @@ def save_results(self: Trainer) -> None:
     if t.save_pipeline:
         self.save_pipeline(load_base(t.pretrained_model, revision=t.revision))
     atomic_write(folder.history, table_csv(StepReport, self.history))
-    loss_figure(self.history, self.losses).savefig(folder.curve, dpi=100)
+    loss_figure(self.history, validation_rows(self.losses)).savefig(folder.curve, dpi=100)
     sheet = sample_sheet(folder)
     if sheet:
         sheet.save(folder.sheet)
@@ -633,6 +643,7 @@ def train(
     if trainer.accelerator.is_main_process:
         folder.record.unlink(missing_ok=True)  # of the shorter run that is extended
         atomic_write(folder.history, table_csv(StepReport, trainer.history))
+        trainer.announce()
     if trainer.step_number == 0:
         trainer.mark()
     return trainer.finish(trainer.run(on_step, progress))

@@ -105,8 +105,18 @@ class Page:
         """Type over what is selected."""
         self.call("Input.insertText", text=text)
 
-    def screenshot(self, file):
-        Path(file).write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+    def press(self, key):
+        """Press Enter, say, where the cursor is."""
+        code = {"Enter": 13, "Tab": 9}[key]
+        options = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+        self.call("Input.dispatchKeyEvent", type="keyDown", text="\r" if key == "Enter" else "", **options)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **options)
+
+    def screenshot(self, file, element=None):
+        """The window as a PNG file, or what lies around the element that an expression gives."""
+        box = f"(b => ({{x: b.x, y: b.y, width: b.width, height: b.height, scale: 1}}))({element}.getBoundingClientRect())"
+        clip = {"clip": self.js(box)} if element else {}
+        Path(file).write_bytes(base64.b64decode(self.call("Page.captureScreenshot", **clip)["data"]))
 
 
 @contextmanager
