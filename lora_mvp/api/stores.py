@@ -613,7 +613,7 @@ def _reason(error: Exception) -> str:
     system = next((link.strerror for link in chain if isinstance(link, OSError) and link.strerror), "")
     return said if not system or system in said else f"{said}: {system}"
 
-
+# %% ../../nbs/13a_api.stores.ipynb #b7d90c3a
 class _Database:
     "The connections of a `SqlStore`."
 
