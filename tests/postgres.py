@@ -1,19 +1,23 @@
 """A PostgreSQL server of Debian's packages, for the time of some tests."""
 
 import os
-import random
 import shutil
 import signal
+import socket
+import socketserver
+import struct
 import subprocess
 import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from select import select
 
 import pytest
 import sqlalchemy as sa
 
-SETTINGS = "fsync=on shared_buffers=16MB max_connections=40 dynamic_shared_memory_type=mmap".split()
+SETTINGS = "listen_addresses= fsync=on shared_buffers=16MB max_connections=40 dynamic_shared_memory_type=mmap".split()
 PASSWORD = "geheim"
 
 
@@ -27,11 +31,11 @@ def programs() -> Path:
 
 
 class Postgres:
-    """A server that listens on a socket in its own folder, and on an address of its own on this machine."""
+    """A server that listens on a socket in its own folder, and nowhere else."""
 
     def __init__(self, folder: Path):
         self.programs, self.folder, self.running = programs(), folder, None
-        self.host, self.port = ".".join(["127", *map(str, random.sample(range(1, 255), 3))]), random.randrange(9000, 32000)
+        self.socket = folder / ".s.PGSQL.5432"
         self.user = {}
         if os.geteuid() == 0:  # it refuses to run as root; the package makes a user for it
             shutil.chown(folder, "postgres", "postgres")
@@ -42,9 +46,8 @@ class Postgres:
         subprocess.run([*command, *options], check=True, capture_output=True, **self.user)
         self.admin = sa.create_engine(self.url(), poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
 
-    def url(self, user: str = "tester", tcp: bool = False) -> str:
-        host, socket = (f"{self.host}:{self.port}", "") if tcp else ("", f"?unix_sock={self.folder}/.s.PGSQL.{self.port}")
-        return f"postgresql+pg8000://{user}:{PASSWORD}@{host}/postgres{socket}"
+    def url(self, user: str = "tester") -> str:
+        return f"postgresql+pg8000://{user}:{PASSWORD}@/postgres?unix_sock={self.socket}"
 
     def new_user(self, name: str) -> None:
         """One with a schema of its own, which PostgreSQL looks into first as it has the same name."""
@@ -54,7 +57,6 @@ class Postgres:
     def start(self) -> None:
         settings = [word for setting in SETTINGS for word in ("-c", setting)]
         command = [self.programs / "postgres", "-D", self.folder / "data", "-k", self.folder, *settings]
-        command += ["-h", self.host, "-p", f"{self.port}"]
         with open(os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), "w") as log:
             self.running = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **self.user)
         end = time.monotonic() + 60
@@ -100,3 +102,49 @@ def postgres():
             server.stop()
     finally:
         shutil.rmtree(folder)
+
+
+class Line(socketserver.ThreadingTCPServer):
+    """A way to a server over TCP that can break."""
+
+    daemon_threads = True
+
+    def __init__(self, server: Postgres):
+        self.server, self.breaks = server, 0
+        super().__init__(("127.0.0.1", 0), _Relay)
+
+    def url(self, user: str) -> str:
+        return f"postgresql+pg8000://{user}:{PASSWORD}@127.0.0.1:{self.server_address[1]}/postgres"
+
+    def cut(self) -> None:
+        """Answer what comes next over each connection that is open as a machine does that has started anew."""
+        self.breaks += 1
+
+
+class _Relay(socketserver.BaseRequestHandler):
+    def handle(self):
+        breaks = self.server.breaks
+        with socket.socket(socket.AF_UNIX) as there:
+            there.connect(str(self.server.server.socket))
+            while True:
+                for source in select([self.request, there], [], [])[0]:
+                    said = source.recv(2**16)
+                    if source is self.request and self.server.breaks > breaks:
+                        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        self.request.close()  # a reset, as nothing lingers
+                        return
+                    if not said:
+                        return
+                    (there if source is self.request else self.request).sendall(said)
+
+
+@contextmanager
+def over_tcp(server: Postgres):
+    with Line(server) as line:
+        thread = threading.Thread(target=line.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        try:
+            yield line
+        finally:
+            line.shutdown()
+            thread.join()

@@ -25,7 +25,7 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from postgres import postgres
+from postgres import over_tcp, postgres
 from store_clients import example, new_id, open_and_say, submit_until_killed
 
 from lora_mvp.api.jobs import Job, JobSpec, moved, noted, now, transition
@@ -60,12 +60,12 @@ def server():
 
 
 def make_place(kind: str, folder: Path, request) -> Place:
-    if kind not in ("postgresql", "tcp"):
+    if kind != "postgresql":
         return Place(str(folder / "state" / f"jobs{kind}"))
     server = request.getfixturevalue("server")
     user = f"u{new_id().lower()}"
     server.new_user(user)
-    return Place(server.url(user, tcp=kind == "tcp"))
+    return Place(server.url(user))
 
 
 @pytest.fixture(params=[".json", ".db", "postgresql"])
@@ -731,6 +731,30 @@ def test_a_connection_that_breaks_is_made_anew(server, request):
     store.close()
 
 
+def test_a_connection_that_is_reset_is_made_anew(server, request, caplog):
+    user = sa.make_url(make_place("postgresql", None, request).url).username
+    with over_tcp(server) as line:
+        store = SqlStore(line.url(user))
+        job, engine = store.create(example())[0], store._database.engine
+        for connection in [engine.connect() for _ in range(3)]:  # so many wait in the pool
+            connection.close()
+        for _ in range(2):
+            line.cut()
+            assert store.get(job.id) == job and store.page() == [job]
+        line.cut()
+        assert (job := noted(store, job, engine_ref="1")) and store.problem is None
+        sa.event.listen(engine, "before_cursor_execute", cut := lambda *a: "INSERT" in a[2] and line.cut())
+        with pytest.raises(LoraMvpError, match="Connection reset by peer|Broken pipe") as caught:
+            store.create(example())
+        sa.event.remove(engine, "before_cursor_execute", cut)
+        assert caught.value.code == "store_failed" and "geheim" not in caught.value.message
+        assert store.problem is None and store.page() == [job] and store.create(example())[1]
+        store.close()
+    told = [record for record in caplog.records if record.levelname != "DEBUG"]
+    assert told and all(record.name == "lora_mvp.api.stores" and not record.exc_info for record in told)
+    assert "geheim" not in caplog.text
+
+
 def test_a_server_that_lost_its_lock_writes_no_more(server, request):
     place = make_place("postgresql", None, request)
     store = place.open()
@@ -774,9 +798,27 @@ def test_another_layout_in_the_database_is_refused(server, request):
     assert caught.value.code == "store_failed" and "geheim" not in caught.value.message
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"password": "falsch"}, "password authentication failed"),
+        ({"password": None}, "password authentication failed"),
+        ({"database": "nothing"}, 'database "nothing" does not exist'),
+        ({"query": {"sslmode": "require"}}, "unexpected keyword argument 'sslmode'"),
+        ({"query": {"unix_sock": "/nowhere"}}, "No such file"),
+    ],
+)
+def test_what_the_database_refuses_is_said_in_its_words(server, change, said):
+    url = sa.make_url(server.url())._replace(**change).render_as_string(hide_password=False)
+    with pytest.raises(LoraMvpError, match=said) as caught:
+        SqlStore(url)
+    assert caught.value.code == "store_failed" and "{" not in caught.value.message
+    assert "geheim" not in caught.value.message and "falsch" not in caught.value.message
+
+
 def test_addresses_that_lead_nowhere_are_named_without_their_password(monkeypatch):
     url = "postgresql+pg8000://me:geheim@127.0.0.1:1/jobs"
-    with pytest.raises(LoraMvpError, match=r"me:\*\*\*@127.0.0.1:1/jobs") as caught:
+    with pytest.raises(LoraMvpError, match=r"me:\*\*\*@127.0.0.1:1/jobs: .*Connection refused") as caught:
         SqlStore(url)
     assert caught.value.code == "store_failed" and "geheim" not in caught.value.message
     monkeypatch.setitem(sys.modules, "pg8000", None)

@@ -583,7 +583,11 @@ def _engine(url: str) -> tuple[sa.Engine, Path | None]:  # and the file, for SQL
         address = sa.make_url(url)
         path = Path(address.database).resolve() if address.get_backend_name() == "sqlite" else None
         engine = sa.create_engine(
-            address.set(database=str(path)) if path else address, pool_pre_ping=True, hide_parameters=True
+            address.set(database=str(path)) if path else address,
+            pool_pre_ping=True,
+            pool_logging_name=__name__,
+            hide_parameters=True,
+            connect_args={} if path else {"password": address.password or ""},  # pg8000 needs one to be refused
         )
     except ModuleNotFoundError as error:
         raise _failed(
@@ -591,11 +595,25 @@ def _engine(url: str) -> tuple[sa.Engine, Path | None]:  # and the file, for SQL
         ) from error
     except (ArgumentError, TypeError, ValueError) as error:
         raise _failed("api.db_path is no address of a database: sqlite:///FILE or postgresql+pg8000://...") from error
+    engine.pool.logger.setLevel(logging.CRITICAL)  # no traceback for each connection that was cut; we say it in a line
     if path:
         sa.event.listen(engine, "connect", _durable)
     return engine, path
 
 
+def _reason(error: Exception) -> str:
+    "What went wrong, in one line, as the database or the system put it."
+    chain = [error]
+    while earlier := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(earlier)
+    for link in chain:  # pg8000 gives a message of the server as its fields, and may lose the connection over it
+        if link.args and isinstance(link.args[0], dict):
+            return link.args[0]["M"]
+    said = str(getattr(error, "orig", error)).strip().split("\n")[0].removesuffix(".")
+    system = next((link.strerror for link in chain if isinstance(link, OSError) and link.strerror), "")
+    return said if not system or system in said else f"{said}: {system}"
+
+# %% ../../nbs/13a_api.stores.ipynb #b7d90c3a
 class _Database:
     "The connections of a `SqlStore`."
 
@@ -613,21 +631,30 @@ class _Database:
             try:
                 with self._living().begin():
                     yield self.writer
-            except SQLAlchemyError as error:
-                self.failure = self._said(error)
+            except (SQLAlchemyError, OSError) as error:
+                self.failure = f"{self.where}: {_reason(error)}."
                 _logger.error("%s", self.failure)
                 raise _failed(self.failure) from error
             self.failure = None
 
     def rows(self, query) -> list:
         try:
-            with self.engine.connect() as connection:
+            with self._connect() as connection:
                 return list(connection.execute(query))
-        except SQLAlchemyError as error:
-            raise _failed(self._said(error)) from error
+        except (SQLAlchemyError, OSError) as error:
+            raise _failed(f"{self.where}: {_reason(error)}.") from error
 
-    def _said(self, error: SQLAlchemyError) -> str:
-        return f"{self.where}: {str(getattr(error, 'orig', error)).strip().splitlines()[0]}."
+    def _connect(self) -> sa.Connection:
+        "One of the pool that answers, or a new one."
+        try:
+            return self.engine.connect()
+        except SQLAlchemyError:
+            raise
+        except OSError:  # of a connection that was reset: neither pg8000 nor the pool's own test sees to it
+            self.engine.dispose()
+            return self.engine.connect()
+        except Exception as error:  # such as TypeError for a part of the address that the driver has no use for
+            raise ArgumentError(f"no connection can be made with this address: {error}") from error
 
     def _living(self) -> sa.Connection:
         "The writing connection, in working order and, for PostgreSQL, with the lock."
@@ -638,10 +665,10 @@ class _Database:
                 self.writer.exec_driver_sql("SELECT 1")
                 self.writer.rollback()
                 return self.writer
-        except SQLAlchemyError:
+        except (SQLAlchemyError, OSError):
             _logger.warning("%s: the connection was lost; making another", self.where)
         self._drop_writer()
-        connection = self.engine.connect()
+        connection = self._connect()
         if not self.path and (error := _hold_tables(connection, self.where)):
             connection.close()
             self.failure = error.message
