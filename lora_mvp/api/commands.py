@@ -144,7 +144,7 @@ class Bar:
     "A job's progress as a bar on stderr."
 
     def __init__(self):
-        form = "{percentage:3.0f}%|{bar}| {postfix}"
+        form = "{percentage:3.0f}%|{bar}| {desc}"
         self.tqdm = tqdm(total=1, bar_format=form, leave=False, disable=None)
 
     def __enter__(self):
@@ -157,7 +157,7 @@ class Bar:
         "Move the bar."
         if progress:
             self.tqdm.total, self.tqdm.n = progress["total"], progress["step"]
-            self.tqdm.set_postfix_str(pace(progress))
+            self.tqdm.set_description_str(pace(progress))
 
     def say(self, text: str, file: Any = None) -> None:
         "Print above the bar."
