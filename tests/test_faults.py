@@ -35,7 +35,7 @@ def wait_for(condition, what: str, limit: float = LIMIT):
     end = time.monotonic() + limit
     while not (found := condition()):
         assert time.monotonic() < end, f"no {what} within {limit} s"
-        time.sleep(0.01)
+        time.sleep(0.02)
     return found
 
 
@@ -172,17 +172,15 @@ def test_a_poison_job_stops_after_its_attempts_while_another_runs(desk):  # row 
     desk.exact(other)
 
 
-@pytest.mark.parametrize(
-    ("order", "code"),
-    [("nan@3", "loss_not_finite"), ("memory@3", "out_of_memory"), ("bug@3", "internal"), ("quiet@3", "internal")],
-)
-def test_every_way_to_fail_has_its_code_and_frees_its_place(desk, order, code):  # rows 11 and 30
+def test_every_way_to_fail_has_its_code_and_frees_its_place(desk):  # rows 11 and 30
     desk = desk(max_workers=1)
-    bad, good = desk.submit(order), desk.submit(steps=3)
+    codes = {"nan@3": "loss_not_finite", "memory@3": "out_of_memory", "bug@3": "internal", "quiet@3": "internal"}
+    bad, good = {order: desk.submit(order) for order in codes}, desk.submit(steps=3)
     assert desk.until(good).status == "succeeded"
-    job = desk.service.get(bad)
-    assert (job.status, job.attempt, job.error.code) == ("failed", 1, code)
-    assert "/srv" not in job.error.message and "secret" not in job.error.message
+    for order, id in bad.items():
+        job = desk.service.get(id)
+        assert (job.status, job.attempt, job.error.code) == ("failed", 1, codes[order])
+        assert "/srv" not in job.error.message and "secret" not in job.error.message
     wait_for(lambda: desk.service.engine.capacity() == 1, "free place")
 
 
@@ -195,7 +193,7 @@ def test_a_training_that_hangs_is_stopped(desk):  # row 30
 
 
 def test_a_training_that_takes_too_long_is_stopped_and_has_saved_itself(desk):  # row 30
-    desk = desk(max_workers=1, max_runtime=4.0)
+    desk = desk(max_workers=1, max_runtime=3.0)
     long, good = desk.submit("pause=0.1", steps=10_000), desk.submit(steps=3)
     assert desk.until(good).status == "succeeded"
     assert desk.service.get(long).error.code == "deadline_exceeded"
@@ -398,7 +396,7 @@ def test_a_number_that_was_given_to_another_process_is_left_alone(desk):  # row 
 
 def test_fewer_places_after_a_restart(desk):  # row 31
     desk = desk(max_workers=3)
-    ids = [desk.submit("pause=0.1", steps=40) for _ in range(3)]
+    ids = [desk.submit("pause=0.1", steps=25) for _ in range(3)]
     for id in ids:
         desk.until_step(id, 1)
     desk.close()
@@ -414,7 +412,7 @@ def test_fewer_places_after_a_restart(desk):  # row 31
         assert most == 1
         for id in ids:
             assert fewer.service.get(id).attempt == 1
-            fewer.exact(id, 40)
+            fewer.exact(id, 25)
     finally:
         fewer.close()
 
@@ -549,7 +547,7 @@ def test_whatever_is_killed_at_any_moment_every_job_ends_once(server, rounds):  
     killed, cancelled = Counter(), set()
     for _ in range(rounds):
         before = len(server.answers)
-        for _ in range(chance.randint(0, 2)):
+        if chance.random() < 0.7:
             server.ask(f"submit {chance.randint(1, 40)} pause=0.01")
         if desk.taken and chance.random() < 0.3:
             cancelled.add(id := chance.choice(desk.taken))
