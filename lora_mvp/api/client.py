@@ -117,6 +117,19 @@ class Client:
             time.sleep(wait)
             pause = min(2 * pause, 8.0)
 
+    def ask(
+        self,
+        method: str,
+        path: str,
+        **how: Any,  # as for `send`
+    ) -> Any:  # dict or list
+        "What the service answers, from JSON."
+        answer = self.send(method, path, **how)
+        try:
+            return answer.json()
+        except ValueError:
+            raise refused(answer) from None
+
 
 def _seconds(text: str | None) -> float:
     "`Retry-After` in seconds; its other form, a date, counts as none."
@@ -135,7 +148,7 @@ def submit(
     key: str | None = None,  # names this request for 24 hours: sent again, it gives the same job
 ) -> dict[str, Any]:
     "Hand in a job; the service keeps it from then on."
-    return self.send("POST", route, json=body, headers={"Idempotency-Key": key or secrets.token_urlsafe(16)}).json()
+    return self.ask("POST", route, json=body, headers={"Idempotency-Key": key or secrets.token_urlsafe(16)})
 
 
 @patch
@@ -165,7 +178,7 @@ def evaluate(
 @patch
 def status(self: Client, job_id: str) -> dict[str, Any]:
     "A job as it is now."
-    return self.send("GET", _job(job_id)).json()
+    return self.ask("GET", _job(job_id))
 
 
 @patch
@@ -179,7 +192,7 @@ def jobs(
     given = {"status": status, "kind": kind, "limit": min(limit or 100, 100)}
     params, left = {name: value for name, value in given.items() if value is not None}, limit
     while left is None or left > 0:
-        page = self.send("GET", "/v1/jobs", params=params).json()
+        page = self.ask("GET", "/v1/jobs", params=params)
         yield from page["data"][:left]
         left = None if left is None else left - len(page["data"])
         if not page["has_more"]:
@@ -190,7 +203,7 @@ def jobs(
 @patch
 def cancel(self: Client, job_id: str) -> dict[str, Any]:
     "Ask a job to stop; a training saves a checkpoint first. No error for one that is over."
-    return self.send("POST", _job(job_id, "cancel")).json()
+    return self.ask("POST", _job(job_id, "cancel"))
 
 
 @patch
@@ -200,7 +213,7 @@ def retry(
     fresh: bool = False,  # start anew and not from its last good checkpoint
 ) -> dict[str, Any]:
     "A new job that goes on where another one stopped."
-    return self.send("POST", _job(job_id, "retry"), repeatable=False, json={"fresh": fresh}).json()
+    return self.ask("POST", _job(job_id, "retry"), repeatable=False, json={"fresh": fresh})
 
 
 @patch
@@ -301,7 +314,7 @@ def file_sha256(path: Path) -> str:
 @patch
 def artifacts(self: Client, job_id: str) -> list[dict[str, Any]]:  # name, size, sha256, kind
     "What a job left behind."
-    return self.send("GET", _job(job_id, "artifacts")).json()["data"]
+    return self.ask("GET", _job(job_id, "artifacts"))["data"]
 
 # %% ../../nbs/15b_api.client.ipynb #658ed572
 @patch

@@ -29,15 +29,11 @@ def listen(
     port: int,  # 0: any that is free
 ) -> socket.socket:
     "A socket that waits for clients; raises `LoraMvpError` where there can be none."
+    if port not in range(2**16):
+        raise LoraMvpError("cannot_listen", f"Cannot listen on port {port}: ports go from 0 to 65535.")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
-        return listener
+        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(place, family=family, backlog=2048)
     except OSError as error:
         taken = f"port {port} is in use; stop what listens there, or choose another with --port"
         why = taken if error.errno == errno.EADDRINUSE else error.strerror or error
@@ -148,7 +144,7 @@ class Bar:
     "A job's progress as a bar on stderr."
 
     def __init__(self):
-        form = "{percentage:3.0f}%|{bar}| {postfix}"
+        form = "{percentage:3.0f}%|{bar}| {desc}"
         self.tqdm = tqdm(total=1, bar_format=form, leave=False, disable=None)
 
     def __enter__(self):
@@ -161,7 +157,7 @@ class Bar:
         "Move the bar."
         if progress:
             self.tqdm.total, self.tqdm.n = progress["total"], progress["step"]
-            self.tqdm.set_postfix_str(pace(progress))
+            self.tqdm.set_description_str(pace(progress))
 
     def say(self, text: str, file: Any = None) -> None:
         "Print above the bar."
@@ -292,12 +288,12 @@ def add_service(commands) -> None:
         parser.add_argument(
             "--set", action="append", metavar="SECTION.KEY=VALUE", help="change one value; may be repeated"
         )
-    jobs = commands.add_parser("jobs", help="use a job service", description="Use a job service.")
+    jobs = commands.add_parser("jobs", help="Submit and follow jobs of a service", description="Use a job service.")
     jobs.add_argument("--url", help="http://HOST:PORT (default: LORA_MVP_URL, then http://127.0.0.1:8000)")
     _add_jobs(jobs.add_subparsers(dest="action", required=True, metavar="ACTION"))
 
 
-def _add(commands, name: str, function, *arguments: str) -> argparse.ArgumentParser:
+def _add(commands, name: str, function) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=function.__doc__.split(";")[0].rstrip("."), description=function.__doc__)
     parser.set_defaults(function=function)
     return parser
