@@ -9,7 +9,7 @@ __all__ = ['log', 'MAX_COPIED', 'MAX_FORGOTTEN', 'PAIRS', 'Candidate', 'objectio
            'step_figure', 'choice_rows', 'confirmation_text', 'choice_text', 'growth_sheet', 'choice_page',
            'write_choice']
 
-# %% ../nbs/12a_choose.ipynb #15926d8a
+# %% ../nbs/12a_choose.ipynb #b07beee9
 import json
 import logging
 import shutil
@@ -41,6 +41,7 @@ from lora_mvp.eval import (
     prepare_out,
     real_for,
     real_warnings,
+    sample_rows,
     save_png,
     score_columns,
 )
@@ -330,7 +331,7 @@ class Chooser:
         forgetting = done.metrics.forgetting.change if done.metrics.forgetting and k else None
         return Candidate(step, criteria, done.metrics.copies.get(done.columns[k].name), forgetting)
 
-# %% ../nbs/12a_choose.ipynb #8db717ea
+# %% ../nbs/12a_choose.ipynb #86a6b588
 def alike(
     candidates: list[Candidate],
 ) -> list[Candidate]:
@@ -371,7 +372,9 @@ def choose(
     ruling = apply_rule(candidates, max_copied, max_forgotten)
     choice = make_choice(chooser, plan, candidates, compared, ruling)
     if ruling.step:
-        choice.confirm = confirm(chooser, ruling.step, small_plan(config, manifests, "confirm"))
+        fresh = small_plan(config, manifests, "confirm")
+        write_plan(fresh, chooser.out / "plan_confirm.json")
+        choice.confirm = confirm(chooser, ruling.step, fresh)
     write_choice(chooser, choice, base, compared)
     return choice
 
@@ -507,7 +510,7 @@ def choice_text(
         )
     return "\n".join([*lines, *(f"note: {w.message}" for w in choice.warnings)])
 
-# %% ../nbs/12a_choose.ipynb #e6461409
+# %% ../nbs/12a_choose.ipynb #a4c1162d
 def growth_sheet(
     columns: list[Column],  # in order of step
     plan: SamplePlan,
@@ -576,6 +579,9 @@ def write_choice(
         save_adapter(chooser.drawer.pipe, folder.best_adapter, chooser.training.pretrained_model)
     columns, plan = [base, *(done.columns[1] for done in compared.values())], next(iter(compared.values())).plan
     save_png(growth_sheet(columns, plan), chooser.out / "samples.png")
+    done = list(compared.values())
+    rows = [row for k, c in enumerate(done) for row in sample_rows(c) if k == 0 or row["column"] != base.name]
+    atomic_write(chooser.out / "per_sample.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     step_figure(choice).savefig(chooser.out / "metric_vs_step.png", dpi=100)
     pictures = [(chooser.out / name).read_bytes() for name in ("metric_vs_step.png", "samples.png")]
     atomic_write(chooser.out / "report.html", choice_page(choice, *pictures))

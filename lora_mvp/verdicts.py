@@ -83,7 +83,7 @@ def compare_scores(
         detectable=test.min_detectable_effect,
     )
 
-# %% ../nbs/11d_verdicts.ipynb #df8525e5
+# %% ../nbs/11d_verdicts.ipynb #1efb7f42
 Verdict = Literal["a_better", "b_better", "equivalent", "no_evidence", "insufficient_data"]
 
 
@@ -120,7 +120,10 @@ def judge(
     a, b = names
     if not declared or min(c.n for c in declared.values()) < MIN_PAIRS:
         n = min((c.n for c in declared.values()), default=0)
-        verdict, why = "insufficient_data", f"{n} prompts; below {MIN_PAIRS} no test can find a difference."
+        verdict, why = (
+            "insufficient_data",
+            f"{n} prompt{'' if n == 1 else 's'}; below {MIN_PAIRS} no test can find a difference.",
+        )
     elif ahead["a"] and ahead["b"]:
         text = f"a trade-off: {a} is better in {', '.join(ahead['a'])}, {b} in {', '.join(ahead['b'])}. Which matters more "
         verdict, why = "no_evidence", text + "is for you to say."

@@ -29,7 +29,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluator")
     manifest = prepare(root, ["*"], "{stem}, 3d style")
     run(manifest, root / "good", max_train_steps=STEPS, learning_rate=1e-3)
-    run(manifest, root / "undertrained", max_train_steps=1, learning_rate=1e-4)
+    run(manifest, root / "undertrained", max_train_steps=3, learning_rate=1e-4)
     groups = {"called": CALLED, "without_trigger": PLAIN}
     (root / "prompts.yaml").write_text(yaml.safe_dump(groups))
     (root / "few.yaml").write_text(yaml.safe_dump({"called": CALLED[:8], "without_trigger": PLAIN[:2]}))
@@ -76,7 +76,7 @@ def test_the_good_one_beats_its_base(good):
     assert good.forgetting.n == len(PLAIN)
 
 
-def test_one_step_of_training_is_no_better_than_the_base_and_worse_than_many(root, evaluator, better):
+def test_three_steps_of_training_are_no_better_than_the_base_and_worse_than_many(root, evaluator, better):
     hand_on(root / "good" / "evaluation" / "samples" / "base", root / "nothing" / "samples" / "a")
     hand_on(root / "better" / "samples" / "b", root / "nothing" / "samples" / "b")
     nothing = evaluator.ab_test("base", root / "undertrained", root / "nothing").judgement
