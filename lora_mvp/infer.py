@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .adapters import WEIGHTS, fuse, load_adapter, set_scale
 from .config import LoraMvpError
-from .models import base_revision, load_base, native_size, sample
+from .models import LOADING, base_revision, load_base, native_size, sample
 from .objectives import sampling_scheduler
 from .runs import RunFolder, read_run
 
@@ -84,7 +84,8 @@ def load_run(
     if record:
         pipe.scheduler = sampling_scheduler(pipe.scheduler, record.config["training"]["zero_terminal_snr"])
     if adapter:
-        load_adapter(pipe, adapter)
+        with LOADING:
+            load_adapter(pipe, adapter)
         if fuse_scale is not None:
             fuse(pipe, fuse_scale)
     return LoadedRun(pipe, base, adapter, fuse_scale)

@@ -219,10 +219,11 @@ class Panel:
         self.controls = [self.prompt, self.seed, self.steps, self.guidance, self.strength, self.button]
         rest = widgets.Box([*self.controls[1:]], layout=widgets.Layout(flex_flow="row wrap"))
         self.top = widgets.VBox([self.prompt, rest, self.message])
+        self.work(self.load)
 
     def ask(self, change=None) -> None:
         "Draw what the controls say now, in the background."
-        self.latest.ask(self._fulfil)
+        self.latest.ask(lambda: self.work(self._fulfil))
 
     def wait(self, seconds: float | None = None) -> bool:  # whether that is so
         "Until nothing is being drawn."
@@ -237,20 +238,15 @@ class Panel:
             if not isinstance(model, LoadedRun):
                 self.say(f"loading {model} ...")
                 self.models[k] = load_run(model)
+                self.say("")
 
 # %% ../nbs/16_widgets.ipynb #cc0fcafc
 @patch
-def _fulfil(self: Panel) -> None:
+def work(self: Panel, job: Callable[[], None]) -> None:
+    "Do a job while the controls rest, and say what goes wrong."
     self._rest(True)
-    time.sleep(MOMENT)
-    prompt, seed, steps, guidance, strength = (control.value for control in self.controls[:-1])
     try:
-        check_request([prompt], seed, 1, steps, None)
-        self.load()
-        begin = time.monotonic()
-        self.say("drawing ...")
-        self.draw(prompt, seed, strength, steps, guidance)
-        self.say(f"seed {seed}, {steps} steps, guidance {guidance:g}; drawn in {time.monotonic() - begin:.1f} s")
+        job()
     except LoraMvpError as e:
         self.say(str(e), wrong=True)
     except Exception as e:  # out of memory, for one; a traceback alone would end up in some log
@@ -258,6 +254,18 @@ def _fulfil(self: Panel) -> None:
         self.say(f"drawing failed ({type(e).__name__}: {e})", wrong=True)
     finally:
         self._rest(False)
+
+
+@patch
+def _fulfil(self: Panel) -> None:
+    time.sleep(MOMENT)
+    prompt, seed, steps, guidance, strength = (control.value for control in self.controls[:-1])
+    check_request([prompt], seed, 1, steps, None)
+    self.load()
+    self.say("drawing ...")
+    begin = time.monotonic()
+    self.draw(prompt, seed, strength, steps, guidance)
+    self.say(f"seed {seed}, {steps} steps, guidance {guidance:g}; drawn in {time.monotonic() - begin:.1f} s")
 
 
 @patch

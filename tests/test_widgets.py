@@ -3,6 +3,7 @@
 import io
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -95,6 +96,13 @@ def test_what_goes_wrong_is_a_sentence(adapters, tmp_path, caplog):
     play.button.click()
     assert play.wait(60) and "drawn in" in said[-1] and len(play.gallery.children) == 1
     assert "&lt;b&gt;" in play.gallery.children[0].children[1].value
+
+
+def test_models_can_be_loaded_in_several_threads(adapters):
+    with ThreadPoolExecutor(3) as pool:
+        runs = list(pool.map(load_run, [*adapters, adapters[0]]))
+    assert drawn(runs[0]) == drawn(runs[2]) == drawn(load_run(adapters[0]))
+    assert drawn(runs[1]) == drawn(load_run(adapters[1]))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
