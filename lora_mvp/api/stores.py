@@ -34,9 +34,14 @@ from ..config import ApiConfig, LoraMvpError
 
 _logger = logging.getLogger(__name__)
 
-# %% ../../nbs/13a_api.stores.ipynb #eb21c1c3
+# %% ../../nbs/13a_api.stores.ipynb #2d6f08d7
 def _failed(what: str) -> LoraMvpError:
     return LoraMvpError("store_failed", what)
+
+
+def _in_use(where: str) -> LoraMvpError:
+    text = f"{where} is in use by another server. Stop that one first, or give this one another api.db_path."
+    return LoraMvpError("store_in_use", text)
 
 
 def hold(
@@ -48,14 +53,13 @@ def hold(
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout as error:
-        text = f"{path} is in use by another server. Stop that one first, or give this one another api.db_path."
-        raise LoraMvpError("store_in_use", text) from error
+        raise _in_use(str(path)) from error
     except OSError as error:
         text = f"{path}.lock cannot be written: {error.strerror}. The service needs a folder it may write to; see api.db_path."
         raise _failed(text) from error
     return lock
 
-# %% ../../nbs/13a_api.stores.ipynb #3fd3c485
+# %% ../../nbs/13a_api.stores.ipynb #3f536a99
 SCHEMA = 1  # of the file and of the table
 _MARK = b', "jobs": [\n'
 
@@ -77,14 +81,14 @@ def unpack(raw: bytes) -> tuple[int, list[Job]]:  # generation, jobs
         facts = json.loads(head[:300] + b"}")
     except ValueError:
         facts = None
-    if not isinstance(facts, dict) or "sha256" not in facts:
+    if not isinstance(facts, dict) or not isinstance(facts.get("generation"), int):
         raise ValueError("it is empty" if not raw else "it is not a state file, or only the beginning of one")
     if facts.get("schema_version") != SCHEMA:
         raise ValueError(f"its schema_version is {facts.get('schema_version')}, this version reads {SCHEMA}")
     body = rest.removesuffix(b"\n]}\n")
-    if facts["sha256"] != sha256(body).hexdigest():
+    if facts.get("sha256") != sha256(body).hexdigest():
         raise ValueError("its checksum does not match: it was cut off or changed")
-    return int(facts["generation"]), [Job.model_validate_json(line) for line in body.split(b",\n") if line]
+    return facts["generation"], [Job.model_validate_json(line) for line in body.split(b",\n") if line]
 
 # %% ../../nbs/13a_api.stores.ipynb #b19ada2c
 Rebuild = Callable[[], Iterable[Job]]  # the jobs of which there are folders
@@ -370,9 +374,9 @@ class _GroupCommit:
         for settle, what in answers:
             settle(what)
 
-# %% ../../nbs/13a_api.stores.ipynb #13273f5c
+# %% ../../nbs/13a_api.stores.ipynb #c5aa5f5d
 class JsonStore:
-    "Jobs in one file; raises `LoraMvpError` `store_in_use` or `store_failed`."
+    "The `Store` in one file; raises `LoraMvpError` `store_in_use` or `store_failed`."
 
     def __init__(
         self,
@@ -448,7 +452,7 @@ class JsonStore:
         self._change.close()
         self._held.release()
 
-# %% ../../nbs/13a_api.stores.ipynb #b42be394
+# %% ../../nbs/13a_api.stores.ipynb #fcea5c57
 _tables = sa.MetaData()
 _Name = sa.String().with_variant(sa.String(collation="C"), "postgresql")
 _jobs = sa.Table(
@@ -463,9 +467,14 @@ _jobs = sa.Table(
     sa.Column("record", sa.Text, nullable=False),
     sa.Index("lora_mvp_jobs_queue", "status", "id"),
     sa.Index("lora_mvp_jobs_counts", "kind", "status"),
-    sa.Index("lora_mvp_jobs_keys", "owner", "key"),
+    sa.Index("lora_mvp_jobs_keys", "owner", "key", "id"),
 )
-_schema = sa.Table("lora_mvp_schema", _tables, sa.Column("version", sa.Integer, nullable=False))
+_schema = sa.Table(
+    "lora_mvp_schema",
+    _tables,
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("probe", sa.Text),  # written to see whether a write goes through
+)
 
 
 def _row(job: Job) -> dict[str, object]:
@@ -479,7 +488,7 @@ def _make_tables(connection: sa.Connection, jobs: Iterable[Job]) -> None:
     if rows := [_row(job) for job in jobs]:
         connection.execute(sa.insert(_jobs), rows)
 
-# %% ../../nbs/13a_api.stores.ipynb #39d84b4f
+# %% ../../nbs/13a_api.stores.ipynb #f2713d9c
 def _flaw(path: Path) -> str | None:
     "What is wrong with an SQLite file of ours, or None."
     if path.is_dir():
@@ -499,7 +508,11 @@ def _flaw(path: Path) -> str | None:
         return str(error)
     if found == "ok" and version == (SCHEMA,):
         return None
-    return f"it is damaged: {found}" if found != "ok" else f"its layout is {version}, this version reads {SCHEMA}"
+    return (
+        f"it is damaged: {found}"
+        if found != "ok"
+        else f"its layout is {version and version[0]}, this version reads {SCHEMA}"
+    )
 
 
 def _new_file(path: Path, jobs: list[Job]) -> None:
@@ -532,7 +545,7 @@ def ready_file(path: Path, rebuild: Rebuild) -> str | None:  # what was recovere
         raise _failed(f"{path} cannot be read: {error.strerror}.") from error
     return recover(path, {path: flaw}, [], rebuild, lambda jobs: _new_file(path, jobs))[1] if flaw else None
 
-# %% ../../nbs/13a_api.stores.ipynb #e7458372
+# %% ../../nbs/13a_api.stores.ipynb #7dc59bd5
 _LOCK = "hashtextextended(current_schema() || '.lora_mvp_jobs', 0)"
 _KEEPALIVE = "SET tcp_keepalives_idle = 30; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3"
 
@@ -548,18 +561,17 @@ def _ready_tables(connection: sa.Connection, where: str, rebuild: Rebuild) -> st
     return None
 
 
-def _hold_tables(connection: sa.Connection, where: str) -> None:
+def _hold_tables(connection: sa.Connection, where: str) -> LoraMvpError | None:
     "Take the advisory lock, waiting a second for the connection of a server that has just ended."
     end = time.monotonic() + 1
     while not connection.exec_driver_sql(f"SELECT pg_try_advisory_lock({_LOCK})").scalar():
         if time.monotonic() > end:
-            text = f"{where} is in use by another server. Stop that one first, or give this one another api.db_path."
-            raise LoraMvpError("store_in_use", text)
+            return _in_use(where)
         time.sleep(0.1)
     connection.exec_driver_sql(_KEEPALIVE)  # so that the lock of a machine that has vanished ends within a minute
     connection.commit()
 
-# %% ../../nbs/13a_api.stores.ipynb #6f7cbe66
+# %% ../../nbs/13a_api.stores.ipynb #e563e8d9
 def _durable(connection: sqlite3.Connection, _) -> None:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")  # a commit returns when the disk has it
@@ -630,12 +642,10 @@ class _Database:
             _logger.warning("%s: the connection was lost; making another", self.where)
         self._drop_writer()
         connection = self.engine.connect()
-        try:
-            if not self.path:
-                _hold_tables(connection, self.where)
-        except BaseException:
+        if not self.path and (error := _hold_tables(connection, self.where)):
             connection.close()
-            raise
+            self.failure = error.message
+            raise error
         self.writer = connection
         return connection
 
@@ -653,7 +663,7 @@ class _Database:
             if self.held:
                 self.held.release()
 
-# %% ../../nbs/13a_api.stores.ipynb #8eb89763
+# %% ../../nbs/13a_api.stores.ipynb #ed88c25b
 def _parsed(record: str) -> Job:
     try:
         return Job.model_validate_json(record)
@@ -662,7 +672,7 @@ def _parsed(record: str) -> Job:
 
 
 class SqlStore:
-    "Jobs in SQLite or PostgreSQL; raises `LoraMvpError` `store_in_use` or `store_failed`."
+    "The `Store` in SQLite or PostgreSQL; raises `LoraMvpError` `store_in_use` or `store_failed`."
 
     def __init__(
         self,
@@ -684,7 +694,7 @@ class SqlStore:
         "Why changes cannot be written now; None when they can. Tries again if the last one could not."
         if self._database.failure:
             with suppress(LoraMvpError), self._database.change() as connection:  # the answer is in `failure`
-                connection.execute(sa.update(_schema).values(version=SCHEMA))
+                connection.execute(sa.update(_schema).values(probe=" " * 2**15))  # more than a job needs
         return self._database.failure
 
     def create(self, job: Job) -> tuple[Job, bool]:
@@ -737,7 +747,7 @@ class SqlStore:
     def close(self) -> None:
         self._database.close()
 
-# %% ../../nbs/13a_api.stores.ipynb #ec4504bc
+# %% ../../nbs/13a_api.stores.ipynb #6a53ad2c
 def open_store(
     api: ApiConfig,
     rebuild: Rebuild = tuple,  # the jobs of which there are folders, for a store that was lost
