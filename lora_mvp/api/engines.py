@@ -206,7 +206,7 @@ def _gpus_of(pid: int) -> list[str]:
 @patch
 def stop(self: LocalEngine, ref: str, grace_s: float) -> None:
     "Make an attempt end: with a grace time of 0 by killing it, else by asking its runner first."
-    _, _, mark = ref.split(":", 2)
+    mark = ref.split(":", 2)[-1]
     with self.lock:
         alive, place = self.look(ref) == "alive", self.places.get(ref)
         if not alive or grace_s <= 0:

@@ -55,13 +55,21 @@ def mark_of(process: psutil.Process) -> str:
 
 def is_alive(ref: str) -> bool:
     "Whether the runner of this name is there, and is no other process that got its number."
-    pid, start, mark = ref.split(":", 2)
+    pid, _, rest = ref.partition(":")
+    start, _, mark = rest.partition(":")
+    if not pid.isdigit():  # of another engine
+        return False
     try:
         process = psutil.Process(int(pid))
-        same = started(process.pid) == start and process.status() != psutil.STATUS_ZOMBIE
-        return same and mark_of(process) == mark
-    except psutil.Error:
+        for _ in range(50):
+            if started(process.pid) != start or process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            if process.environ():
+                return mark_of(process) == mark
+            time.sleep(0.01)  # it is just being started: for a moment its environment is empty
+    except (psutil.Error, OSError):
         return False
+    return False
 
 # %% ../../nbs/13e_api.runner.ipynb #408d7dd0
 def marked(
@@ -77,13 +85,12 @@ def marked(
 
 def end_all(mark: str, descendants: bool = False, patience: float = 30.0) -> int:  # how many were killed
     "Kill until nothing with the mark is left; a process that even the kernel cannot end is waited for, some seconds."
-    killed, limit = set(), time.monotonic() + patience
-    while time.monotonic() < limit:
+    killed, limit, calm = set(), time.monotonic() + patience, 0
+    while calm < 2 and time.monotonic() < limit:
         found = {p.pid: p for p in marked(mark)}
         found |= {p.pid: p for p in psutil.Process().children(recursive=True)} if descendants else {}
         alive = [p for p in found.values() if p.is_running() and _status(p) != psutil.STATUS_ZOMBIE]
-        if not alive:
-            break
+        calm = 0 if alive else calm + 1  # one that is just being started can be overlooked once
         for process in alive:
             killed.add(process.pid)
             _signal(process, signal.SIGKILL)
@@ -179,32 +186,36 @@ class Runner:
         self.began = self.beaten = clock()
         self.step, self.stepped = None, None  # the newest step, and when it was seen
 
-    def command(self) -> list[str]:
-        "The trainer's command line: itself, or torchrun for several processes."
-        processes = max(1, self.job.spec.gpus or 1)
-        several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        arguments = [str(self.folder.root), "--attempt", str(self.attempt), "--runner", str(os.getpid())]
-        start = [*several, "--no-python"] if processes > 1 else []
-        return [*start, *self.work, *arguments, "--processes", str(processes)]
+# %% ../../nbs/13e_api.runner.ipynb #945e5162
+@patch
+def command(self: Runner) -> list[str]:
+    "The trainer's command line: itself, or torchrun for several processes."
+    processes = max(1, self.job.spec.gpus or 1)
+    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    arguments = [str(self.folder.root), "--attempt", str(self.attempt), "--runner", str(os.getpid())]
+    start = [*several, "--no-python"] if processes > 1 else []
+    return [*start, *self.work, *arguments, "--processes", str(processes)]
 
-    def start(self) -> None:
-        "Start the trainer."
-        runner = os.getpid()
 
-        def first() -> None:  # in the new process
-            die_with_parent()
-            if os.getppid() != runner:
-                os._exit(FENCED)
-            _be_killed_first()
+@patch
+def start(self: Runner) -> None:
+    "Start the trainer."
+    runner = os.getpid()
 
-        self.say("starting")
-        self.keep_room()
-        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        env = {**os.environ, MARK: self.mark, "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(self.command(), cwd=self.folder.root, env=env, preexec_fn=first, **out)
-        self.output = self.process.stdout.fileno()
-        os.set_blocking(self.output, False)
-        self.say("running")
+    def first() -> None:  # in the new process
+        die_with_parent()
+        if os.getppid() != runner:
+            os._exit(FENCED)
+        _be_killed_first()
+
+    self.say("starting")
+    self.keep_room()
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+    env = {**os.environ, MARK: self.mark, "PYTHONUNBUFFERED": "1"}
+    self.process = subprocess.Popen(self.command(), cwd=self.folder.root, env=env, preexec_fn=first, **out)
+    self.output = self.process.stdout.fileno()
+    os.set_blocking(self.output, False)
+    self.say("running")
 
 
 def _be_killed_first() -> None:
@@ -283,7 +294,7 @@ def look(self: Runner) -> None:
     elif self.stepped is not None and now - self.stepped > self.api.stall_seconds:
         self.reason = "stalled"
 
-# %% ../../nbs/13e_api.runner.ipynb #945e5162
+# %% ../../nbs/13e_api.runner.ipynb #2ed16239
 @patch
 def trainers(self: Runner) -> list[psutil.Process]:
     "The processes that train."
@@ -349,7 +360,7 @@ def judge(
     text = f"The trainer was ended by {name}." if name else f"The trainer ended with exit status {status}."
     return Result(outcome="lost", error=JobError(code="worker_lost", message=text, **how), **facts)
 
-# %% ../../nbs/13e_api.runner.ipynb #2ed16239
+# %% ../../nbs/13e_api.runner.ipynb #abc58e5a
 @patch
 def run(self: Runner) -> int:  # exit status
     "Watch over the trainer until it and all it started are gone."

@@ -51,7 +51,7 @@ def hold(
     lock = FileLock(f"{path}.lock", thread_local=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=1, poll_interval=0.05)  # a child of a killed server may hold it until it is started
     except Timeout as error:
         raise _in_use(str(path)) from error
     except OSError as error:
