@@ -115,6 +115,9 @@ def test_progress_arrives_where_a_proxy_lets_no_stream_through(page):
 def test_sample_pictures_are_shown(page):
     page.wait("[...document.querySelectorAll('#samples img')].some(i => i.naturalWidth >= 64)", 120)
     assert page.js("document.querySelector('#samples img').src").startswith("blob:")
+    steps = "[...document.querySelectorAll('#samples figcaption')].map(c => Number(c.textContent.match(/^step (\\d+), prompt 1$/)[1]))"
+    page.wait(f"{steps}.length > 1", 120)
+    assert page.js(steps) == sorted(page.js(steps), reverse=True)
 
 
 def test_log_and_files_are_shown(page):
