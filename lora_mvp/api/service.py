@@ -94,7 +94,7 @@ class Service:
         self.stopping: set[str] = set()  # refs that the engine was told to stop
         self.transitions, self.lost = Counter(), Counter()  # by status; by error code
         self.unsaid = self.without_last_word()
-        self.waiting: tuple[float, list[str]] = (-1e9, [])  # when it was asked, and the queue then
+        self.waiting: tuple[float, float, list[str]] = (-1e9, 0.0, [])  # when it was asked, seconds, the queue then
 
     def folder(self, job: Job) -> JobFolder:
         "The files of a job."
@@ -493,9 +493,15 @@ def ready(self: Service) -> dict[str, str | None]:  # part -> what is wrong, Non
 
 @patch
 def queue_position(self: Service, job: Job) -> int | None:
-    "Place in the queue, 1 for the next; None for a job that does not wait. A second old at most."
+    "Place in the queue, 1 for the next; None for a job that does not wait. A second old, or older where the queue is long."
     if job.status != "queued":
         return None
-    if self.clock() - self.waiting[0] > 1 or job.id not in self.waiting[1]:
-        self.waiting = (self.clock(), [other.id for other in self.all({"queued"})])
-    return bisect.bisect_left(self.waiting[1], job.id) + 1
+    began, (asked, took, known) = self.clock(), self.waiting
+    if began - asked > max(1, 20 * took):  # a look at a long queue takes its time, so there are fewer of them
+        known = [other.id for other in self.all({"queued"})]
+        self.waiting = (began, self.clock() - began, known)
+    elif not known or job.id > known[-1]:  # one that came since then is not reason enough for another
+        newer = self.store.page(status={"queued"}, after=known[-1] if known else None, oldest_first=True, limit=500)
+        known = known + [other.id for other in newer]
+        self.waiting = (asked, took, known)
+    return bisect.bisect_left(known, job.id) + 1
