@@ -83,7 +83,7 @@ def compare_scores(
         detectable=test.min_detectable_effect,
     )
 
-# %% ../nbs/11d_verdicts.ipynb #09a86f27
+# %% ../nbs/11d_verdicts.ipynb #9b295f64
 Verdict = Literal["a_better", "b_better", "equivalent", "no_evidence", "insufficient_data"]
 
 
@@ -133,7 +133,7 @@ def judge(
         side = "a" if ahead["a"] else "b"
         verdict, why = (
             f"{side}_better",
-            f"{a if side == 'a' else b} is better in {', '.join(ahead[side])}, and no declared score is worse.",
+            f"{a if side == 'a' else b} is better in {', '.join(ahead[side])}, and no declared score is clearly worse.",
         )
     elif len(small) == len(declared):
         verdict, why = "equivalent", f"all intervals lie within {margin:g} of no difference."
