@@ -441,7 +441,7 @@ def confirm(
         plan_sha256=plan.sha256,
     )
 
-# %% ../nbs/12a_choose.ipynb #6e061b62
+# %% ../nbs/12a_choose.ipynb #e278da2f
 def step_figure(
     choice: Choice,
 ):  # matplotlib Figure
@@ -508,10 +508,7 @@ def choice_text(
     lines.insert(1, "-" * max(map(len, lines)))
     lines += ["", f"chosen: {choice.path or 'the base'}: {choice.why}"]
     if choice.confirm:
-        said = "confirmed" if choice.confirm.confirmed else "NOT confirmed"
-        lines.append(
-            f"fresh seeds, against the base: {said} ({choice.confirm.judgement.verdict}: {choice.confirm.judgement.why})"
-        )
+        lines.append(f"fresh seeds, against the base: {confirmation_text(choice.confirm)}")
     return "\n".join([*lines, *(f"note: {w.message}" for w in choice.warnings)])
 
 # %% ../nbs/12a_choose.ipynb #a4c1162d
