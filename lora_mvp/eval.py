@@ -104,7 +104,7 @@ def plan_for(
     how = {"num_inference_steps": e.num_inference_steps, "guidance_scale": e.guidance_scale}
     return make_plan(groups, per_prompt or e.num_samples, e.seed if seed is None else seed, **how)
 
-# %% ../nbs/12_eval.ipynb #a3840831
+# %% ../nbs/12_eval.ipynb #c4c98a3a
 @dataclass
 class Data:
     "The pictures around one run"
@@ -122,10 +122,12 @@ def data_of(
     if manifest is not None:
         found = read_manifest(manifest)
         return Data(found, real_of_split(found, "train"), "")
-    if not RunFolder(model).record.is_file():
+    home, folder = RunFolder(Path(model).parent), Path(model)
+    root = home.root if folder in (home.adapter, home.best_adapter) else folder  # an adapter inside its run
+    if not RunFolder(root).record.is_file():
         return Data()
     try:
-        found = read_manifest(read_run(model).manifest)
+        found = read_manifest(read_run(root).manifest)
     except LoraMvpError as e:  # data that has moved is no reason not to compare pictures; it becomes a warning
         return Data(problem=str(e).rstrip("."))
     return Data(found, real_of_split(found, "train"), "")

@@ -10,6 +10,7 @@ from evaluation_runs import CALLED, HELD_OUT, prepare, run, settings
 
 from lora_mvp.choose import Choice, choice_text, choose
 from lora_mvp.config import LoraMvpError
+from lora_mvp.eval import data_of
 from lora_mvp.infer import load_run, render
 
 LAST = 48
@@ -51,6 +52,7 @@ def test_the_choice_is_explained_and_can_be_used(choice, overfitted):
     folder = root / "evaluation" / "checkpoints"
     for name in ("metric_vs_step.png", "samples.png", "report.html", "plan.json"):
         assert (folder / name).is_file(), name
+    assert len(data_of(root / "best_adapter").train.images) == 4, "an adapter inside a run has the run's data"
     if choice.step:  # the adapter that is handed on draws what was judged
         row = json.loads((folder / "plan.json").read_text())["rows"][0]
         drawn = render(load_run(root / choice.adapter), [row["prompt"]], [row["seed"]], 1.0, 4, 3.0)[0]
