@@ -6,9 +6,10 @@
 __all__ = ['log', 'MAX_COPIED', 'MAX_FORGOTTEN', 'PAIRS', 'Candidate', 'objection', 'mean_ranks', 'behind', 'Ruling',
            'apply_rule', 'CheckpointScore', 'Confirmation', 'Choice', 'training_of', 'whole_checkpoints', 'step_of',
            'Drawer', 'small_plan', 'validation_losses', 'Chooser', 'alike', 'choose', 'make_choice', 'confirm',
-           'step_figure', 'choice_rows', 'choice_text', 'growth_sheet', 'choice_page', 'write_choice']
+           'step_figure', 'choice_rows', 'confirmation_text', 'choice_text', 'growth_sheet', 'choice_page',
+           'write_choice']
 
-# %% ../nbs/12a_choose.ipynb #15926d8a
+# %% ../nbs/12a_choose.ipynb #b07beee9
 import json
 import logging
 import shutil
@@ -40,6 +41,7 @@ from lora_mvp.eval import (
     prepare_out,
     real_for,
     real_warnings,
+    sample_rows,
     save_png,
     score_columns,
 )
@@ -185,7 +187,7 @@ class Choice(BaseModel):
     confirm: Confirmation | None = None  # None when the base was chosen
     warnings: list[Warned] = []
 
-# %% ../nbs/12a_choose.ipynb #be043cf5
+# %% ../nbs/12a_choose.ipynb #77c6a47c
 def training_of(
     root: Path,  # a run's folder, finished or not
 ) -> TrainingConfig:
@@ -218,7 +220,7 @@ def whole_checkpoints(
         text = f"{root} holds no checkpoint-<step> folder that can be read{rest}; name the output folder of a training."
         raise LoraMvpError("no_checkpoints", text)
     if len(found) < 3:
-        text = f"only {len(found)} checkpoints are there; training.max_checkpoints says how many of them are kept."
+        text = f"only {len(found)} of 3 or more checkpoints are there; training.max_checkpoints says how many of them are kept."
         warned.append(Warned(code="few_checkpoints", message=text))
     return found, warned
 
@@ -275,7 +277,7 @@ def validation_losses(
     losses = json.loads((newest / "state.json").read_text())["losses"].get("val", {})
     return {int(step): np.asarray(values) for step, values in losses.items()}
 
-# %% ../nbs/12a_choose.ipynb #a3a9f769
+# %% ../nbs/12a_choose.ipynb #972c6849
 class Chooser:
     "One choice, from the plan to `best.json`"
 
@@ -325,24 +327,25 @@ class Chooser:
         prompts = [done.plan.rows[i].prompt for i in done.pairs]
         criteria = {name: group_means(done.values[k][name], prompts) for name in ("clip_score", "likeness")}
         if step in losses:
-            criteria["val_loss"] = -losses[step]
+            criteria["val_loss"] = -losses[step]  # more is better
         forgetting = done.metrics.forgetting.change if done.metrics.forgetting and k else None
         return Candidate(step, criteria, done.metrics.copies.get(done.columns[k].name), forgetting)
 
-# %% ../nbs/12a_choose.ipynb #8db717ea
+# %% ../nbs/12a_choose.ipynb #a35a768a
 def alike(
     candidates: list[Candidate],
-) -> list[Candidate]:
-    "The criteria that all candidates have, of one length; `LoraMvpError` (`too_few_images`) when none is left"
-    shared = [name for name in candidates[0].criteria if all(name in c.criteria for c in candidates)]
-    sizes = {name: {len(c.criteria[name]) for c in candidates} for name in shared}
-    kept = [name for name in shared if len(sizes[name]) == 1 and min(sizes[name]) > 1]
+) -> tuple[list[Candidate], list[str]]:  # with the criteria that can be compared, and the names of the others
+    "Only what all candidates have, pair by pair; `LoraMvpError` (`too_few_images`) when nothing is left"
+    names = list(dict.fromkeys(name for c in candidates for name in c.criteria))
+    sizes = {name: {len(c.criteria.get(name, ())) for c in candidates} for name in names}
+    kept = [name for name in names if len(sizes[name]) == 1 and min(sizes[name]) > 1]
     if not kept:
-        text = "too many samples failed to compare the checkpoints: no score has the same prompts in all of them."
-        raise LoraMvpError("too_few_images", text)
-    return [Candidate(c.step, {k: c.criteria[k] for k in kept}, c.copies, c.forgetting) for c in candidates]
+        text = "the checkpoints cannot be compared: there is no score of two prompts or two validation pictures in all of them."
+        raise LoraMvpError("too_few_images", text + " Use more prompts.")
+    found = [Candidate(c.step, {k: c.criteria[k] for k in kept}, c.copies, c.forgetting) for c in candidates]
+    return found, [name for name in names if name not in kept]
 
-
+# %% ../nbs/12a_choose.ipynb #f8084549
 def choose(
     config: AppConfig,
     root: str | Path,  # a run's folder, finished or not
@@ -366,15 +369,20 @@ def choose(
     first = next(iter(compared.values()))
     candidates = [chooser.candidate(0, first, 0, losses)]
     candidates += [chooser.candidate(step, done, 1, losses) for step, done in compared.items()]
-    candidates = alike(candidates)
+    candidates, left_out = alike(candidates)
+    if left_out:
+        text = f"{', '.join(left_out)} took no part: it needs at least two prompts or validation pictures, the same for all."
+        chooser.warnings.append(Warned(code="criterion_left_out", message=text))
     ruling = apply_rule(candidates, max_copied, max_forgotten)
     choice = make_choice(chooser, plan, candidates, compared, ruling)
     if ruling.step:
-        choice.confirm = confirm(chooser, ruling.step, small_plan(config, manifests, "confirm"))
+        fresh = small_plan(config, manifests, "confirm")
+        write_plan(fresh, chooser.out / "plan_confirm.json")
+        choice.confirm = confirm(chooser, ruling.step, fresh)
     write_choice(chooser, choice, base, compared)
     return choice
 
-# %% ../nbs/12a_choose.ipynb #1ae7465d
+# %% ../nbs/12a_choose.ipynb #86318443
 def make_choice(
     chooser: Chooser,
     plan: SamplePlan,
@@ -389,7 +397,7 @@ def make_choice(
         found = compared[c.step].metrics.judgement.comparisons if c.step else {}
         change = {k: Measured(value=v.difference, low=v.low, high=v.high) for k, v in found.items()}
         about = {"path": f"checkpoint-{c.step}" if c.step else None, "copies": c.copies, "forgetting": c.forgetting}
-        means = {k: float(v.mean()) for k, v in c.criteria.items()}
+        means = {k: float(-v.mean() if k == "val_loss" else v.mean()) for k, v in c.criteria.items()}  # the loss itself
         scores.append(CheckpointScore(step=c.step, criteria=means, change=change, out=ruling.out.get(c.step), **about))
     drawn = [w for done in compared.values() for w in done.metrics.warnings]
     known = {w.message: w for w in [*chooser.warnings, *drawn]}
@@ -433,7 +441,7 @@ def confirm(
         plan_sha256=plan.sha256,
     )
 
-# %% ../nbs/12a_choose.ipynb #be5fca50
+# %% ../nbs/12a_choose.ipynb #6e061b62
 def step_figure(
     choice: Choice,
 ):  # matplotlib Figure
@@ -479,6 +487,17 @@ def choice_rows(
     return rows
 
 
+def confirmation_text(
+    found: Confirmation,
+) -> str:
+    "Whether the choice holds, and why"
+    text = f"{'confirmed' if found.confirmed else 'NOT confirmed'}; {found.judgement.verdict}: {found.judgement.why}"
+    if found.copies:
+        c = found.copies
+        text += f" Copies: {c.copied} of {c.n} [{c.low:.0%}, {c.high:.0%}]."
+    return text
+
+
 def choice_text(
     choice: Choice,
 ) -> str:
@@ -495,7 +514,7 @@ def choice_text(
         )
     return "\n".join([*lines, *(f"note: {w.message}" for w in choice.warnings)])
 
-# %% ../nbs/12a_choose.ipynb #e3b8d47d
+# %% ../nbs/12a_choose.ipynb #a4c1162d
 def growth_sheet(
     columns: list[Column],  # in order of step
     plan: SamplePlan,
@@ -525,8 +544,7 @@ def choice_page(
     items = "".join(f"<li><b>{text(w.code)}</b>: {text(w.message)}</li>" for w in choice.warnings)
     confirmed = ""
     if choice.confirm:
-        j = choice.confirm.judgement
-        confirmed = f"<p>{text('Confirmed' if choice.confirm.confirmed else 'NOT confirmed')} on fresh seeds: {text(j.verdict)}. {text(j.why)}</p>"
+        confirmed = f"<p>On fresh seeds, against the base: {text(confirmation_text(choice.confirm))}</p>"
     name = text(choice.path or "the base")
     parts = [
         section("choice", "Choice", f'<p class="verdict">{name}</p><p>{text(choice.why)}</p>{confirmed}'),
@@ -565,6 +583,9 @@ def write_choice(
         save_adapter(chooser.drawer.pipe, folder.best_adapter, chooser.training.pretrained_model)
     columns, plan = [base, *(done.columns[1] for done in compared.values())], next(iter(compared.values())).plan
     save_png(growth_sheet(columns, plan), chooser.out / "samples.png")
+    done = list(compared.values())
+    rows = [row for k, c in enumerate(done) for row in sample_rows(c) if k == 0 or row["column"] != base.name]
+    atomic_write(chooser.out / "per_sample.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     step_figure(choice).savefig(chooser.out / "metric_vs_step.png", dpi=100)
     pictures = [(chooser.out / name).read_bytes() for name in ("metric_vs_step.png", "samples.png")]
     atomic_write(chooser.out / "report.html", choice_page(choice, *pictures))

@@ -117,7 +117,7 @@ def cmd_reproduce(args: argparse.Namespace) -> None:
 
     print(reproduction_text(reproduce(args.run, args.out, _manifest(args))))
 
-# %% ../nbs/18_cli.ipynb #3b105f39
+# %% ../nbs/18_cli.ipynb #69660e4a
 def _model_path(args: argparse.Namespace) -> str:
     if args.model_path != "tiny" and not Path(args.model_path).exists():
         raise LoraMvpError(
@@ -144,6 +144,11 @@ def cmd_generate(args: argparse.Namespace) -> None:
 def cmd_evaluate(args: argparse.Namespace) -> None:
     "Compare base and adapter on the same prompts and seeds."
     config, path = _config(args), _model_path(args)
+    if args.checkpoints and (args.out or args.lora_scale != 1):
+        text = (
+            "--checkpoints goes with neither --out nor --lora-scale: each checkpoint is drawn at strength 1, beside it."
+        )
+        raise LoraMvpError("checkpoints_options", text)
     if args.checkpoints:
         _choose(config, path, args)
         return

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PathKey', 'ModelKey', 'ExtractorKey', 'Template', 'Size', 'Count', 'Seed', 'Prompt', 'Severity', 'CHECKS',
-           'Scheduler', 'LoraMvpError', 'atomic_write', 'derive_seed', 'resolve_model_name', 'DataConfig',
+           'Scheduler', 'StoreKey', 'LoraMvpError', 'atomic_write', 'derive_seed', 'resolve_model_name', 'DataConfig',
            'TrainingConfig', 'EvaluationConfig', 'ApiConfig', 'AppConfig', 'load_config', 'config_yaml',
            'config_schema']
 
@@ -313,13 +313,47 @@ class EvaluationConfig(_Section):
     guidance_scale: float = Field(7.5, ge=0, description="how strongly a picture follows its prompt; 1: no guidance")
     seed: Seed = Field(42, description="decides the first noise of every picture")
 
+# %% ../nbs/00_config.ipynb #23baa173
+def _anchor_store(name: str, info) -> str:
+    "The address of a database stays as it is; a file becomes an absolute path."
+    if "://" in name:
+        if re.match(r"(sqlite|postgresql\+psycopg)://", name):
+            return name
+        raise ValueError("is no store; write a .json, .db or .sqlite file, sqlite:///FILE or postgresql+psycopg://...")
+    if not name.endswith((".json", ".db", ".sqlite")):
+        raise ValueError("is no store; the file's ending says which: .json, .db or .sqlite")
+    return str(_absolute(name, info.context["base"])) if info.context else name
 
+
+StoreKey = Annotated[str, BeforeValidator(_as_text), BeforeValidator(_not_empty), AfterValidator(_anchor_store)]
+
+# %% ../nbs/00_config.ipynb #35453640
 class ApiConfig(_Section):
     "The job service."
 
-    db_path: PathKey = Field(Path("state/training_jobs.json"), description="file that holds the jobs")
+    db_path: StoreKey = Field(
+        "state/training_jobs.json", description="where jobs are kept: a .json, .db or .sqlite file, or a database's URL"
+    )
+    jobs_dir: PathKey = Field(Path("state/jobs"), description="a folder per job: its settings, log, events and results")
+    data_dir: PathKey = Field(Path("data"), description="manifests and images of jobs lie below this folder")
+    models_dir: PathKey = Field(Path("models"), description="local models that jobs may use lie below this folder")
+    models: list[Prompt] = Field(
+        ["tiny"], description="other models that jobs may use: tiny, hub ids, id@commit to hold one version"
+    )
+    allow_downloads: bool = Field(False, description="whether a job may fetch a model of that list from the hub")
+    tokens_file: PathKey | None = Field(None, description="hashes of access tokens; null: none, loopback only")
+    allowed_hosts: list[Prompt] = Field(
+        ["localhost", "127.0.0.1", "[::1]"], description="names by which clients may address the service"
+    )
     max_workers: Count = Field(2, description="jobs that run at the same time")
     poll_interval: float = Field(2.0, gt=0, description="seconds between two looks at a running job")
+    max_attempts: Count = Field(3, description="starts of a job whose process was lost, before it fails")
+    max_queued: Count = Field(1000, description="waiting jobs, beyond which new ones are refused")
+    max_runtime: float | None = Field(None, gt=0, description="seconds that an attempt may take; null: no limit")
+    stall_seconds: float = Field(1800.0, gt=0, description="seconds without a training step before a job is stopped")
+    grace_seconds: float = Field(60.0, ge=0, description="seconds for a checkpoint before a stopped job is killed")
+    min_free_gb: float = Field(1.0, ge=0, description="free disk, in GB, below which no job is taken or started")
+    requests_per_minute: Count = Field(600, description="requests of one client in a minute")
 
 # %% ../nbs/00_config.ipynb #4f222e40
 class AppConfig(_Section):

@@ -77,7 +77,7 @@ def real_of_split(
     rows = manifest.rows(split)
     return read_pictures([str(manifest.path_of(row)) for row in rows], [row.file for row in rows])
 
-# %% ../nbs/11c_copies.ipynb #6b91ba6e
+# %% ../nbs/11c_copies.ipynb #d1801bf0
 NEAR_BITS = 8  # of 64: what the split of the data takes for the same picture, too
 
 
@@ -95,19 +95,22 @@ class Threshold(NamedTuple):
     "Above which cosine a sample is too near to a training picture"
 
     cosine: float  # nan: too few different pictures to say
-    n: int  # real pictures that it rests on
+    n: int  # pictures that it rests on
 
 
 def calibrate(
     train: np.ndarray,  # features of the training pictures (m, d)
     other: np.ndarray,  # of other real pictures (k, d); may be empty
     scene: list[str],  # of `scenes`, training pictures first
+    control: np.ndarray | None = None,  # of samples of a model that never saw the training pictures (n, d)
 ) -> Threshold:
-    "The 99th percentile of what real pictures reach with training pictures of other scenes"
+    "The 99th percentile of what pictures that are no copies reach with training pictures"
     cosines = similarity(np.concatenate([train, other]) if len(other) else train, train)
     same = np.array(scene)[:, None] == np.array(scene[: len(train)])[None]
     largest = np.where(same, -np.inf, cosines).max(1)
     largest = largest[np.isfinite(largest)]
+    if control is not None:
+        largest = np.concatenate([largest, nearest(control, train)[1]])
     return Threshold(float(np.quantile(largest, 0.99)) if len(largest) > 1 else float("nan"), len(largest))
 
 # %% ../nbs/11c_copies.ipynb #4ef45698
@@ -126,7 +129,7 @@ def nearest_hash(
         bits[rows] = ((64 - agree.max(1)) / 2).round()
     return index, bits
 
-# %% ../nbs/11c_copies.ipynb #d759e637
+# %% ../nbs/11c_copies.ipynb #27ae05ce
 class Near(BaseModel):
     "A sample and its nearest training picture"
 
@@ -147,7 +150,7 @@ class CopyShare(BaseModel):
     low: float  # ends of the 95 % interval
     high: float
     threshold: float | None  # cosine; None: too few different pictures to say
-    threshold_n: int  # real pictures that the threshold rests on
+    threshold_n: int  # pictures that the threshold rests on: real ones, and the base's where it was drawn
     near_bits: int = NEAR_BITS
 
 

@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from .config import AppConfig, LoraMvpError, atomic_write, load_config
 from .data import prepare_data, summary
-from .eval import Metrics, score, scorer_for, table
+from .eval import Metrics, score, table
+from .extractors import scorer_for
 from .images import open_rgb
 from .infer import load_run, render
 from .manifest import Manifest

@@ -104,27 +104,33 @@ def plan_for(
     how = {"num_inference_steps": e.num_inference_steps, "guidance_scale": e.guidance_scale}
     return make_plan(groups, per_prompt or e.num_samples, e.seed if seed is None else seed, **how)
 
-# %% ../nbs/12_eval.ipynb #946b4fe7
+# %% ../nbs/12_eval.ipynb #c4c98a3a
 @dataclass
 class Data:
     "The pictures around one run"
 
     manifest: Manifest | None = None
     train: RealSet | None = None
+    problem: str = "it names no manifest"  # why there are none
 
 
 def data_of(
     model: str | Path,  # a run, an adapter or a pipeline
     manifest: str | Path | None = None,  # instead of the one that the run names
 ) -> Data:
-    "The data a run was trained on, as far as it can be found"
-    if manifest is None and RunFolder(model).record.is_file():
-        named = Path(read_run(model).manifest)
-        manifest = named if named.is_file() else None
-    if manifest is None:
+    "The data a run was trained on, as far as it can be found; `LoraMvpError` only for a manifest given here"
+    if manifest is not None:
+        found = read_manifest(manifest)
+        return Data(found, real_of_split(found, "train"), "")
+    home, folder = RunFolder(Path(model).parent), Path(model)
+    root = home.root if folder in (home.adapter, home.best_adapter) else folder  # an adapter inside its run
+    if not RunFolder(root).record.is_file():
         return Data()
-    found = read_manifest(manifest)
-    return Data(found, real_of_split(found, "train"))
+    try:
+        found = read_manifest(read_run(root).manifest)
+    except LoraMvpError as e:  # data that has moved is no reason not to compare pictures; it becomes a warning
+        return Data(problem=str(e).rstrip("."))
+    return Data(found, real_of_split(found, "train"), "")
 
 
 def real_for(
@@ -381,7 +387,7 @@ def settings_of(
     how |= {"steps": e.num_inference_steps, "guidance_scale": e.guidance_scale}
     return how | {"models": {c.name: {"path": str(c.model), "lora_scale": c.scale} for c in columns}}
 
-# %% ../nbs/12_eval.ipynb #591611f9
+# %% ../nbs/12_eval.ipynb #1ee959f3
 def score_columns(
     config: AppConfig,
     plan: SamplePlan,
@@ -400,8 +406,9 @@ def score_columns(
     images = [[column.pictures[k] for k in pairs] for column in columns]
     metrics = score(scorer, prompts, *images, real.images, seed, look, cache, names)
     values, evidence = [], []
+    control = next((pictures for column, pictures in zip(columns, images) if not column.scale), None)
     for column, pictures in zip(columns, images):
-        found, proof = column_scores(column, pictures, pairs, prompts, real, (scorer, look), cache)
+        found, proof = column_scores(column, pictures, pairs, prompts, real, (scorer, look), cache, control)
         values.append(found)
         evidence += [proof] if proof else []
     metrics.plan_sha256 = plan.sha256
@@ -423,6 +430,7 @@ def column_scores(
     real: RealSet,
     extractors: tuple[Extractor, Extractor],
     cache: FeatureCache,
+    control: list[Image.Image] | None = None,  # pictures of the base, which has copied nothing
 ) -> tuple[dict[str, np.ndarray], CopyEvidence | None]:
     "The scores of each picture of a column, and its copy check where the training pictures are known"
     scorer, look = extractors
@@ -432,13 +440,14 @@ def column_scores(
     if not train or not train.images:
         return sample_scores(match, features, real_features), None
     train_features = features_of(look, train.images, cache)
-    threshold = calibrate(train_features, real_features, scenes(train, real))
+    innocent = features_of(look, control, cache) if control else None
+    threshold = calibrate(train_features, real_features, scenes(train, real), innocent)
     check = check_copies(features, images, train_features, train, threshold, pairs)
     return sample_scores(match, features, real_features, train_features), CopyEvidence(
         column.name, check, images, train
     )
 
-# %% ../nbs/12_eval.ipynb #1c4a4072
+# %% ../nbs/12_eval.ipynb #4da0cc70
 def add_groups(
     done: Compared,
     plain: list[int],  # positions of the drawn prompts that do not call the new thing
@@ -493,13 +502,16 @@ def add_warnings(
                 f"{len(drawn) - len(set(drawn))} pictures of {column.name} are equal to another one, pixel for pixel."
             )
             found.append(("duplicate_samples", text))
+    for column in (column for column in columns if column.scale and column.data.train is None):
+        text = f"copies were not looked for in {column.name}: {column.data.problem}. Name the manifest of its training."
+        found.append(("no_training_pictures", text))
     for name, share in metrics.copies.items():
         if share.threshold is None:
             text = f"the copy check of {name} has no threshold, since too few pictures differ; only equal pictures are found."
             found.append(("copies_uncalibrated", text))
     metrics.warnings += [Warned(code=code, message=message) for code, message in found]
 
-# %% ../nbs/12_eval.ipynb #4ae36449
+# %% ../nbs/12_eval.ipynb #639294d9
 def sample_rows(
     done: Compared,
 ) -> list[dict[str, Any]]:  # one per picture, of all columns
@@ -529,6 +541,8 @@ def write_results(
         s.base_file, s.lora_file = (f"samples/{c.folder}/{c.samples[k].file}" for c in done.columns)
     prompts = [s.prompt for s in metrics.samples]
     save_png(comparison_sheet(prompts, *images, metrics.columns), out / "samples.png")
+    for old in [*out.glob("contact_*.png"), *out.glob("nearest_train*.png")]:
+        old.unlink()  # of an evaluation with more pages
     for column in done.columns:
         for k, page in enumerate(contact_sheets(done.plan, column.pictures)):
             save_png(page, out / f"contact_{column.folder}{f'-{k + 1}' if k else ''}.png")

@@ -136,20 +136,23 @@ class Extractor:
         return self.module(pixels)
 
     @torch.no_grad()
+    def batch(self, images: list[Picture]) -> np.ndarray:
+        "Features of pictures that go through the network together; `ValueError` when they are no finite rows"
+        pixels = np.stack([to_pixels(image, self.preprocess) for image in images])
+        found = self.encode(torch.from_numpy(pixels).to(self.device))
+        if found.ndim != 2 or len(found) != len(images) or not torch.isfinite(found).all():
+            raise ValueError(f"{self.name} gave {tuple(found.shape)}, not finite rows, one per picture")
+        return found.double().cpu().numpy()
+
     def image_features(
         self,
         images: list[Picture],
         batch_size: int | None = None,  # default: the extractor's own
     ) -> np.ndarray:  # (n, d) float64
         "One row per picture; a row does not depend on the others beyond rounding"
-        rows, step = [np.zeros((0, getattr(self, "dim", 0)))], batch_size or self.batch_size
-        for k in range(0, len(images), step):
-            pixels = np.stack([to_pixels(image, self.preprocess) for image in images[k : k + step]])
-            found = self.encode(torch.from_numpy(pixels).to(self.device))
-            if found.ndim != 2 or not torch.isfinite(found).all():
-                raise ValueError(f"{self.name} gave {tuple(found.shape)}, not finite rows, one per picture")
-            rows.append(found.double().cpu().numpy())
-        rows = np.concatenate(rows if rows[0].shape[1] else rows[1:])
+        step = batch_size or self.batch_size
+        rows = [self.batch(images[k : k + step]) for k in range(0, len(images), step)]
+        rows = np.concatenate(rows) if rows else np.zeros((0, self.dim))
         return unit_rows(rows) if self.unit else rows
 
     def text_features(self, texts: list[str]) -> np.ndarray | None:

@@ -159,7 +159,7 @@ def forgetting_section(
 def _score_cells(s: Score) -> list[str]:
     return [shown(s.base), shown(s.lora), shown(s.change, "+.2f"), f"{s.n} {s.counted}"]
 
-# %% ../nbs/11f_pages.ipynb #f21dc74c
+# %% ../nbs/11f_pages.ipynb #23222195
 def pair_section(
     metrics: Metrics,
     base: list[Image.Image],
@@ -210,7 +210,7 @@ def copy_section(
         tiles.append(f'<div><p>{about}</p><div class="pair">{pictures}</div></div>')
     limit = "There are too few different pictures for a threshold"
     if check.threshold is not None:
-        limit = f"Different real pictures ({check.threshold_n}) reach a cosine of {check.threshold:.3f}"
+        limit = f"Pictures that are no copies ({check.threshold_n}) reach a cosine of {check.threshold:.3f}"
     note = f"{check.copied} of {check.n} samples count as copies, interval {check.low:.0%} to {check.high:.0%}. {limit}; hashes within {check.near_bits} bits are the same picture."
     return section(
         f"copies-{text(evidence.column)}",

@@ -83,7 +83,7 @@ def compare_scores(
         detectable=test.min_detectable_effect,
     )
 
-# %% ../nbs/11d_verdicts.ipynb #df8525e5
+# %% ../nbs/11d_verdicts.ipynb #9b295f64
 Verdict = Literal["a_better", "b_better", "equivalent", "no_evidence", "insufficient_data"]
 
 
@@ -116,11 +116,16 @@ def judge(
     "The verdict that follows from the declared scores"
     adjust(comparisons)
     declared = {name: c for name, c in comparisons.items() if c.declared}
-    ahead = {side: [k for k, c in declared.items() if c.p_holm < alpha and c.better == side] for side in "ab"}
+    small = {k for k, c in declared.items() if c.low is not None and -margin <= c.low and c.high <= margin}
+    found = {k: c.better for k, c in declared.items() if c.p_holm < alpha and k not in small}
+    ahead = {side: [k for k, better in found.items() if better == side] for side in "ab"}
     a, b = names
     if not declared or min(c.n for c in declared.values()) < MIN_PAIRS:
         n = min((c.n for c in declared.values()), default=0)
-        verdict, why = "insufficient_data", f"{n} prompts; below {MIN_PAIRS} no test can find a difference."
+        verdict, why = (
+            "insufficient_data",
+            f"{n} prompt{'' if n == 1 else 's'}; below {MIN_PAIRS} no test can find a difference.",
+        )
     elif ahead["a"] and ahead["b"]:
         text = f"a trade-off: {a} is better in {', '.join(ahead['a'])}, {b} in {', '.join(ahead['b'])}. Which matters more "
         verdict, why = "no_evidence", text + "is for you to say."
@@ -128,9 +133,9 @@ def judge(
         side = "a" if ahead["a"] else "b"
         verdict, why = (
             f"{side}_better",
-            f"{a if side == 'a' else b} is better in {', '.join(ahead[side])}, and no declared score is worse.",
+            f"{a if side == 'a' else b} is better in {', '.join(ahead[side])}, and no declared score is clearly worse.",
         )
-    elif all(-margin <= c.low and c.high <= margin for c in declared.values()):
+    elif len(small) == len(declared):
         verdict, why = "equivalent", f"all intervals lie within {margin:g} of no difference."
     else:
         least = "; ".join(f"{k} of {c.detectable:.2g}" for k, c in declared.items())

@@ -59,6 +59,7 @@ def test_frechet_agrees_with_torchmetrics(n, m, d):
     assert frechet_distance(x, y) == pytest.approx(float(other.compute()), rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance`")
 def test_kid_agrees_with_torchmetrics(rng):
     from torchmetrics.image.kid import KernelInceptionDistance
 
