@@ -142,7 +142,7 @@ def service_of(config: AppConfig, gpus=()):
     from lora_mvp.api.stores import open_store
 
     store = open_store(config.api, lambda: jobs_in(config.api.jobs_dir))
-    return Service(config, store, LocalEngine(config.api, [*HERE, "runner"], list(gpus)), backoff=0.05)
+    return Service(config, store, LocalEngine(config.api, [*HERE, "runner"], list(gpus)), backoff=0.0)
 
 
 def serve(path: str) -> None:

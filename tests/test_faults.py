@@ -433,7 +433,9 @@ def test_a_number_that_was_given_to_another_process_is_left_alone(desk):  # row 
         job = desk.service.get(id)
         ref = ref_of(unrelated.pid, f"{id}:1")  # even the time of its start is the same
         desk.service.store.swap(job, job.model_copy(update={"engine_ref": ref, "version": job.version + 1}))
-        assert desk.job(id).error.code == "worker_lost"
+        desk.service.tick()
+        lost = [event for _, event in desk.folder(id).events() if event.get("error")]
+        assert [(event["status"], event["error"]["code"]) for event in lost] == [("queued", "worker_lost")]
         desk.service.engine.stop(ref, 0)
         assert unrelated.poll() is None
     finally:
