@@ -2,7 +2,8 @@
 
 The runner, the job's folder, fencing and how an end is told are the real ones; only the training is a stand-in. It
 loads no torch. What it should do is in its sample prompts, which go the way of all settings of a job:
-`pause=0.01` seconds a step, `deaf` to SIGTERM, `grandchild`, or one of `orders_at` such as `hang@5`.
+`pause=0.01` seconds a step, `deaf` to SIGTERM, `grandchild`, or one of `orders_at` such as `hang@5`;
+`hold@5` waits there for a file `go` in the job's folder.
 
     python stand_in.py runner FOLDER --attempt N     what an engine starts
     python stand_in.py work FOLDER --attempt N ...   what the runner starts
@@ -69,11 +70,19 @@ def fill_disk(run: Path) -> None:
             file.write(b"x" * 2**16)
 
 
-def orders_at(step: int, run: Path) -> dict:
-    """What can go wrong at a step, by name."""
+def orders_at(step: int, run: Path, stopped: list) -> dict:
+    """What can happen at a step, by name."""
 
     def hang() -> None:
         time.sleep(600)
+
+    def hold() -> None:  # until the test has done what it wants to do in the middle of a training
+        while not stopped and not (run.parent / "go").exists():
+            time.sleep(0.01)
+
+    def poison() -> None:
+        os.kill(os.getppid(), signal.SIGKILL)
+        hang()
 
     def nan() -> None:
         raise LoraMvpError("loss_not_finite", f"the loss became nan at step {step}.")
@@ -86,12 +95,13 @@ def orders_at(step: int, run: Path) -> dict:
 
     return {
         "hang": hang,
+        "hold": hold,
         "nan": nan,
         "memory": memory,
         "bug": bug,
         "full": lambda: fill_disk(run),
         "quiet": lambda: os._exit(0),
-        "poison": lambda: os.kill(os.getppid(), signal.SIGKILL),
+        "poison": poison,
     }
 
 
@@ -111,7 +121,7 @@ def do(folder: JobFolder, job: Job, attempt: int) -> None:
     while step < t.max_train_steps:
         step, chain = step + 1, link(chain, step + 1)
         time.sleep(float(orders.get("pause", "0.002")))
-        for name, action in orders_at(step, run).items():
+        for name, action in orders_at(step, run, stopped).items():
             if f"{name}@{step}" in orders:
                 action()
         report(Step(step))
@@ -132,7 +142,7 @@ def service_of(config: AppConfig, gpus=()):
     from lora_mvp.api.stores import open_store
 
     store = open_store(config.api, lambda: jobs_in(config.api.jobs_dir))
-    return Service(config, store, LocalEngine(config.api, [*HERE, "runner"], list(gpus)), backoff=0.05)
+    return Service(config, store, LocalEngine(config.api, [*HERE, "runner"], list(gpus)), backoff=0.0)
 
 
 def serve(path: str) -> None:

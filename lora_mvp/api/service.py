@@ -86,7 +86,7 @@ class Service:
         store: Store,
         engine: Engine,
         clock: Callable[[], float] = time.monotonic,  # seconds; for durations
-        backoff: float = 10.0,  # seconds before the second attempt; doubled for each after it
+        backoff: float = 10.0,  # seconds before the second attempt; doubled for each after it, up to ten minutes
         lease: float = 30.0,  # seconds without a sign of life after which an attempt nobody knows about is given up
     ):
         self.config, self.api, self.store, self.engine = config, config.api, store, engine
@@ -406,7 +406,7 @@ def give_up(self: Service, job: Job, error: JobError) -> None:
     elif job.attempt >= self.api.max_attempts:
         self.move(job, "failed", error=error)
     else:
-        self.not_before[job.id] = self.clock() + self.backoff * 2 ** (job.attempt - 1)
+        self.not_before[job.id] = self.clock() + min(600.0, self.backoff * 2.0 ** (job.attempt - 1))
         self.move(job, "queued", error=error, engine_ref=None)
 
 # %% ../../nbs/14a_api.service.ipynb #a7a5004a
