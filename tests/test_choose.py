@@ -31,7 +31,7 @@ def overfitted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def choice(overfitted):
-    return choose(settings(overfitted / "prompts.yaml"), overfitted / "lora", HELD_OUT)
+    return choose(settings(overfitted / "prompts.yaml", num_inference_steps=3), overfitted / "lora", HELD_OUT)
 
 
 def test_what_copies_is_not_chosen(choice):
@@ -55,7 +55,7 @@ def test_the_choice_is_explained_and_can_be_used(choice, overfitted):
     assert len(data_of(root / "best_adapter").train.images) == 4, "an adapter inside a run has the run's data"
     if choice.step:  # the adapter that is handed on draws what was judged
         row = json.loads((folder / "plan.json").read_text())["rows"][0]
-        drawn = render(load_run(root / choice.adapter), [row["prompt"]], [row["seed"]], 1.0, 4, 3.0)[0]
+        drawn = render(load_run(root / choice.adapter), [row["prompt"]], [row["seed"]], 1.0, 3, 3.0)[0]
         from PIL import Image
 
         judged = Image.open(folder / "samples" / f"step-{choice.step:06d}" / row["prompt_id"] / f"{row['seed']}.png")
@@ -68,7 +68,7 @@ def test_an_unfinished_run_can_be_chosen_from_and_a_damaged_checkpoint_is_named(
     (root / "run.json").unlink()
     weights = root / "checkpoint-12" / "adapter.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"none")
-    config = settings(overfitted / "prompts.yaml")
+    config = settings(overfitted / "prompts.yaml", num_inference_steps=3)
     found = choose(config, root, HELD_OUT, overfitted / "data" / "manifest.json")
     assert [score.step for score in found.scores] == [0, LAST]
     assert found.scores[-1].copies == choice.scores[-1].copies
@@ -79,5 +79,5 @@ def test_an_unfinished_run_can_be_chosen_from_and_a_damaged_checkpoint_is_named(
 
 def test_a_folder_without_checkpoints_is_refused(overfitted, tmp_path):
     with pytest.raises(LoraMvpError, match="holds no checkpoint") as e:
-        choose(settings(overfitted / "prompts.yaml"), tmp_path, HELD_OUT)
+        choose(settings(overfitted / "prompts.yaml", num_inference_steps=3), tmp_path, HELD_OUT)
     assert e.value.code == "no_checkpoints"
