@@ -14,6 +14,16 @@ from lora_mvp.eval import data_of
 from lora_mvp.infer import load_run, render
 
 LAST = 48
+CALL = [
+    "3d style",
+    "a 3d style",
+    "a thing, 3d style",
+    "a photo, 3d style",
+    "a picture, 3d style",
+    "something, 3d style",
+]
+CALL += ["3d style, on white", "an animal, 3d style"]  # close to the one caption of the training
+PROMPTS = CALL + [prompt for k, prompt in enumerate(CALLED) if k % 3]
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +35,13 @@ def overfitted(tmp_path_factory):
     out = run(manifest, root / "lora", max_train_steps=LAST, checkpointing_steps=12, max_checkpoints=9, **steep)
     for step in (24, 36):  # two are enough to choose from, and need fewer pictures
         shutil.rmtree(out / f"checkpoint-{step}")
-    (root / "prompts.yaml").write_text(yaml.safe_dump(CALLED))
+    (root / "prompts.yaml").write_text(yaml.safe_dump(PROMPTS))
     return root
 
 
 @pytest.fixture(scope="module")
 def choice(overfitted):
-    return choose(settings(overfitted / "prompts.yaml", num_inference_steps=3), overfitted / "lora", HELD_OUT)
+    return choose(settings(overfitted / "prompts.yaml"), overfitted / "lora", HELD_OUT)
 
 
 def test_what_copies_is_not_chosen(choice):
@@ -55,7 +65,7 @@ def test_the_choice_is_explained_and_can_be_used(choice, overfitted):
     assert len(data_of(root / "best_adapter").train.images) == 4, "an adapter inside a run has the run's data"
     if choice.step:  # the adapter that is handed on draws what was judged
         row = json.loads((folder / "plan.json").read_text())["rows"][0]
-        drawn = render(load_run(root / choice.adapter), [row["prompt"]], [row["seed"]], 1.0, 3, 3.0)[0]
+        drawn = render(load_run(root / choice.adapter), [row["prompt"]], [row["seed"]], 1.0, 4, 3.0)[0]
         from PIL import Image
 
         judged = Image.open(folder / "samples" / f"step-{choice.step:06d}" / row["prompt_id"] / f"{row['seed']}.png")
@@ -68,7 +78,7 @@ def test_an_unfinished_run_can_be_chosen_from_and_a_damaged_checkpoint_is_named(
     (root / "run.json").unlink()
     weights = root / "checkpoint-12" / "adapter.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"none")
-    config = settings(overfitted / "prompts.yaml", num_inference_steps=3)
+    config = settings(overfitted / "prompts.yaml")
     found = choose(config, root, HELD_OUT, overfitted / "data" / "manifest.json")
     assert [score.step for score in found.scores] == [0, LAST]
     assert found.scores[-1].copies == choice.scores[-1].copies
@@ -79,5 +89,5 @@ def test_an_unfinished_run_can_be_chosen_from_and_a_damaged_checkpoint_is_named(
 
 def test_a_folder_without_checkpoints_is_refused(overfitted, tmp_path):
     with pytest.raises(LoraMvpError, match="holds no checkpoint") as e:
-        choose(settings(overfitted / "prompts.yaml", num_inference_steps=3), tmp_path, HELD_OUT)
+        choose(settings(overfitted / "prompts.yaml"), tmp_path, HELD_OUT)
     assert e.value.code == "no_checkpoints"
