@@ -166,11 +166,11 @@ def too_long(
 def length_warnings(
     captions: list[str],
     tokenizer: Any | None,  # as above
-) -> list[tuple[int, str]]:  # position in the list, a sentence
+) -> list[tuple[int, str, int, int]]:  # position in the list, a sentence, tokens, limit
     "What to tell a person about the captions whose end is cut off."
     limit, about = getattr(tokenizer, "model_max_length", 77), "" if tokenizer else "at least "
     end = f"tokens, {limit} are read; shorten it, its end is cut off"
-    return [(k, f"the caption has {about}{count} {end}") for k, count in too_long(captions, tokenizer)]
+    return [(k, f"the caption has {about}{count} {end}", count, limit) for k, count in too_long(captions, tokenizer)]
 
 # %% ../nbs/01b_captions.ipynb #0a5a1c44
 def random_blip(

@@ -30,16 +30,22 @@ def cmd_config(args: argparse.Namespace) -> None:
     print(json.dumps(config_schema(), indent=2) if args.schema else config_yaml(_config(args)))
 
 
+def _told(work):
+    "What `work` returns, or what it refused for want of an accepted image, after a summary; and the refusal."
+    from lora_mvp.data import NothingAccepted, summary
+
+    try:
+        manifest, refusal = work(), None
+    except NothingAccepted as error:
+        manifest, refusal = error.manifest, error
+    print(summary(manifest))
+    return manifest, refusal
+
+
 def _report(config: AppConfig, manifest, folder: Path) -> None:
-    "Print the summary and write the report; a report that fails is no reason to fail."
-    from lora_mvp.data import summary
     from lora_mvp.report import write_report
 
-    print(summary(manifest))
-    try:
-        print(f"wrote {write_report(manifest, Path(config.data.raw_data_dir), folder, config.training)}")
-    except LoraMvpError as error:
-        logging.getLogger("lora_mvp").warning("no report: %s", error)
+    print(f"wrote {write_report(manifest, Path(config.data.raw_data_dir), folder, config.training)}")
 
 
 def cmd_prepare_data(args: argparse.Namespace) -> None:
@@ -47,9 +53,14 @@ def cmd_prepare_data(args: argparse.Namespace) -> None:
     from lora_mvp.data import prepare_data
 
     config = _config(args)
-    manifest = prepare_data(config, copy=not args.no_copy, resplit=args.resplit)
+    manifest, refusal = _told(lambda: prepare_data(config, copy=not args.no_copy, resplit=args.resplit))
     out = Path(config.data.processed_dir)
-    _report(config, manifest, out.with_name(f"{out.name}-report"))  # beside it: globs over `out` find data only
+    try:
+        _report(config, manifest, out.with_name(f"{out.name}-report"))  # beside it: globs over `out` find data only
+    except LoraMvpError as error:  # the data is there all the same
+        logging.getLogger("lora_mvp").warning("no report: %s", error)
+    if refusal:
+        raise refusal
     print(f"wrote {config.data.processed_dir}/manifest.json")
 
 
@@ -58,7 +69,10 @@ def cmd_check_data(args: argparse.Namespace) -> None:
     from lora_mvp.data import check_data
 
     config = _config(args)
-    _report(config, check_data(config), Path(args.out))
+    manifest, refusal = _told(lambda: check_data(config))
+    _report(config, manifest, Path(args.out))
+    if refusal:
+        raise refusal
 
 
 def cmd_export_data(args: argparse.Namespace) -> None:
@@ -117,7 +131,7 @@ def cmd_reproduce(args: argparse.Namespace) -> None:
 
     print(reproduction_text(reproduce(args.run, args.out, _manifest(args))))
 
-# %% ../nbs/18_cli.ipynb #69660e4a
+# %% ../nbs/18_cli.ipynb #c4ca4c35
 def _model_path(args: argparse.Namespace) -> str:
     if args.model_path != "tiny" and not Path(args.model_path).exists():
         raise LoraMvpError(
@@ -235,7 +249,7 @@ def _command(commands, name: str, function, needs_config: bool = True) -> argpar
         )
     return parser
 
-# %% ../nbs/18_cli.ipynb #31f8b405
+# %% ../nbs/18_cli.ipynb #c93d6a67
 def build_parser() -> argparse.ArgumentParser:
     "The parser of `lora-mvp`."
     parser = argparse.ArgumentParser(
@@ -267,7 +281,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_count, help="fewer training steps, for a quick look")
     return parser
 
-# %% ../nbs/18_cli.ipynb #ff10300d
+# %% ../nbs/18_cli.ipynb #d81e5986
 def _add_generate(commands) -> None:
     parser = _command(commands, "generate", cmd_generate)
     parser.add_argument(
@@ -365,7 +379,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     except LoraMvpError as error:
         print(f"{'' if error.code == 'interrupted' else 'error: '}{error}", file=sys.stderr)
-        return {"interrupted": 130, "nothing_accepted": 3}.get(error.code, 2)
+        nothing = dict.fromkeys(("nothing_accepted", "raw_empty", "no_labels"), 3)
+        return ({"interrupted": 130} | nothing).get(error.code, 2)
     except KeyboardInterrupt:
         more = " Go on with --resume." if args.command == "train" else ""
         print(f"stopped; what was complete is kept.{more}", file=sys.stderr)

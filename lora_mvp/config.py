@@ -166,6 +166,8 @@ CHECKS: dict[str, Severity] = {
     "cmyk": "off",
     "icc_converted": "off",
     "icc_invalid": "warn",
+    "caption_file": "warn",
+    "caption_too_long": "warn",
 }
 
 
@@ -211,7 +213,7 @@ class DataConfig(_Section):
     max_pixels: Count = Field(64_000_000, description="larger images are refused before they are decoded")
     background: Annotated[str, AfterValidator(_colour)] = Field("#ffffff", description="colour behind transparency")
     checks: Annotated[dict[Literal[tuple(CHECKS)], Severity], AfterValidator(_all_checks)] = Field(
-        default_factory=dict, description="severity of each check of an image: reject, warn or off"
+        default_factory=dict, description="severity of each check of an image or its caption: reject, warn or off"
     )
 
 # %% ../nbs/00_config.ipynb #e837f78a

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'IGNORED', 'MAX_PIXELS', 'MAX_BYTES', 'FORMATS', 'PLAIN_MODES', 'TURNS', 'LOOK_VERSION', 'DARK', 'BRIGHT',
-           'FLAT', 'read_regular', 'open_header', 'to_rgb', 'in_srgb', 'upright', 'decode', 'open_rgb', 'sharpness',
-           'pixel_hash', 'perceptual_hashes', 'Facts', 'Look', 'facts_of', 'look', 'Reason', 'ImageRecord', 'printable',
-           'claimed_format', 'measured', 'judge', 'inspect_image']
+           'FLAT', 'BeyondLimit', 'read_regular', 'open_header', 'to_rgb', 'in_srgb', 'upright', 'decode', 'open_rgb',
+           'sharpness', 'pixel_hash', 'perceptual_hashes', 'Facts', 'Look', 'facts_of', 'look', 'Reason', 'ImageRecord',
+           'printable', 'claimed_format', 'measured', 'judge', 'inspect_image']
 
 # %% ../nbs/01_images.ipynb #a6859b4d
 import hashlib
@@ -55,14 +55,29 @@ REASONS = {
     "left_out": "left out by hand, in overrides.json",
     "no_label": "lies outside a label folder",
     "not_an_image": "some other kind of file",
+    "lone_caption": "a .txt or .caption file that belongs to no image; it must have the image's name",
     "hidden": "a hidden file, or one an operating system left behind",
 }
-IGNORED = {"not_an_image", "hidden"}  # these files are no images that anybody could miss
+IGNORED = {"not_an_image", "lone_caption", "hidden"}  # these files are no images that anybody could miss
 MAX_PIXELS = 64_000_000  # 192 MB as RGB; a picture of 400 bytes can claim more
 MAX_BYTES = 512 * 2**20  # a raw 16-bit RGB TIFF of 64 megapixels is 384 MB
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")  # no format that starts other programs (EPS)
 
 # %% ../nbs/01_images.ipynb #b9b6045f
+class BeyondLimit(LoraMvpError):
+    "A refusal that rests on a number."
+
+    def __init__(
+        self,
+        code: str,  # a key of `REASONS`
+        message: str,
+        value: float | None = None,  # what was found
+        threshold: float | None = None,  # the most that is allowed
+    ):
+        super().__init__(code, message)
+        self.value, self.threshold = value, threshold
+
+
 def read_regular(
     path: str | os.PathLike,  # a file; links are not followed
     max_bytes: int = MAX_BYTES,  # refuse larger files
@@ -76,7 +91,8 @@ def read_regular(
         if info.st_size == 0:
             raise LoraMvpError("empty_file", "0 bytes")
         if info.st_size > max_bytes:
-            raise LoraMvpError("too_large", f"{info.st_size:,} bytes, at most {max_bytes:,} allowed")
+            text = f"{info.st_size:,} bytes, at most {max_bytes:,} allowed"
+            raise BeyondLimit("too_large", text, info.st_size, max_bytes)
         with open(path, "rb") as f:
             return f.read()
     except (OSError, ValueError) as e:  # ValueError: a name with a zero byte
@@ -94,14 +110,14 @@ def open_header(
         raise LoraMvpError("unreadable", f"not in one of the formats {', '.join(FORMATS)}") from e
     except Image.DecompressionBombError as e:
         claimed = int(re.search(r"\d+", str(e)).group())
-        raise LoraMvpError("too_large", f"{claimed:,} pixels, at most {max_pixels:,} allowed") from e
-    width, height = im.size
-    if width * height > max_pixels:
-        raise LoraMvpError(
-            "too_large", f"{width} x {height} = {width * height:,} pixels, at most {max_pixels:,} allowed"
-        )
+        text = f"{claimed:,} pixels, at most {max_pixels:,} allowed"
+        raise BeyondLimit("too_large", text, claimed, max_pixels) from e
+    (width, height), pixels = im.size, im.width * im.height
+    if pixels > max_pixels:
+        text = f"{width} x {height} = {pixels:,} pixels, at most {max_pixels:,} allowed"
+        raise BeyondLimit("too_large", text, pixels, max_pixels)
     if im.format != "MPO" and getattr(im, "is_animated", False):
-        raise LoraMvpError("animated", f"{getattr(im, 'n_frames', 'several')} frames, 1 allowed")
+        raise BeyondLimit("animated", f"{im.n_frames} frames, 1 allowed", im.n_frames, 1)
     return im
 
 # %% ../nbs/01_images.ipynb #60f1f9cb
@@ -126,9 +142,11 @@ def to_rgb(
 # %% ../nbs/01_images.ipynb #5c246d70
 def in_srgb(
     im: Image.Image,  # decoded, with its metadata
-) -> tuple[Image.Image, list[str]]:  # notes: `icc_converted`, `icc_invalid` or none
+) -> tuple[Image.Image, list[str]]:  # notes: `cmyk`, `icc_converted`, `icc_invalid` or none
     "The picture with the colours of its ICC profile as sRGB; without a profile it is sRGB already."
     icc = im.info.get("icc_profile")
+    if icc and (im.mode in ("P", "PA") or (im.mode == "RGB" and im.has_transparency_data)):
+        im = im.convert("RGBA" if im.has_transparency_data else "RGB")
     if not icc or im.mode not in ("RGB", "RGBA", "CMYK", "L"):
         return im, []
     try:
@@ -136,9 +154,8 @@ def in_srgb(
         if "srgb" in ImageCms.getProfileDescription(profile).lower():
             return im, []
         mode = "RGBA" if im.mode == "RGBA" else "RGB"
-        return ImageCms.profileToProfile(im, profile, ImageCms.createProfile("sRGB"), outputMode=mode), [
-            "icc_converted"
-        ]
+        notes = ["cmyk", "icc_converted"] if im.mode == "CMYK" else ["icc_converted"]
+        return ImageCms.profileToProfile(im, profile, ImageCms.createProfile("sRGB"), outputMode=mode), notes
     except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
         return im, ["icc_invalid"]
 
@@ -248,11 +265,13 @@ class Look(BaseModel):
     format: str = ""  # as Pillow calls it
     code: str | None = None  # the key of `REASONS` that says why it cannot be used at all
     detail: str = ""  # what the decoder said
+    value: float | None = None  # the number that the refusal rests on, and its limit
+    threshold: float | None = None
     notes: list[str] = []  # keys of `REASONS`: what had to be done to it
     facts: Facts | None = None  # None when it could not be decoded
 
 # %% ../nbs/01_images.ipynb #c6a28c3e
-LOOK_VERSION = 1  # another number wherever the same file gives another `Look`
+LOOK_VERSION = 2  # another number wherever the same file gives another `Look`
 
 
 def facts_of(
@@ -285,6 +304,8 @@ def look(
     except Exception as e:
         found.code, found.notes = e.code if isinstance(e, LoraMvpError) else "unreadable", []
         found.detail = str(e) or type(e).__name__
+        if isinstance(e, BeyondLimit):
+            found.value, found.threshold = e.value, e.threshold
     return found
 
 # %% ../nbs/01_images.ipynb #178ea559
@@ -311,7 +332,7 @@ class ImageRecord(BaseModel):
     notes: list[str] = []  # what had to be done to the picture
     facts: Facts | None = None
 
-    def add(self, code: str, severity: str, detail: str = "", **numbers: float) -> None:
+    def add(self, code: str, severity: str, detail: str = "", **numbers: float | None) -> None:
         "Note a reason; one that rejects changes the status."
         if severity == "off":
             return
@@ -405,7 +426,8 @@ def judge(
     record = ImageRecord(path=printable(path), label=label, **known)
     if found.code:
         other = found.code == "unreadable" and found.sha256 and claimed_format(path) is None
-        record.add("not_an_image" if other else found.code, "reject", found.detail)
+        numbers = {"value": found.value, "threshold": found.threshold}
+        record.add("not_an_image" if other else found.code, "reject", found.detail, **numbers)
         return record
     for code, value, threshold, detail in measured(found.facts, data):
         record.add(code, data.checks[code], detail, value=value, threshold=threshold)

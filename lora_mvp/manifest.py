@@ -48,6 +48,7 @@ class Seen(BaseModel):
 
     split: Literal["train", "val"]
     phash: str = ""  # of the picture as it is; empty for a flat one
+    pixel_sha256: str = ""  # the same for the same picture in another file; empty in manifests of before it was kept
 
 
 class Manifest(BaseModel):

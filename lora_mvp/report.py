@@ -325,7 +325,7 @@ def thresholds(
 
 # %% ../nbs/03_report.ipynb #79e39ef9
 WIDTH, HEIGHT, BINS = 340, 170, 24  # of a histogram, in units of its drawing
-LEFT, RIGHT, TOP, BOTTOM = 12, 328, 30, 142  # its axes
+LEFT, RIGHT, TOP, BOTTOM = 16, 324, 36, 142  # its axes
 KEPT, LEFT_OUT = "fill:var(--train,#2f6f9f)", "fill:var(--rejected,#b5443c)"  # the page's colours; plain ones elsewhere
 INK, SOFT = "fill:var(--ink,#1c1c1a)", "fill:var(--soft,#5c5c57)"
 
@@ -394,7 +394,8 @@ def histogram(
     parts = [bars(groups)]
     parts.append(f'<path d="M{LEFT} {BOTTOM}H{RIGHT}" style="stroke:var(--soft,#5c5c57)"/>')
     for place, label in ticks.items():
-        parts.append(f'<text x="{x(place):.1f}" y="{BOTTOM + 15}" text-anchor="middle" style="{SOFT}">{label}</text>')
+        at = min(max(x(place), 4 * len(label)), WIDTH - 4 * len(label))  # 8 units per letter: none is cut off
+        parts.append(f'<text x="{at:.1f}" y="{BOTTOM + 15}" text-anchor="middle" style="{SOFT}">{label}</text>')
     for value in lines:
         at = x(metric.scale(value))
         side = "start" if at < (LEFT + RIGHT) / 2 else "end"
@@ -501,6 +502,8 @@ def on_amounts(
 ) -> list[str]:  # sentences
     "Too few images, one label that dominates, no validation."
     train, val, found = manifest.rows("train"), manifest.rows("val"), []
+    if not manifest.images:
+        return ["No image was accepted; what follows says why."]
     if len(train) < 10:
         few = "the adapter will repeat them. Ten to thirty varied pictures are a good start for one subject"
         found.append(f"Only {count(len(train), 'image')} to train on: {few}.")
@@ -508,7 +511,7 @@ def on_amounts(
     if len(labels) > 1 and labels[0][1] > 2 / 3 * len(manifest.images):
         share = f"{labels[0][1]:,} of {len(manifest.images):,} images are {labels[0][0]}"
         found.append(f"{share}: the adapter learns that label most. Add images of the others, or remove some of it.")
-    if manifest.images and not val:
+    if not val:
         found.append("There is no validation image, so nothing shows when training goes on too long. Add images.")
     scenes = {row.group or row.file for row in val}
     if len(scenes) == 1:
@@ -742,7 +745,8 @@ def report_html(
     links = [name.partition(" ") for name in parts]
     nav = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, _, title in links)
     labels = sorted({row.label for row in manifest.images})
-    what = f"{count(len(manifest.images), 'image')} in {count(len(labels), 'label')}: {', '.join(labels[:12])}"
+    what = f"{count(len(manifest.images), 'image')} in {count(len(labels), 'label')}"
+    what += f": {', '.join(labels[:12])}" if labels else ""
     what += f" and {len(labels) - 12:,} more" if len(labels) > 12 else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -796,7 +800,10 @@ def write_report(
     training: TrainingConfig | None = None,  # for the arithmetic of steps
 ) -> Path:  # report.html
     "Write report.html, contact_train.png, contact_val.png and rejected.csv; raises `LoraMvpError` where it cannot."
-    folder = Path(folder)
+    folder, inside = Path(folder), Path(raw).resolve()
+    if inside in (folder.resolve(), *folder.resolve().parents):
+        text = f"the report's folder {folder} lies in the folder of the raw pictures; choose one outside it"
+        raise LoraMvpError("folders_overlap", text)
     for split in ("train", "val"):
         atomic_write(folder / f"contact_{split}.png", png_bytes(contact_sheet(manifest, split, raw=raw)))
     atomic_write(folder / "rejected.csv", rejected_csv(manifest))

@@ -6,6 +6,7 @@ python scripts/bench_data.py --n 5000
 import argparse
 import json
 import os
+import resource
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -69,10 +70,17 @@ def peaks() -> list[float]:
     return [peak_of(pid) for pid in ["self", *Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]]
 
 
-def timed(function) -> tuple[float, object]:
-    start = time.perf_counter()
+def timed(function) -> tuple[float, object, float]:
+    """Seconds, what came out, and seconds of processor time."""
+    start, cpu = time.perf_counter(), time.process_time()
     result = function()
-    return time.perf_counter() - start, result
+    return time.perf_counter() - start, result, time.process_time() - cpu
+
+
+def children_cpu() -> float:
+    """Processor time of the children that have ended, seconds."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":
@@ -84,16 +92,20 @@ if __name__ == "__main__":
             paths = pool.submit(draw, Path(temp) / "raw", args.n).result()
         cache = Path(temp) / "inspection.jsonl"
         time.sleep(3)  # a file that has just changed is hashed again
-        stream, memory, turns = survey(paths, cache, workers=args.workers), [], []
+        stream, memory, turns, before = survey(paths, cache, workers=args.workers), [], [], children_cpu()
         for i in range(0, args.n, args.slice):  # in turns, so that both meet the same load of the machine
             part = paths[i : i + args.slice]
             surveyed = timed(lambda part=part: [next(stream) for _ in part])
             memory.append(peaks())
             assert all(look.facts for look in surveyed[1])
-            turns.append((surveyed[0], timed(lambda part=part: [plain(path) for path in part])[0]))
+            plainly = timed(lambda part=part: [plain(path) for path in part])
+            turns.append((surveyed[0], plainly[0], surveyed[2], plainly[2]))
         stream.close()
-        first, loop = map(sum, zip(*turns))
-        again, looks = timed(lambda: sum(look.facts is not None for look in survey(paths, cache, workers=args.workers)))
+        first, loop, parent_cpu, plain_cpu = map(sum, zip(*turns))
+        cpu = {"survey": parent_cpu + children_cpu() - before, "plain": plain_cpu}
+        again, looks, _ = timed(
+            lambda: sum(look.facts is not None for look in survey(paths, cache, workers=args.workers))
+        )
         assert looks == args.n
         result = {
             "images": args.n,
@@ -102,7 +114,8 @@ if __name__ == "__main__":
             "survey_images_per_s": round(args.n / first, 1),
             "plain_images_per_s": round(args.n / loop, 1),
             "ratio": round(loop / first, 2),
-            "first_turn_s": [round(t, 2) for t in turns[0]],  # with the start of the workers
+            "first_turn_s": [round(t, 2) for t in turns[0][:2]],  # with the start of the workers
+            "cpu_ms_per_image": {k: round(1000 * t / args.n, 1) for k, t in cpu.items()},  # fair on a busy machine too
             "peak_mb_parent_and_workers": [round(m) for m in max(memory, key=sum)],
             "peak_mb": round(max(map(sum, memory))),
             "again_s": round(again, 3),

@@ -28,7 +28,7 @@ def chromium() -> str:
     return found
 
 
-def wait_for(what, seconds=60):
+def wait_for(what, seconds=120):
     """The first true answer of `what()`; fails when there is none in time."""
     end = time.monotonic() + seconds
     while True:
@@ -79,7 +79,7 @@ class Page:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def wait(self, expression, seconds=60):
+    def wait(self, expression, seconds=120):
         try:
             return wait_for(lambda: self.js(expression), seconds)
         except AssertionError as e:
@@ -123,7 +123,7 @@ def browse(url, folder):
                 return next((p for p in json.load(answer) if p["type"] == "page"), None)
 
         address = wait_for(page)["webSocketDebuggerUrl"]
-        socket = create_connection(address, suppress_origin=True, timeout=60, http_no_proxy=["*"])
+        socket = create_connection(address, suppress_origin=True, timeout=120, http_no_proxy=["*"])
         try:
             yield Page(socket)
         finally:

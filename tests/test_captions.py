@@ -25,7 +25,7 @@ from lora_mvp.captions import (
     words_and_marks,
 )
 from lora_mvp.config import LoraMvpError, load_config
-from lora_mvp.data import prepare_data
+from lora_mvp.data import check_data, prepare_data
 
 
 @pytest.fixture(scope="module")
@@ -268,9 +268,12 @@ def test_a_model_describes_what_nobody_has(tmp_path):
     data = {"raw_data_dir": tmp_path / "raw", "processed_dir": tmp_path / "out", "min_resolution": 32, "trigger": "zwx"}
     data |= {"image_size": 64, "captioner": random_blip(tmp_path / "blip")}
     config = load_config(overrides={f"data.{key}": value for key, value in data.items()})
+    assert {row.caption_source for row in check_data(config).images} == {"sidecar", "template"}
+    assert not (tmp_path / "out").exists()  # a check asks no model and keeps nothing
     first = prepare_data(config)
     assert [row.caption_source for row in first.images] == ["sidecar", "automatic", "automatic"]
     assert first.images[0].caption == "by hand" and all(row.caption.startswith("zwx, ") for row in first.images[1:])
     assert first.captioner["model"] == "blip" and first.captioner["revision"].startswith("sha256:")
     said = (tmp_path / "out" / "captions.json").read_bytes()
     assert prepare_data(config) == first and (tmp_path / "out" / "captions.json").read_bytes() == said
+    assert [row.caption for row in check_data(config).images] == [row.caption for row in first.images]

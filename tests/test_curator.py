@@ -280,7 +280,7 @@ def test_a_hand_at_work_in_jupyterlab(lab, config, tmp_path):
         page.wait(f"{small}.querySelector('textarea').value == 'a small dog <b>'")
         assert not overrides.exists()
         page.click(button("document", "save"))
-        wait_for(overrides.exists, 20)
+        wait_for(overrides.exists)
         page.wait("document.body.innerText.includes('Saved in overrides.json')")
         if "LORA_MVP_SCREENSHOT" in os.environ:
             page.js("document.querySelector('.widget-dropdown').scrollIntoView()")

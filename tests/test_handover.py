@@ -221,7 +221,7 @@ def test_a_disk_that_refuses_leaves_nothing(drawings, tmp_path):
         "try:\n    export_data(manifest, 'kohya', sys.argv[2])\nexcept Exception as e:\n    print(e.code, e)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, drawings, tmp_path / "out"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, drawings, tmp_path / "out"], capture_output=True, text=True, timeout=180
     )
     assert done.stdout.startswith("not_writable cannot write to"), done
     assert not list(tmp_path.iterdir())

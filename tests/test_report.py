@@ -16,8 +16,18 @@ import pytest
 from PIL import Image
 
 from lora_mvp.captions import as_words
-from lora_mvp.config import TrainingConfig
-from lora_mvp.report import PER_REASON, POLICY, contact_sheet, rejected_csv, report_html, write_report
+from lora_mvp.config import LoraMvpError, TrainingConfig
+from lora_mvp.report import (
+    METRICS,
+    PER_REASON,
+    POLICY,
+    WIDTH,
+    contact_sheet,
+    histogram,
+    rejected_csv,
+    report_html,
+    write_report,
+)
 
 HOSTILE = [
     "<img src=x onerror=\"top.document.title='run'\">",
@@ -156,7 +166,7 @@ def seen(page, tmp_path_factory):
         "--dump-dom",
         (folder / "probe.html").as_uri(),
     ]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=180)
     body = re.search(r"<body>(.*)</body>", done.stdout, re.S)
     assert body, done.stderr[-2000:]
     return json.loads(html.unescape(body[1]))
@@ -234,8 +244,24 @@ def test_galleries_are_capped(raw):
 
 def test_pictures_that_are_gone_leave_a_report(tmp_path):
     found = manifest_of([image_row("cat/0.png"), image_row("cat/1.png", split="val")], folder=tmp_path)
-    write_report(found, tmp_path, tmp_path / "report")
+    write_report(found, tmp_path / "raw", tmp_path / "report")
     assert contact_sheet(found, "train", 4, 32, 10).size == (40, 40)
+
+
+def test_a_report_never_goes_into_the_raw_folder(manifest, raw):
+    before = sorted(raw.rglob("*"))
+    for place in (raw, raw / "cat", raw / "cat" / ".." / "new"):
+        with pytest.raises(LoraMvpError) as caught:
+            write_report(manifest, raw, place)
+        assert caught.value.code == "folders_overlap"
+    assert sorted(raw.rglob("*")) == before
+
+
+def test_no_label_of_an_axis_is_cut_off():
+    shown = histogram(METRICS[0], [10.0, 1390.0, 1400.0], [], [256.0])
+    places = re.findall(r'<text x="([0-9.]+)" y="157"[^>]*>([^<]*)<', shown)
+    assert "1,400" in dict((label, x) for x, label in places)
+    assert all(4 * len(label) <= float(x) <= WIDTH - 4 * len(label) for x, label in places)
 
 
 def test_a_spreadsheet_runs_nothing():
