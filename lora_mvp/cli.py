@@ -132,7 +132,7 @@ def cmd_reproduce(args: argparse.Namespace) -> None:
 
     print(reproduction_text(reproduce(args.run, args.out, _manifest(args))))
 
-# %% ../nbs/18_cli.ipynb #69660e4a
+# %% ../nbs/18_cli.ipynb #c4ca4c35
 def _model_path(args: argparse.Namespace) -> str:
     if args.model_path != "tiny" and not Path(args.model_path).exists():
         raise LoraMvpError(
@@ -250,7 +250,7 @@ def _command(commands, name: str, function, needs_config: bool = True) -> argpar
         )
     return parser
 
-# %% ../nbs/18_cli.ipynb #31f8b405
+# %% ../nbs/18_cli.ipynb #c93d6a67
 def build_parser() -> argparse.ArgumentParser:
     "The parser of `lora-mvp`."
     parser = argparse.ArgumentParser(
@@ -283,7 +283,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_service(commands)
     return parser
 
-# %% ../nbs/18_cli.ipynb #ff10300d
+# %% ../nbs/18_cli.ipynb #d81e5986
 def _add_generate(commands) -> None:
     parser = _command(commands, "generate", cmd_generate)
     parser.add_argument(

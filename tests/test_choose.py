@@ -14,6 +14,16 @@ from lora_mvp.eval import data_of
 from lora_mvp.infer import load_run, render
 
 LAST = 48
+CALL = [
+    "3d style",
+    "a 3d style",
+    "a thing, 3d style",
+    "a photo, 3d style",
+    "a picture, 3d style",
+    "something, 3d style",
+]
+CALL += ["3d style, on white", "an animal, 3d style"]  # close to the one caption of the training
+PROMPTS = CALL + [prompt for k, prompt in enumerate(CALLED) if k % 3]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +35,7 @@ def overfitted(tmp_path_factory):
     out = run(manifest, root / "lora", max_train_steps=LAST, checkpointing_steps=12, max_checkpoints=9, **steep)
     for step in (24, 36):  # two are enough to choose from, and need fewer pictures
         shutil.rmtree(out / f"checkpoint-{step}")
-    (root / "prompts.yaml").write_text(yaml.safe_dump(CALLED))
+    (root / "prompts.yaml").write_text(yaml.safe_dump(PROMPTS))
     return root
 
 

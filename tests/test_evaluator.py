@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from evaluation_runs import CALLED, HELD_OUT, PLAIN, prepare, run, settings
+from evaluation_runs import CALLED as ALL
+from evaluation_runs import HELD_OUT, PLAIN, prepare, run, settings
 from PIL import Image
 
 from lora_mvp import eval as evaluation
@@ -21,6 +22,7 @@ from lora_mvp.scores import Metrics, compare_samples, sample_scores
 from lora_mvp.verdicts import judge
 
 STEPS = 32
+CALLED = [prompt for k, prompt in enumerate(ALL) if k % 3]  # two thirds are enough to see it
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def root(tmp_path_factory):
     """A good run on all of the demo's pictures, and one that has hardly begun."""
     root = tmp_path_factory.mktemp("evaluator")
     manifest = prepare(root, ["*"], "{stem}, 3d style")
-    run(manifest, root / "good", max_train_steps=STEPS, learning_rate=1e-3)
+    run(manifest, root / "good", max_train_steps=STEPS, learning_rate=1e-3, batch_size=4)
     run(manifest, root / "undertrained", max_train_steps=3, learning_rate=1e-4)
     groups = {"called": CALLED, "without_trigger": PLAIN}
     (root / "prompts.yaml").write_text(yaml.safe_dump(groups))
@@ -97,7 +99,7 @@ def test_two_sets_of_one_model_are_called_different_no_more_often_than_the_level
     features = scorer.image_features(pictures).reshape(len(prompts), pool, -1)
     texts, real = scorer.text_features(prompts), scorer.image_features(find_real(HELD_OUT).images)
     rng, verdicts = np.random.default_rng(0), []
-    for repeat in range(200):
+    for repeat in range(100):
         deal = np.stack([rng.permutation(pool) for _ in prompts])
         sides = [np.take_along_axis(features, deal[:, part, None], 1) for part in (slice(0, 2), slice(2, 4))]
         values = [
@@ -107,7 +109,7 @@ def test_two_sets_of_one_model_are_called_different_no_more_often_than_the_level
         found = judge(compare_samples(*values, [p for p in prompts for _ in range(2)], repeat), alpha=0.05)
         verdicts.append(found.verdict in ("a_better", "b_better"))
     assert sum(verdicts[:20]) <= 3, "of 20, at a level of 0.05, 4 or more have a probability of 0.016"
-    assert sum(verdicts) <= 18, "of 200, 10 are expected and 19 or more have a probability below 0.01"
+    assert sum(verdicts) <= 11, "of 100, 5 are expected and 12 or more have a probability of 0.004"
 
 
 # -- the same is the same, and the other way round is the other way round -----------------------------------------------
@@ -239,8 +241,8 @@ def test_training_pictures_as_real_ones_are_called_what_they_are(root, tmp_path,
 def test_mistakes_are_named_before_anything_is_drawn(root, tmp_path):
     bad = tmp_path / "bad.yaml"
     bad.write_text("called: [a {thing}]")
-    (tmp_path / "nothing.yaml").write_text("")
-    good, prompts = root / "good", root / "prompts.yaml"
+    good, prompts, alone = root / "good", root / "prompts.yaml", tmp_path / "alone"
+    shutil.copytree(good / "lora_adapter", alone)  # away from its run nobody knows its data
     for code, call in {
         "prompts_invalid": lambda: Evaluator(settings(bad), HELD_OUT).evaluate(good, tmp_path / "x"),
         "model_not_found": lambda: Evaluator(settings(prompts), HELD_OUT).ab_test(
@@ -248,7 +250,7 @@ def test_mistakes_are_named_before_anything_is_drawn(root, tmp_path):
         ),
         "nothing_to_compare": lambda: Evaluator(settings(prompts)).ab_test("base", "base", tmp_path / "x"),
         "manifest_missing": lambda: Evaluator(settings(prompts), None, root / "no.json").evaluate(good, tmp_path / "x"),
-        "no_real_images": lambda: Evaluator(settings(prompts)).ab_test("tiny", good / "lora_adapter", tmp_path / "x"),
+        "no_real_images": lambda: Evaluator(settings(prompts)).ab_test("tiny", alone, tmp_path / "x"),
         "extractor_unknown": lambda: Evaluator(settings(prompts, extractor="vgg"), HELD_OUT).evaluate(
             good, tmp_path / "x"
         ),
