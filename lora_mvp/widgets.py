@@ -111,6 +111,8 @@ class TrainMonitor:
 
     def _follow(self) -> None:
         try:
+            self._look()
+            loss_figure([], []).savefig(io.BytesIO())  # what is imported with the first curve is no part of its cost
             while not (self.finished or self.closed.is_set()):
                 begin = time.thread_time()
                 self._look()
