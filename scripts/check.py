@@ -131,7 +131,18 @@ def wheel():
             raise Failed(f"these files of the package are not in the wheel: {', '.join(sorted(missing))}")
         venv.create(folder / "venv", with_pip=True)
         scripts = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
-        run(scripts / "python", "-m", "pip", "install", "-q", "--no-compile", "-c", ROOT / "constraints.txt", built, cwd=folder)
+        run(
+            scripts / "python",
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-compile",
+            "-c",
+            ROOT / "constraints.txt",
+            built,
+            cwd=folder,
+        )
         demo = (scripts / "lora-mvp", "demo", "--out", folder / "demo", "--steps", "20")  # tests/ runs it in full
         run(*demo, cwd=folder, PATH=os.defpath, PYTHONPATH="", OMP_NUM_THREADS="1")
         if not (folder / "demo" / "before_after.png").is_file():
