@@ -308,6 +308,8 @@ NOT_OFFERED = {
     "training.output_dir",
     "training.resume_from",
     "training.cache_dir",
+    "evaluation.prompt_file",
+    "evaluation.extractor",
 }
 
 
