@@ -1,9 +1,16 @@
 """What several test files need."""
 
+import logging
 import os
 
 import pytest
 from PIL import Image, ImageDraw
+
+
+def pytest_runtest_setup(item):
+    """No test sees the level of log messages that a command line in another test has set."""
+    logging.getLogger("lora_mvp").setLevel(logging.NOTSET)
+
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the machine's cores are shared by the processes that tests start
 

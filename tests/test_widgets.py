@@ -148,8 +148,8 @@ def test_a_hand_at_work_in_jupyterlab(drawings, small_run, tmp_path):
         page.wait(f"{button(2, 'draw')} && !{button(2, 'draw')}.disabled")
 
         def on_step(report):  # the training goes on in this process, which is not the kernel's
-            if report.step == 3:
-                page.wait(f"{cell(0)}.innerText.includes('step 3 of 6')")
+            if report.step == 3:  # taken, and not yet written
+                page.wait(f"{cell(0)}.innerText.includes('step 2 of 6')")
                 page.wait(f"{pictures(0)} == 5")  # the curve; two samples of the base, two of step 2
 
         train(config, drawings, on_step=on_step, progress=False)
