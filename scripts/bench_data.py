@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from lora_mvp import images
-from lora_mvp.survey import survey
+from lora_mvp.data import images
+from lora_mvp.data.survey import survey
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--n", type=int, default=500, help="pictures of 1024 x 1024; one in ten is a PNG")

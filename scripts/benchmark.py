@@ -13,8 +13,8 @@ import time
 import torch
 
 from lora_mvp.config import load_config
-from lora_mvp.manifest import read_manifest
-from lora_mvp.train import Trainer
+from lora_mvp.data.manifest import read_manifest
+from lora_mvp.train.loop import Trainer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--manifest", required=True)

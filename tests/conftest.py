@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the machine's cores are shared 
 def drawings(tmp_path_factory):
     """A prepared folder of twelve drawings in two labels; returns the path of its manifest."""
     from lora_mvp.config import load_config
-    from lora_mvp.data import prepare_data
+    from lora_mvp.data.prepare import prepare_data
 
     root = tmp_path_factory.mktemp("drawings")
     for label, colour in [("disc", "crimson"), ("square", "royalblue")]:

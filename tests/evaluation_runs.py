@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 
 from lora_mvp.config import load_config
-from lora_mvp.data import prepare_data
-from lora_mvp.models import asset
-from lora_mvp.train import train
+from lora_mvp.data.prepare import prepare_data
+from lora_mvp.models.base import asset
+from lora_mvp.train.loop import train
 
 HELD_OUT = str(asset("demo", "heldout") / "**" / "*.png")
 NAMES = [p.stem.replace("-", " ") for p in sorted(asset("demo", "heldout").glob("*/*.png"))]

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from lora_mvp.captions import (
+from lora_mvp.config import LoraMvpError, load_config
+from lora_mvp.data.captions import (
     AutoCaptioner,
     AutoCaptions,
     caption_images,
@@ -24,8 +25,7 @@ from lora_mvp.captions import (
     random_blip,
     words_and_marks,
 )
-from lora_mvp.config import LoraMvpError, load_config
-from lora_mvp.data import check_data, prepare_data
+from lora_mvp.data.prepare import check_data, prepare_data
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +48,13 @@ def images(tmp_path):
 
 
 def test_importing_captions_loads_no_torch():
-    code = "import lora_mvp.captions, sys; lora_mvp.captions.too_long(['a'], None)"
+    code = "import lora_mvp.data.captions, sys; lora_mvp.data.captions.too_long(['a'], None)"
     code += "\nassert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_counting_the_tokens_of_a_base_loads_no_torch():
-    code = "import sys\nfrom lora_mvp.captions import *\nprint(too_long(['penguin'] * 2, caption_tokenizer('tiny'), 2))"
+    code = "import sys\nfrom lora_mvp.data.captions import *\nprint(too_long(['penguin'] * 2, caption_tokenizer('tiny'), 2))"
     code += "\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[(0, 3), (1, 3)]"
@@ -130,7 +130,7 @@ def test_a_persons_text_wins_and_stays(blip, images, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lora_mvp.captions import AutoCaptions
+from lora_mvp.data.captions import AutoCaptions
 
 class Stand_in:  # a model that takes the process down in its third batch
     record = {"model": "stand-in", "revision": "1", "params": {}}

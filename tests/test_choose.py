@@ -8,9 +8,9 @@ import pytest
 import yaml
 from evaluation_runs import CALLED, HELD_OUT, prepare, run, settings
 
-from lora_mvp.choose import Choice, choice_text, choose
 from lora_mvp.config import LoraMvpError
-from lora_mvp.eval import data_of
+from lora_mvp.eval.evaluator import data_of
+from lora_mvp.eval.selection import Choice, choice_text, choose
 from lora_mvp.infer import load_run, render
 
 LAST = 48

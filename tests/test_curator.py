@@ -9,11 +9,11 @@ from browser import browse, wait_for
 from lab import jupyterlab, run_all
 from PIL import Image, ImageDraw
 
-import lora_mvp.curator
+import lora_mvp.data.curator
 from lora_mvp.config import LoraMvpError, load_config
-from lora_mvp.curator import PAGE, Curation, Curator, about, placeholder, select, thumbnail
-from lora_mvp.data import Override, check_data, prepare_data, read_overrides, write_overrides
-from lora_mvp.manifest import Manifest, ManifestImage, read_manifest
+from lora_mvp.data.curator import PAGE, Curation, Curator, about, placeholder, select, thumbnail
+from lora_mvp.data.manifest import Manifest, ManifestImage, read_manifest
+from lora_mvp.data.prepare import Override, check_data, prepare_data, read_overrides, write_overrides
 
 BAD = "<img src=x onerror=document.title='run'>"
 
@@ -167,7 +167,7 @@ def test_a_plain_list_has_nothing_to_curate(tmp_path):
 
 def test_of_2000_pictures_a_page_is_opened(tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(lora_mvp.curator, "thumbnail", lambda item: opened.append(item.path) or b"")
+    monkeypatch.setattr(lora_mvp.data.curator, "thumbnail", lambda item: opened.append(item.path) or b"")
     size = {"width": 9, "height": 9, "sha256": "", "split": "train"}
     rows = [
         ManifestImage(
@@ -195,8 +195,8 @@ def test_of_2000_pictures_a_page_is_opened(tmp_path, monkeypatch):
     assert opened == [] and len(curator.curation.unsaved()) == PAGE
 
 
-CELL = """from lora_mvp.curator import Curator
-from lora_mvp.manifest import read_manifest
+CELL = """from lora_mvp.data.curator import Curator
+from lora_mvp.data.manifest import read_manifest
 
 curator = Curator(read_manifest("data/manifest.json"))
 curator.view"""

@@ -26,7 +26,9 @@ import skimage
 from PIL import Image, ImageCms, ImageFilter
 
 from lora_mvp.config import DataConfig, LoraMvpError, load_config
-from lora_mvp.data import (
+from lora_mvp.data.images import REASONS, ImageRecord, decode, facts_of, inspect_image, open_rgb, perceptual_hashes
+from lora_mvp.data.manifest import manifest_schema, parse_manifest, read_manifest
+from lora_mvp.data.prepare import (
     Override,
     check_data,
     deal,
@@ -38,10 +40,8 @@ from lora_mvp.data import (
     summary,
     write_overrides,
 )
-from lora_mvp.images import REASONS, ImageRecord, decode, facts_of, inspect_image, open_rgb, perceptual_hashes
-from lora_mvp.manifest import manifest_schema, parse_manifest, read_manifest
-from lora_mvp.splits import near_duplicates
-from lora_mvp.storage import portable_name
+from lora_mvp.data.splits import near_duplicates
+from lora_mvp.data.storage import portable_name
 
 FLAT = facts_of(Image.new("RGB", (8, 8)))
 LOOSE = DataConfig(min_resolution=64, checks={"rotated": "warn", "had_alpha": "warn", "16bit": "warn", "cmyk": "warn"})
@@ -294,7 +294,7 @@ def test_not_regular(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png_header(20_000, 20_000))
     names = ["pipe.png", "link.png", "loop.png", "folder.png", "/dev/zero", "bomb.png"]
     script = (  # `before` is the most memory so far, kilobytes
-        "import resource, sys; from lora_mvp.images import inspect_image;"
+        "import resource, sys; from lora_mvp.data.images import inspect_image;"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; found = [inspect_image(f) for f in sys.argv[1:]];"
         "print(*(r.reason for r in found), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000)"
     )
@@ -304,7 +304,7 @@ def test_not_regular(tmp_path):
 
 
 def test_import_without_torch():
-    script = "import sys, lora_mvp.data; print([m for m in ('torch', 'diffusers', 'matplotlib') if m in sys.modules])"
+    script = "import sys, lora_mvp.data.prepare; print([m for m in ('torch', 'diffusers', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -956,7 +956,7 @@ def test_a_plain_list_is_a_manifest(tmp_path):
 
 def test_stopped_in_the_middle(tmp_path, monkeypatch):
     "An error while writing leaves the earlier manifest and its files; the next run completes."
-    from lora_mvp import storage
+    from lora_mvp.data.prepare import storage
 
     raw = fill(tmp_path / "raw", cat=4)
     first = prepare_data(settings(tmp_path))

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_mvp.adapters import add_lora
 from lora_mvp.config import TrainingConfig, load_config
-from lora_mvp.data import prepare_data
-from lora_mvp.doctor import Estimate, LiveBytes, advice, doctor, doctor_text, full_bytes, skeleton, step_bytes
-from lora_mvp.models import asset, encode_text, family_of, load_base, random_base, text_parts, unet_arguments
-from lora_mvp.objectives import image_losses
+from lora_mvp.data.prepare import prepare_data
+from lora_mvp.models.adapters import add_lora
+from lora_mvp.models.base import asset, encode_text, family_of, load_base, random_base, text_parts, unet_arguments
+from lora_mvp.train.diagnosis import Estimate, LiveBytes, advice, doctor, doctor_text, full_bytes, skeleton, step_bytes
+from lora_mvp.train.objectives import image_losses
 
 PLENTY = 64e9
 
@@ -55,7 +55,7 @@ def estimates():
 @pytest.fixture
 def look(tmp_path, monkeypatch, estimates):
     """The doctor on `tiny` with some settings changed; findings of a level as text."""
-    monkeypatch.setattr("lora_mvp.doctor.Estimate", estimates)
+    monkeypatch.setattr("lora_mvp.train.diagnosis.Estimate", estimates)
 
     def run(manifest=None, memory=PLENTY, device="cpu", **training):
         training = {"pretrained_model": "tiny", "output_dir": tmp_path / "run", "resolution": 64, **training}
@@ -80,7 +80,7 @@ def only(findings, topic, *words):
 
 
 def test_a_good_run_has_no_errors_and_is_quick(look, manifest, monkeypatch):
-    monkeypatch.setattr("lora_mvp.doctor.Estimate", Estimate)  # with nothing known beforehand
+    monkeypatch.setattr("lora_mvp.train.diagnosis.Estimate", Estimate)  # with nothing known beforehand
     start = time.process_time()
     found = look(manifest, max_train_steps=60, lr_warmup_steps=5, checkpointing_steps=20)
     assert time.process_time() - start < 10

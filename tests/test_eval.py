@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_mvp import eval as evaluation
 from lora_mvp.config import LoraMvpError, load_config
-from lora_mvp.eval import Metrics, evaluate, find_real, score
-from lora_mvp.extractors import ClipExtractor
+from lora_mvp.eval.evaluator import Metrics, evaluate, find_real, score
+from lora_mvp.eval.evaluator import evaluator as evaluation
+from lora_mvp.eval.extractors import ClipExtractor
+from lora_mvp.eval.samples import read_plan
+from lora_mvp.eval.scores import table
 from lora_mvp.infer import LoadedRun
-from lora_mvp.samples import read_plan
-from lora_mvp.scores import table
 
 
 @pytest.fixture(scope="module")

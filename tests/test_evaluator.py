@@ -10,16 +10,16 @@ from evaluation_runs import CALLED as ALL
 from evaluation_runs import HELD_OUT, PLAIN, prepare, run, settings
 from PIL import Image
 
-from lora_mvp import eval as evaluation
 from lora_mvp.cli import main
 from lora_mvp.config import LoraMvpError
-from lora_mvp.copies import find_real
-from lora_mvp.eval import Evaluator
-from lora_mvp.extractors import find_extractor
+from lora_mvp.eval.copies import find_real
+from lora_mvp.eval.evaluator import Evaluator
+from lora_mvp.eval.evaluator import evaluator as evaluation
+from lora_mvp.eval.extractors import find_extractor
+from lora_mvp.eval.metrics import alignment
+from lora_mvp.eval.scores import Metrics, compare_samples, sample_scores
+from lora_mvp.eval.verdicts import judge
 from lora_mvp.infer import load_run, render
-from lora_mvp.metrics import alignment
-from lora_mvp.scores import Metrics, compare_samples, sample_scores
-from lora_mvp.verdicts import judge
 
 STEPS = 32
 CALLED = [prompt for k, prompt in enumerate(ALL) if k % 3]  # two thirds are enough to see it

@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
-from lora_mvp import extractors
 from lora_mvp.config import LoraMvpError, load_config
-from lora_mvp.extractors import (
+from lora_mvp.data.images import open_rgb
+from lora_mvp.eval.evaluator import extractors
+from lora_mvp.eval.extractors import (
     ClipExtractor,
     DinoExtractor,
     FeatureCache,
@@ -26,9 +27,8 @@ from lora_mvp.extractors import (
     to_pixels,
     wrap_module,
 )
-from lora_mvp.images import open_rgb
-from lora_mvp.metrics import alignment, frechet_distance, similarity
-from lora_mvp.models import asset
+from lora_mvp.eval.metrics import alignment, frechet_distance, similarity
+from lora_mvp.models.base import asset
 
 
 def noise_pictures(n, seed, size=(40, 32)):

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lora_mvp.config import LoraMvpError, load_config
-from lora_mvp.data import prepare_data
-from lora_mvp.handover import export_data, place_of, read_back
-from lora_mvp.images import open_rgb
-from lora_mvp.manifest import Manifest, ManifestImage, manifest_schema, read_manifest, rows_of_list
+from lora_mvp.data.handover import export_data, place_of, read_back
+from lora_mvp.data.images import open_rgb
+from lora_mvp.data.manifest import Manifest, ManifestImage, manifest_schema, read_manifest, rows_of_list
+from lora_mvp.data.prepare import prepare_data
 
 FORMS = ("hf", "kohya")
 
@@ -216,7 +216,7 @@ def test_a_disk_that_refuses_leaves_nothing(drawings, tmp_path):
     resource = pytest.importorskip("resource")
     assert resource
     code = (
-        "import resource, sys\nfrom lora_mvp.data import read_manifest\nfrom lora_mvp.handover import export_data\n"
+        "import resource, sys\nfrom lora_mvp.data.prepare import read_manifest\nfrom lora_mvp.data.handover import export_data\n"
         "manifest = read_manifest(sys.argv[1])\nresource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))\n"
         "try:\n    export_data(manifest, 'kohya', sys.argv[2])\nexcept Exception as e:\n    print(e.code, e)"
     )

@@ -1,6 +1,7 @@
 """The rules of the house that one notebook alone cannot hold; docs/architecture.md says why they are there."""
 
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lora_mvp"
+EXPORT = {"export", "exporti", "exports"}
 DIRECTIVE = re.compile(r"(?m)^#\s*\|\s*(\S+)(?:\s+(\S+))?")
 
 
@@ -23,10 +25,12 @@ class Chapter:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
         directives = [dict(DIRECTIVE.findall(source)) for source in sources]
-        self.name = path.stem
-        self.floor = path.stem.split("_")[0]  # "05" is below "05a", "05a" below "06"
+        self.name = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+        part = path.parent.name.split("_")[0] if path.parent != ROOT / "nbs" else "0"  # root chapters lie lowest
+        self.floor = (int(part), path.stem.split("_")[0])  # the part, then the floor within it
         self.module = next((found["default_exp"] for found in directives if "default_exp" in found), None)
-        self.exported = [source for source, found in zip(sources, directives, strict=True) if "export" in found]
+        self.is_face = bool(self.module) and self.module.split(".")[-1] == "__init__"
+        self.exported = [source for source, found in zip(sources, directives, strict=True) if EXPORT & set(found)]
 
     def imports(self) -> set[str]:
         """Every module that an exported cell imports, at its top or inside a function, as a full dotted name."""
@@ -43,8 +47,10 @@ class Chapter:
         return found
 
 
-CHAPTERS = [Chapter(path) for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))]
-EXPORTING = [chapter for chapter in CHAPTERS if chapter.module]
+FOLDERS = [ROOT / "nbs", *sorted((ROOT / "nbs").glob("[0-9]_*/"))]
+CHAPTERS = [Chapter(path) for folder in FOLDERS for path in sorted(folder.glob("[0-9]*.ipynb"))]
+FACES = [chapter for chapter in CHAPTERS if chapter.is_face]
+EXPORTING = [chapter for chapter in CHAPTERS if chapter.module and not chapter.is_face]
 FLOORS = {f"{PACKAGE}.{chapter.module}": chapter.floor for chapter in EXPORTING}
 
 
@@ -91,6 +97,47 @@ def test_every_chapter_has_its_title_and_its_module(chapter):
     assert (ROOT / PACKAGE / (chapter.module.replace(".", "/") + ".py")).is_file(), "run nbdev_export"
 
 
+def test_chapters_do_not_go_through_doors():
+    """A face opens upward as well as downward; a chapter that used one would hide what it imports."""
+    faces = {f"{PACKAGE}.{chapter.module}".removesuffix(".__init__") for chapter in FACES} - {PACKAGE}
+    for chapter in EXPORTING:
+        for name in chapter.imports() - set(FLOORS):
+            assert name.rpartition(".")[0] not in faces or name in faces, f"{chapter.name} imports {name} by a door"
+
+
+def doors_of(chapter) -> dict[str, str]:
+    """The doors of a face and where each leads."""
+    return importlib.import_module(f"{PACKAGE}.{chapter.module}".removesuffix(".__init__"))._DOORS
+
+
+@pytest.mark.parametrize("chapter", FACES, ids=lambda chapter: chapter.name)
+def test_a_face_says_the_same_to_programs_and_to_editors(chapter):
+    doors = doors_of(chapter)
+    face = importlib.import_module(f"{PACKAGE}.{chapter.module}".removesuffix(".__init__"))
+    assert sorted(doors) == sorted(face.__all__)
+    block = next(node for source in chapter.exported for node in ast.parse(source).body if isinstance(node, ast.If))
+    told = {
+        alias.asname or alias.name: node.module + (f":{alias.name}" if alias.asname else "")
+        for node in block.body
+        for alias in node.names
+    }
+    assert told == doors
+
+
+def test_every_door_opens_when_every_module_is_loaded():
+    """A module with the name of a door would stand in its place once it is loaded."""
+    code = f"""
+import importlib, pkgutil, inspect, {PACKAGE}
+for module in pkgutil.walk_packages({PACKAGE}.__path__, "{PACKAGE}."):
+    importlib.import_module(module.name)
+for face in {[f"{PACKAGE}.{chapter.module}".removesuffix(".__init__") for chapter in FACES]}:
+    face = importlib.import_module(face)
+    for name in face.__all__:
+        assert not inspect.ismodule(getattr(face, name)), (face, name)
+"""
+    modules_after(code)
+
+
 def test_every_module_has_its_chapter():
     generated = {path for path in (ROOT / PACKAGE).rglob("*.py") if not {"assets", "__pycache__"} & set(path.parts)}
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in generated}
@@ -120,7 +167,12 @@ HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "cv2", "mat
 
 
 def test_config_is_light():
-    assert not modules_after("import lora_mvp.config") & HEAVY
+    assert not modules_after("import lora_mvp, lora_mvp.config") & HEAVY
+
+
+def test_a_light_chapter_of_a_part_loads_nothing_of_the_others():
+    loaded = modules_after("import lora_mvp.data.splits")
+    assert "numpy" in loaded and not loaded & (HEAVY | {"PIL", "pydantic", "yaml", "scipy"})
 
 
 def test_the_service_and_what_watches_over_trainings_are_light():

@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lora_mvp.config import LoraMvpError, load_config
-from lora_mvp.data import prepare_data
-from lora_mvp.latents import (
+from lora_mvp.data.prepare import prepare_data
+from lora_mvp.data.storage import OBLONG, bucket_of
+from lora_mvp.models.base import encode_text, granularity, load_base, random_base, unet_arguments
+from lora_mvp.train.latents import (
     Plan,
     Source,
     TextTable,
@@ -33,8 +35,6 @@ from lora_mvp.latents import (
     sources,
     unpack,
 )
-from lora_mvp.models import encode_text, granularity, load_base, random_base, unet_arguments
-from lora_mvp.storage import OBLONG, bucket_of
 
 SIZES = [(96, 64), (64, 96), (80, 80), (128, 64), (70, 100), (90, 90), (100, 66), (66, 130)]
 
@@ -242,9 +242,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from lora_mvp.config import load_config
-from lora_mvp.manifest import read_manifest
-from lora_mvp.latents import encode_images, sources
-from lora_mvp.models import load_base
+from lora_mvp.data.manifest import read_manifest
+from lora_mvp.train.latents import encode_images, sources
+from lora_mvp.models.base import load_base
 manifest, cache, out, ready, go = map(Path, sys.argv[1:])
 config = load_config(overrides={"training.pretrained_model": "tiny"})
 training = config.training.model_copy(update={"aspect_buckets": True})

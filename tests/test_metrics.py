@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lora_mvp.metrics import (
+from lora_mvp.eval.metrics import (
     alignment,
     cubic_kernel,
     detectable_effect,

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from lora_mvp.config import LoraMvpError
-from lora_mvp.models import (
+from lora_mvp.models.base import (
     FAMILIES,
     asset,
     base_revision,
@@ -367,7 +367,7 @@ def test_a_hub_model_comes_from_the_cache_with_its_commit(bases, tmp_path):
     in_cache(tmp_path / "cache", FAMILIES["sd1"].hub_id, settings, commit)
     one_file(bases["sd1"], "sd1", tmp_path / "alone.safetensors")
     code = f"""
-from lora_mvp.models import *
+from lora_mvp.models.base import *
 for revision in (None, "main", "{commit}"):
     pipe = load_base("me/small-xl", revision=revision)
     assert base_revision(pipe) == base_revision("me/small-xl", revision) == "{commit}", base_revision(pipe)

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_mvp.captions import as_words
 from lora_mvp.config import LoraMvpError, TrainingConfig
-from lora_mvp.report import (
+from lora_mvp.data.captions import as_words
+from lora_mvp.data.report import (
     METRICS,
     PER_REASON,
     POLICY,
@@ -228,7 +228,7 @@ def test_only_pictures_inside_the_raw_folder_are_shown(raw, tmp_path):
 
 def test_a_file_that_could_not_be_decoded_is_not_opened_again(raw, monkeypatch):
     opened = []
-    monkeypatch.setattr("lora_mvp.report.open_rgb", lambda path: opened.append(path))
+    monkeypatch.setattr("lora_mvp.data.report.open_rgb", lambda path: opened.append(path))
     assert "cannot be shown" in report_html(manifest_of([], [refused("cat/0.png", reason("unreadable"))]), raw)
     assert opened == []
 

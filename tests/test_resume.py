@@ -25,7 +25,7 @@ PROVED = ["loss_history.csv", "validation.csv", "lora_adapter/pytorch_lora_weigh
 @pytest.fixture(scope="module")
 def server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lora_mvp.cli", "lora_mvp.train"])
+    context.set_forkserver_preload(["lora_mvp.cli", "lora_mvp.train.loop"])
     return context
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_mvp.splits import group, near_duplicates, remember, split_groups
+from lora_mvp.data.splits import group, near_duplicates, remember, split_groups
 
 ORIENTATIONS = 8
 MOTIFS = 8  # an odd motif is 12 bits away from the even one before it, and a bridge lies half-way between the two
@@ -257,5 +257,5 @@ def test_five_thousand_images_in_seconds():
 
 
 def test_the_module_is_light():
-    code = "import sys, lora_mvp.splits; print([m for m in ('torch', 'cv2', 'PIL', 'matplotlib') if m in sys.modules])"
+    code = "import sys, lora_mvp.data.splits; print([m for m in ('torch', 'cv2', 'PIL', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -31,8 +31,8 @@ EVERYTHING = {"text_encoder_learning_rate": 1e-4, "snr_gamma": 5.0, "caption_dro
     ids=["sd1", "sd2", "sdxl", "sdxl-bf16"],
 )
 def test_every_family_trains_resumes_and_exports(drawings, small_run, tmp_path, family, changes):
-    from lora_mvp.models import random_base
-    from lora_mvp.train import train
+    from lora_mvp.models.base import random_base
+    from lora_mvp.train.loop import train
 
     base = random_base(family, tmp_path / "base")
     options = {"pretrained_model": base, "max_train_steps": 4, **changes}
@@ -56,7 +56,7 @@ def test_every_family_trains_resumes_and_exports(drawings, small_run, tmp_path, 
 
 def test_the_prior_counts_with_its_weight_and_nothing_else_changes(drawings, small_run, tmp_path):
     """Before the adapter has moved, the loss is that of the pictures plus the weight times that of the class."""
-    from lora_mvp.train import train
+    from lora_mvp.train.loop import train
 
     folder = drawings.parent.parent / "raw" / "square"
     prior = {"regularization_dir": folder, "regularization_prompt": "square"}
@@ -70,7 +70,7 @@ def test_the_prior_counts_with_its_weight_and_nothing_else_changes(drawings, sma
 
 
 def test_gradient_checkpointing_computes_the_same(drawings, small_run, tmp_path):
-    from lora_mvp.train import train
+    from lora_mvp.train.loop import train
 
     for name, on in (("off", False), ("on", True)):
         options = {"gradient_checkpointing": on, "lora_dropout": 0.0, "max_train_steps": 3}
@@ -81,7 +81,7 @@ def test_gradient_checkpointing_computes_the_same(drawings, small_run, tmp_path)
 def test_two_processes_take_the_steps_of_one(drawings, small_run, tmp_path):
     """Two processes with one micro-batch each are one process with two."""
     from lora_mvp.config import config_yaml
-    from lora_mvp.train import train
+    from lora_mvp.train.loop import train
 
     options = {"max_train_steps": 3, "lora_dropout": 0.0, "batch_size": 3}
     one = load_config(overrides=small_run(tmp_path / "one", gradient_accumulation=2, **options))
@@ -98,9 +98,9 @@ def test_two_processes_take_the_steps_of_one(drawings, small_run, tmp_path):
 
 def test_the_golden_curve(tmp_path):
     """Twenty steps on the demo's pictures give the committed losses; rounding differs between machines, a bug more."""
-    from lora_mvp.data import prepare_data
+    from lora_mvp.data.prepare import prepare_data
     from lora_mvp.demo import demo_folder
-    from lora_mvp.train import train
+    from lora_mvp.train.loop import train
 
     demo_folder(tmp_path / "demo")
     config = load_config(tmp_path / "demo" / "config.yaml", overrides={"training.max_train_steps": 20})
@@ -112,7 +112,7 @@ def test_the_golden_curve(tmp_path):
 
 
 def test_a_setting_that_trains_nothing_is_refused(drawings, small_run, tmp_path):
-    from lora_mvp.train import train
+    from lora_mvp.train.loop import train
 
     with pytest.raises(LoraMvpError, match="batch_size is 50"):
         train(load_config(overrides=small_run(tmp_path / "run", batch_size=50)), drawings, progress=False)

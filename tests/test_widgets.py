@@ -11,11 +11,11 @@ from browser import browse, wait_for
 from lab import jupyterlab, run_all
 from PIL import Image
 
-from lora_mvp.adapters import adapter_parameters, add_lora, save_adapter
 from lora_mvp.config import TrainingConfig, load_config
 from lora_mvp.infer import load_run, render
-from lora_mvp.models import load_base
-from lora_mvp.train import train
+from lora_mvp.models.adapters import adapter_parameters, add_lora, save_adapter
+from lora_mvp.models.base import load_base
+from lora_mvp.train.loop import train
 from lora_mvp.widgets import Compare, Playground, TrainMonitor, png_bytes
 
 PROMPT, OPTIONS = "penguin, noto style", {"steps": 2, "guidance_scale": 3.0}
