@@ -137,7 +137,7 @@ pipe("A photo of a disc", **how).images[0].save(sys.argv[2])
 
 @pytest.fixture(scope="module")
 def used(home, trained, interrupted, pool):
-    """Everything that one does with a trained run; name -> finished process. (`interrupted` goes on meanwhile.)"""
+    """Everything that one does with a trained run; name -> finished process. (`interrupted` goes on meanwhile.)."""
     (home / "plain.py").write_text(PLAIN)
     commands = [command.replace("{home}", shlex.quote(str(home))) for command in USES.values()]
     return dict(zip(USES, pool.map(lambda command: run(command, home), commands)))

@@ -24,7 +24,7 @@ from .samples import place_tile
 
 # %% ../../nbs/5_eval/05_copies.ipynb #be18fa5c
 class RealSet(NamedTuple):
-    "Real pictures and where they came from"
+    "Real pictures and where they came from."
 
     files: list[str]
     images: list[Image.Image]
@@ -33,7 +33,7 @@ class RealSet(NamedTuple):
 
     @property
     def pixels(self) -> list[str]:
-        "The identity of each picture"
+        "The identity of each picture."
         return [pixel_hash(image) for image in self.images]
 
 
@@ -41,7 +41,7 @@ def read_pictures(
     files: list[str],
     names: list[str] | None = None,  # what to call them; default: as they are
 ) -> RealSet:
-    "The pictures in some files, each once"
+    "The pictures in some files, each once."
     kept, seen, refused, copies = [], set(), [], 0
     for file, name in zip(files, names or files):
         try:
@@ -59,7 +59,7 @@ def read_pictures(
 def find_real(
     pattern: str,  # like "data/processed/val/**/*.png"
 ) -> RealSet:
-    "All pictures that a recursive pattern matches; `LoraMvpError` (`no_real_images`) if there are none"
+    "All pictures that a recursive pattern matches; `LoraMvpError` (`no_real_images`) if there are none."
     names = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
     found = read_pictures([name for name in names if Path(name).is_file()])
     if not found.images:
@@ -73,7 +73,7 @@ def real_of_split(
     manifest: Manifest,
     split: str,  # `train` or `val`
 ) -> RealSet:  # empty when the split is
-    "The pictures of one split as training sees them, named as the manifest does"
+    "The pictures of one split as training sees them, named as the manifest does."
     rows = manifest.rows(split)
     return read_pictures([str(manifest.path_of(row)) for row in rows], [row.file for row in rows])
 
@@ -84,7 +84,7 @@ NEAR_BITS = 8  # of 64: what the split of the data takes for the same picture, t
 def scenes(
     *sets: RealSet,
 ) -> list[str]:  # of all pictures, set after set
-    "Which pictures show the same: equal names for pictures whose perceptual hashes nearly agree"
+    "Which pictures show the same: equal names for pictures whose perceptual hashes nearly agree."
     images = [image for s in sets for image in s.images]
     names = [f"{k:06d}" for k in range(len(images))]
     groups = group(names, near_duplicates([perceptual_hashes(image) for image in images], NEAR_BITS))
@@ -92,7 +92,7 @@ def scenes(
 
 
 class Threshold(NamedTuple):
-    "Above which cosine a sample is too near to a training picture"
+    "Above which cosine a sample is too near to a training picture."
 
     cosine: float  # nan: too few different pictures to say
     n: int  # pictures that it rests on
@@ -104,7 +104,7 @@ def calibrate(
     scene: list[str],  # of `scenes`, training pictures first
     control: np.ndarray | None = None,  # of samples of a model that never saw the training pictures (n, d)
 ) -> Threshold:
-    "The 99th percentile of what pictures that are no copies reach with training pictures"
+    "The 99th percentile of what pictures that are no copies reach with training pictures."
     cosines = similarity(np.concatenate([train, other]) if len(other) else train, train)
     same = np.array(scene)[:, None] == np.array(scene[: len(train)])[None]
     largest = np.where(same, -np.inf, cosines).max(1)
@@ -118,7 +118,7 @@ def nearest_hash(
     images: list[Image.Image],  # (n)
     train: list[Image.Image],  # (m)
 ) -> tuple[np.ndarray, np.ndarray]:  # index of the nearest (n,), and bits of 64 (n,); 64 for a flat picture
-    "The training picture whose perceptual hash differs least, in any orientation"
+    "The training picture whose perceptual hash differs least, in any orientation."
     own = [perceptual_hashes(image) for image in images]
     known = [(i, key) for i, image in enumerate(train) for key in perceptual_hashes(image)]
     index, bits = np.zeros(len(images), dtype=int), np.full(len(images), 64, dtype=int)
@@ -131,7 +131,7 @@ def nearest_hash(
 
 # %% ../../nbs/5_eval/05_copies.ipynb #27ae05ce
 class Near(BaseModel):
-    "A sample and its nearest training picture"
+    "A sample and its nearest training picture."
 
     sample: int  # position in the plan
     train_file: str
@@ -141,7 +141,7 @@ class Near(BaseModel):
 
 
 class CopyShare(BaseModel):
-    "How many samples are training pictures come back"
+    "How many samples are training pictures come back."
 
     n: int  # samples
     n_train: int
@@ -155,7 +155,7 @@ class CopyShare(BaseModel):
 
 
 class CopyCheck(CopyShare):
-    "The share with its evidence"
+    "The share with its evidence."
 
     rows: list[Near]  # in the order of the samples
 
@@ -168,7 +168,7 @@ def check_copies(
     threshold: Threshold,
     positions: list[int] | None = None,  # of the samples in the plan
 ) -> CopyCheck:
-    "Hold every sample against all training pictures"
+    "Hold every sample against all training pictures."
     index, cosines = nearest(features, train_features)
     twin, bits = nearest_hash(images, train.images)
     index = np.where(bits <= NEAR_BITS, twin, index)  # the same picture outranks a similar one
@@ -198,7 +198,7 @@ def nearest_sheet(
     most: int = 24,  # pairs shown
     tile: int = 96,  # side of each picture in pixels
 ) -> Image.Image:
-    "Samples and their nearest training pictures, the worst first"
+    "Samples and their nearest training pictures, the worst first."
     of_file = dict(zip(train.files, train.images))
     order = sorted(range(len(images)), key=lambda k: (check.rows[k].bits > NEAR_BITS, -check.rows[k].cosine))[:most]
     columns, font = min(4, max(len(order), 1)), ImageFont.load_default(11)

@@ -79,7 +79,7 @@ def subjects_of(
     config: AppConfig,
     manifests: list[Manifest],
 ) -> list[str]:  # sorted; may be empty
-    "What the data calls the new thing: the trigger with each label"
+    "What the data calls the new thing: the trigger with each label."
     named = {
         (config.data.trigger or str(m.config.get("trigger") or ""), row.label) for m in manifests for row in m.images
     }
@@ -93,7 +93,7 @@ def plan_for(
     seed: int | None = None,  # default: evaluation.seed
     per_prompt: int | None = None,  # default: evaluation.num_samples
 ) -> SamplePlan:
-    "The pictures that a configuration asks for; `LoraMvpError` for prompts that cannot be drawn"
+    "The pictures that a configuration asks for; `LoraMvpError` for prompts that cannot be drawn."
     e = config.evaluation
     if e.prompt_file:
         groups = fill_all(read_prompts(e.prompt_file), subjects_of(config, manifests))
@@ -107,7 +107,7 @@ def plan_for(
 # %% ../../nbs/5_eval/09_evaluator.ipynb #c4c98a3a
 @dataclass
 class Data:
-    "The pictures around one run"
+    "The pictures around one run."
 
     manifest: Manifest | None = None
     train: RealSet | None = None
@@ -118,7 +118,7 @@ def data_of(
     model: str | Path,  # a run, an adapter or a pipeline
     manifest: str | Path | None = None,  # instead of the one that the run names
 ) -> Data:
-    "The data a run was trained on, as far as it can be found; `LoraMvpError` only for a manifest given here"
+    "The data a run was trained on, as far as it can be found; `LoraMvpError` only for a manifest given here."
     if manifest is not None:
         found = read_manifest(manifest)
         return Data(found, real_of_split(found, "train"), "")
@@ -137,7 +137,7 @@ def real_for(
     pattern: str | None,  # of the user's own real pictures
     data: list[Data],  # of the runs; their validation splits are taken together
 ) -> RealSet:
-    "The pictures that samples should be like; `LoraMvpError` (`no_real_images`) when there are none"
+    "The pictures that samples should be like; `LoraMvpError` (`no_real_images`) when there are none."
     if pattern is not None:
         return find_real(str(pattern))
     manifests = [found.manifest for found in data if found.manifest is not None]
@@ -153,7 +153,7 @@ def real_warnings(
     real: RealSet,
     train: RealSet | None,
 ) -> list[Warned]:
-    "What to know about the real pictures"
+    "What to know about the real pictures."
     found = []
     if real.refused:
         found.append(
@@ -179,7 +179,7 @@ def real_warnings(
 # %% ../../nbs/5_eval/09_evaluator.ipynb #4c04c742
 @dataclass
 class Column:
-    "One model of a comparison and what it drew"
+    "One model of a comparison and what it drew."
 
     name: str  # as results call it
     folder: str  # below `samples`
@@ -191,14 +191,14 @@ class Column:
 
     @property
     def failed(self) -> int:
-        "How many samples could not be drawn"
+        "How many samples could not be drawn."
         return sum(picture is None for picture in self.pictures)
 
 
 def base_facts(
     run: LoadedRun,
 ) -> dict[str, Any]:
-    "The identity of a base"
+    "The identity of a base."
     parts = [run.pipe.unet, run.pipe.vae, *text_parts(run.pipe).values()]
     digest = sha256("".join(map(weights_hash, parts)).encode()).hexdigest()
     return {"base": run.base, "base_sha256": digest, "dtype": str(run.pipe.unet.dtype).removeprefix("torch.")}
@@ -208,7 +208,7 @@ def model_facts(
     run: LoadedRun,
     scale: float,
 ) -> dict[str, Any]:
-    "The identity of a base with its adapter at a strength"
+    "The identity of a base with its adapter at a strength."
     acts = run.adapter is not None and scale != 0
     adapter = sha256((Path(run.adapter) / WEIGHTS).read_bytes()).hexdigest() if acts else None
     return base_facts(run) | {"adapter_sha256": adapter, "lora_scale": scale if acts else 0.0}
@@ -222,7 +222,7 @@ def draw_column(
     folder: Path,  # of the pictures
     batch_size: int = 4,
 ) -> None:
-    "Draw one column of a comparison, as far as it is not there"
+    "Draw one column of a comparison, as far as it is not there."
 
     def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
         how = plan.model_dump(include={"num_inference_steps", "guidance_scale", "size"})
@@ -237,7 +237,7 @@ def draw_columns(
     out: Path,  # pictures go below `samples` in it
     batch_size: int = 4,
 ) -> None:
-    "Draw all columns, with one model in memory at a time"
+    "Draw all columns, with one model in memory at a time."
     run = None
     for k, column in enumerate(columns):
         if run is None or column.model != columns[k - 1].model:
@@ -248,7 +248,7 @@ def draw_columns(
 
 # %% ../../nbs/5_eval/09_evaluator.ipynb #0f47b8f5
 class Evaluator:
-    "Draws by a written plan, scores, compares; real pictures come from a pattern or from the run's own manifest"
+    "Draws by a written plan, scores, compares; real pictures come from a pattern or from the run's own manifest."
 
     def __init__(
         self,
@@ -262,7 +262,7 @@ class Evaluator:
         self,
         base: str,  # name of the base
     ) -> tuple[Extractor, Extractor]:  # of texts and pictures; of pictures alone
-        "The extractors that the configuration names"
+        "The extractors that the configuration names."
         scorer, name = scorer_for(base, self.config), self.config.evaluation.extractor
         return scorer, find_extractor(name, self.config) if name else scorer
 
@@ -272,7 +272,7 @@ class Evaluator:
         out: str | Path | None = None,  # default: `evaluation` in the model's folder
         lora_scale: float = 1.0,  # strength of the LoRA; 0 is the base
     ) -> Metrics:
-        "Compare a run with its base, or with evaluation.baseline_model_path"
+        "Compare a run with its base, or with evaluation.baseline_model_path."
         baseline = self.config.evaluation.baseline_model_path
         base = check_run(model, self.config)
         data = data_of(model, self.manifest)
@@ -290,7 +290,7 @@ class Evaluator:
         out: str | Path = "comparison",
         lora_scale: float = 1.0,  # strength of both adapters
     ) -> Metrics:  # its `judgement` holds the verdict
-        "Which of two models is better, if these pictures can tell"
+        "Which of two models is better, if these pictures can tell."
         if str(a) == BASE and str(b) == BASE:
             raise LoraMvpError("nothing_to_compare", "base against base: name a model for at least one of them.")
         names = name_columns(a, b)
@@ -303,7 +303,7 @@ class Evaluator:
 
 
 def name_columns(a: str | Path, b: str | Path) -> tuple[str, str]:
-    "Short names for two models: the last parts of their paths that differ"
+    "Short names for two models: the last parts of their paths that differ."
     first, second = Path(a).parts, Path(b).parts
     for k in range(1, max(len(first), len(second)) + 1):
         one, two = "/".join(first[-k:]), "/".join(second[-k:])
@@ -316,7 +316,7 @@ def check_run(
     model_path: str | Path,
     config: AppConfig,
 ) -> str:  # name of the base
-    "The base of a run that can be compared; `LoraMvpError` for a path that is no model, or one with nothing to compare"
+    "The base of a run that can be compared; `LoraMvpError` for a path that is no model, or one with nothing to compare."
     baseline = config.evaluation.baseline_model_path
     base, adapter = find_run(model_path)
     if baseline is not None:
@@ -330,7 +330,7 @@ def check_run(
 # %% ../../nbs/5_eval/09_evaluator.ipynb #e699ef23
 @dataclass
 class Compared:
-    "A comparison with everything that was looked at"
+    "A comparison with everything that was looked at."
 
     metrics: Metrics
     plan: SamplePlan
@@ -340,7 +340,7 @@ class Compared:
     evidence: list[CopyEvidence]
 
     def images(self, k: int) -> list[Image.Image]:
-        "The scored pictures of a column"
+        "The scored pictures of a column."
         return [self.columns[k].pictures[i] for i in self.pairs]
 
 
@@ -351,7 +351,7 @@ def compare(
     base: str,  # name of the base, for the extractor
     out: Path,
 ) -> Metrics:
-    "Draw, score, write; mistakes are found before anything is drawn"
+    "Draw, score, write; mistakes are found before anything is drawn."
     data = [column.data for column in columns]
     plan = plan_for(self.config, [d.manifest for d in data if d.manifest])
     real = real_for(self.real_glob, data)
@@ -369,7 +369,7 @@ def compare(
 
 
 def prepare_out(out: Path) -> None:
-    "Make the output folder; `LoraMvpError` (`output_not_writable`)"
+    "Make the output folder; `LoraMvpError` (`output_not_writable`)."
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -381,7 +381,7 @@ def settings_of(
     columns: list[Column],
     base: str,
 ) -> dict[str, Any]:
-    "How the samples were made, for the record"
+    "How the samples were made, for the record."
     e = evaluator.config.evaluation
     how = {"base": base, "real_glob": evaluator.real_glob, "seed": e.seed, "per_prompt": e.num_samples}
     how |= {"steps": e.num_inference_steps, "guidance_scale": e.guidance_scale}
@@ -397,7 +397,7 @@ def score_columns(
     extractors: tuple[Extractor, Extractor],  # of texts and pictures; of pictures alone
     cache: FeatureCache,
 ) -> Compared:
-    "Everything that can be said of two drawn columns"
+    "Everything that can be said of two drawn columns."
     (scorer, look), seed = extractors, config.evaluation.seed
     both = [k for k in range(len(plan.rows)) if all(column.pictures[k] is not None for column in columns)]
     pairs = [k for k in main if k in set(both)]
@@ -432,7 +432,7 @@ def column_scores(
     cache: FeatureCache,
     control: list[Image.Image] | None = None,  # pictures of the base, which has copied nothing
 ) -> tuple[dict[str, np.ndarray], CopyEvidence | None]:
-    "The scores of each picture of a column, and its copy check where the training pictures are known"
+    "The scores of each picture of a column, and its copy check where the training pictures are known."
     scorer, look = extractors
     match = alignment(features_of(scorer, images, cache), scorer.text_features(prompts))
     features, real_features = features_of(look, images, cache), features_of(look, real.images, cache)
@@ -455,7 +455,7 @@ def add_groups(
     cache: FeatureCache,
     seed: int,
 ) -> None:
-    "Fill in the match with the prompt for each group, and forgetting"
+    "Fill in the match with the prompt for each group, and forgetting."
     rows, metrics = done.plan.rows, done.metrics
     groups = dict.fromkeys(rows[k].group for k in done.pairs)
     for group in groups if len(groups) > 1 else ():
@@ -475,7 +475,7 @@ def add_warnings(
     done: Compared,
     real: RealSet,
 ) -> None:
-    "Fill in what is known only when everything was drawn"
+    "Fill in what is known only when everything was drawn."
     metrics, columns = done.metrics, done.columns
     hashes = [dataset_hash(c.data.manifest) for c in columns if c.data.manifest]
     for train in {id(c.data.train): c.data.train for c in columns if c.data.train}.values() or [None]:
@@ -515,7 +515,7 @@ def add_warnings(
 def sample_rows(
     done: Compared,
 ) -> list[dict[str, Any]]:  # one per picture, of all columns
-    "What is known of every picture"
+    "What is known of every picture."
     rows = []
     for column, values in zip(done.columns, done.values):
         near = {row.sample: row for proof in done.evidence if proof.column == column.name for row in proof.check.rows}
@@ -534,7 +534,7 @@ def write_results(
     done: Compared,
     out: Path,
 ) -> None:
-    "All files of a comparison"
+    "All files of a comparison."
     metrics, images = done.metrics, [done.images(0), done.images(1)]
     for s, k in zip(metrics.samples, done.pairs):
         s.seed = done.plan.rows[k].seed
@@ -558,12 +558,12 @@ def write_results(
 
 
 def save_png(image: Image.Image, file: Path) -> None:
-    "Write a sheet"
+    "Write a sheet."
     atomic_write(file, png_bytes(image))
 
 
 def environment() -> dict[str, Any]:
-    "Versions and machine"
+    "Versions and machine."
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {"versions": versions, "device": device, "machine": f"{platform.system()} {platform.machine()}"}
@@ -577,5 +577,5 @@ def evaluate(
     lora_scale: float = 1.0,  # strength of the LoRA; 0 is the base
     manifest: str | Path | None = None,  # default: the one that the run names
 ) -> dict:  # what metrics.json holds
-    "Draw with and without the LoRA, score both, and write metrics.json, report.html and the samples"
+    "Draw with and without the LoRA, score both, and write metrics.json, report.html and the samples."
     return Evaluator(config, real_glob, manifest).evaluate(model_path, out, lora_scale).model_dump(mode="json")

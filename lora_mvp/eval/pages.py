@@ -31,7 +31,7 @@ def html_table(
     head: list[str],
     rows: list[list[str]],  # any text
 ) -> str:
-    "A table of texts"
+    "A table of texts."
 
     def line(cells: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{text(cell)}</{tag}>" for cell in cells) + "</tr>"
@@ -42,7 +42,7 @@ def html_table(
 def png_uri(
     data: bytes,  # a PNG file
 ) -> str:
-    "A picture inside the page, as it is"
+    "A picture inside the page, as it is."
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
@@ -52,7 +52,7 @@ def html_page(
     numbers: dict[str, str],  # name to value, shown large
     parts: list[str],  # HTML of the cards
 ) -> str:
-    "A page that needs nothing beside it"
+    "A page that needs nothing beside it."
     shown = "".join(f"<div><b>{text(value)}</b><span>{text(name)}</span></div>" for name, value in numbers.items())
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -77,7 +77,7 @@ def html_page(
 def score_table(
     metrics: Metrics,
 ) -> str:  # HTML
-    "Every score of both columns"
+    "Every score of both columns."
     rows = []
     for name, s in metrics.scores.items():
         form = ".2f" if s.higher_is_better else ".3f"
@@ -90,7 +90,7 @@ def score_table(
 def comparison_rows(
     comparisons: dict[str, Comparison],
 ) -> list[list[str]]:
-    "Paired comparisons, a row each"
+    "Paired comparisons, a row each."
     rows = []
     for name, c in comparisons.items():
         ends = "" if c.low is None else f" [{c.low:+.2f}, {c.high:+.2f}]"
@@ -105,7 +105,7 @@ def comparison_rows(
 def verdict_section(
     metrics: Metrics,
 ) -> str:  # HTML
-    "The verdict and the comparisons it rests on"
+    "The verdict and the comparisons it rests on."
     j = metrics.judgement
     if j is None:
         return ""
@@ -121,7 +121,7 @@ def verdict_section(
 def extractor_note(
     metrics: Metrics,
 ) -> str:  # HTML
-    "Which networks the numbers were taken in"
+    "Which networks the numbers were taken in."
     notes = []
     for e in (metrics.extractor, metrics.picture_extractor):
         if e is not None:
@@ -136,7 +136,7 @@ def extractor_note(
 def careful_section(
     metrics: Metrics,
 ) -> str:  # HTML
-    "The warnings"
+    "The warnings."
     items = "".join(f"<li><b>{text(w.code)}</b>: {text(w.message)}</li>" for w in metrics.warnings)
     return section("careful", "Be careful", f"<ul>{items}</ul>" if items else "")
 
@@ -144,7 +144,7 @@ def careful_section(
 def forgetting_section(
     metrics: Metrics,
 ) -> str:  # HTML
-    "What happened to prompts that do not call the new thing, and to each group of prompts"
+    "What happened to prompts that do not call the new thing, and to each group of prompts."
     rows = [[group, *_score_cells(s)] for group, s in metrics.groups.items()]
     rows += [["without the new thing", *_score_cells(metrics.forgetting)]] if metrics.forgetting else []
     note = "The match with the prompt in each group. Prompts without the new thing should not change."
@@ -167,7 +167,7 @@ def pair_section(
     most: int = 60,  # pairs shown
     side: int = 160,  # pixels of a picture
 ) -> str:  # HTML
-    "Pictures side by side, those that differ most in their score first"
+    "Pictures side by side, those that differ most in their score first."
     gap = [abs(s.lora_score - s.base_score) for s in metrics.samples]
     order = sorted(range(len(gap)), key=lambda k: -gap[k])[:most]
     tiles = []
@@ -185,7 +185,7 @@ def pair_section(
 
 
 class CopyEvidence(NamedTuple):
-    "What the copy check of one column looked at"
+    "What the copy check of one column looked at."
 
     column: str
     check: CopyCheck
@@ -198,7 +198,7 @@ def copy_section(
     most: int = 12,  # pairs shown
     side: int = 160,  # pixels of a picture
 ) -> str:  # HTML
-    "The samples that are nearest to a training picture"
+    "The samples that are nearest to a training picture."
     check, of_file = evidence.check, dict(zip(evidence.train.files, evidence.train.images))
     order = sorted(range(check.n), key=lambda k: (check.rows[k].bits > NEAR_BITS, -check.rows[k].cosine))[:most]
     tiles = []
@@ -227,7 +227,7 @@ def evaluation_page(
     copies: list[CopyEvidence] = (),
     title: str = "Evaluation",
 ) -> str:  # one HTML file
-    "Everything that one evaluation found"
+    "Everything that one evaluation found."
     a, b = metrics.columns
     numbers = {
         "pairs": f"{metrics.n_pairs:,}",

@@ -35,7 +35,7 @@ OWN = "prompts"  # the group of a plain list
 def read_prompts(
     file: str | Path,  # YAML: group to list of prompts, or one list
 ) -> dict[str, list[str]]:  # group to prompts, `{subject}` not yet filled in
-    "The prompts of a file; `LoraMvpError` (`prompts_invalid`) that names the mistake"
+    "The prompts of a file; `LoraMvpError` (`prompts_invalid`) that names the mistake."
     try:
         found = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
@@ -55,7 +55,7 @@ def fill(
     template: str,
     subject: str | None,  # None: there is none
 ) -> str:
-    "A prompt with its subject; `LoraMvpError` (`prompts_invalid`, `no_subject`)"
+    "A prompt with its subject; `LoraMvpError` (`prompts_invalid`, `no_subject`)."
     try:
         fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
         if fields - {"subject"}:
@@ -72,7 +72,7 @@ def fill_all(
     groups: dict[str, list[str]],
     subjects: list[str],  # take turns; may be empty
 ) -> dict[str, list[str]]:
-    "All prompts with their subjects"
+    "All prompts with their subjects."
     turn, filled = 0, {}
     for group, templates in groups.items():
         filled[group] = []
@@ -83,7 +83,7 @@ def fill_all(
 
 # %% ../../nbs/5_eval/04_samples.ipynb #73bbad4d
 class PlanRow(BaseModel):
-    "One picture to draw"
+    "One picture to draw."
 
     prompt_id: str
     group: str
@@ -92,7 +92,7 @@ class PlanRow(BaseModel):
 
 
 class SamplePlan(BaseModel):
-    "All pictures to draw and how"
+    "All pictures to draw and how."
 
     schema_version: Literal[1] = 1
     num_inference_steps: int
@@ -102,20 +102,20 @@ class SamplePlan(BaseModel):
 
     @property
     def sha256(self) -> str:
-        "The identity of the plan: results can be compared where it is the same"
+        "The identity of the plan: results can be compared where it is the same."
         return sha256(self.model_dump_json().encode()).hexdigest()
 
     def column(self, name: str) -> list:
-        "One field of all rows"
+        "One field of all rows."
         return [getattr(row, name) for row in self.rows]
 
     def of(self, *groups: str) -> list[int]:
-        "The positions of the rows of some groups"
+        "The positions of the rows of some groups."
         return [k for k, row in enumerate(self.rows) if row.group in groups]
 
 
 def prompt_id(prompt: str) -> str:
-    "A name for files: some of the prompt's words and a few digits of its hash"
+    "A name for files: some of the prompt's words and a few digits of its hash."
     words = "".join(c if c.isascii() and c.isalnum() else "-" for c in prompt.lower())[:32].strip("-")
     return f"{words or 'prompt'}-{sha256(prompt.encode()).hexdigest()[:6]}"
 
@@ -128,7 +128,7 @@ def make_plan(
     guidance_scale: float,
     size: int | None = None,  # pixels; None is the base's own
 ) -> SamplePlan:
-    "Every prompt with its seeds; `LoraMvpError` (`prompts_empty`, `prompts_invalid`)"
+    "Every prompt with its seeds; `LoraMvpError` (`prompts_empty`, `prompts_invalid`)."
     pairs = [(group, prompt) for group, prompts in groups.items() for prompt in prompts if prompt.strip()]
     twice = [prompt for k, (_, prompt) in enumerate(pairs) if prompt in [p for _, p in pairs[:k]]]
     if not pairs:
@@ -149,7 +149,7 @@ def write_plan(
     plan: SamplePlan,
     file: Path,  # plan.json
 ) -> None:
-    "Write a plan and its hash"
+    "Write a plan and its hash."
     content = {"sha256": plan.sha256} | plan.model_dump(mode="json")
     atomic_write(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -157,7 +157,7 @@ def write_plan(
 def read_plan(
     file: str | Path,  # plan.json
 ) -> SamplePlan:
-    "Read a plan back; `LoraMvpError` (`plan_invalid`) when it is damaged or was changed"
+    "Read a plan back; `LoraMvpError` (`plan_invalid`) when it is damaged or was changed."
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         plan = SamplePlan.model_validate(content)
@@ -171,7 +171,7 @@ def read_plan(
 
 # %% ../../nbs/5_eval/04_samples.ipynb #6cb93b87
 class Sample(BaseModel):
-    "One row of the plan, drawn or not"
+    "One row of the plan, drawn or not."
 
     prompt_id: str
     seed: int
@@ -185,7 +185,7 @@ def params_hash(
     row: PlanRow,
     model: dict[str, Any],  # what draws: hashes of base and adapter, strength
 ) -> str:
-    "The identity of a picture before it is drawn"
+    "The identity of a picture before it is drawn."
     how = plan.model_dump(mode="json", exclude={"rows", "schema_version"})
     return sha256(json.dumps([row.prompt, row.seed, how, model], sort_keys=True).encode()).hexdigest()
 
@@ -194,7 +194,7 @@ def kept_picture(
     file: Path,
     params: str,  # of `params_hash`
 ) -> Image.Image | None:
-    "The picture in a file, if it is whole and was made in exactly this way"
+    "The picture in a file, if it is whole and was made in exactly this way."
     try:
         facts = json.loads(Image.open(file).text["lora_mvp"])
         return open_rgb(file) if facts.get("params_sha256") == params else None
@@ -206,7 +206,7 @@ Draw = Callable[[list[str], list[int]], list[Image.Image]]  # prompts and seeds 
 
 
 def out_of_memory(error: Exception) -> bool:
-    "Whether a smaller batch might do"
+    "Whether a smaller batch might do."
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in str(error).lower()
 
 
@@ -214,7 +214,7 @@ def draw_batch(
     draw: Draw,
     rows: list[PlanRow],
 ) -> list[Image.Image | str]:  # pictures, or the reason why there is none
-    "Pictures of some rows, in parts where memory is short"
+    "Pictures of some rows, in parts where memory is short."
     try:
         return draw([row.prompt for row in rows], [row.seed for row in rows])
     except LoraMvpError:
@@ -234,7 +234,7 @@ def draw_plan(
     batch_size: int = 4,
     on_batch: Callable[[int], None] | None = None,  # called with the number of pictures that are done
 ) -> tuple[list[Sample], list[Image.Image | None]]:  # in the order of the plan
-    "Fill a folder with a plan's pictures; `LoraMvpError` (`no_samples`) when none could be drawn"
+    "Fill a folder with a plan's pictures; `LoraMvpError` (`no_samples`) when none could be drawn."
     samples, pictures, missing = [], [], []
     for k, row in enumerate(plan.rows):
         file = Path(row.prompt_id) / f"{row.seed}.png"
@@ -266,7 +266,7 @@ def keep(
     file: Path,
     sample: Sample,  # its error is filled in
 ) -> Image.Image | None:
-    "Save a picture with what made it; a failed one only leaves its reason"
+    "Save a picture with what made it; a failed one only leaves its reason."
     if not isinstance(found, str) and all(low == high for low, high in found.convert("RGB").getextrema()):
         found = "a picture of a single colour"
     if isinstance(found, str):
@@ -286,7 +286,7 @@ def contact_sheets(
     rows: int = 8,  # of a page
     columns: int = 6,  # of a page; later seeds of a prompt are left to the folder
 ) -> list[Image.Image]:  # pages
-    "The pictures side by side, with their prompts"
+    "The pictures side by side, with their prompts."
     of_prompt: dict[str, list[int]] = {}
     for k, row in enumerate(plan.rows):
         of_prompt.setdefault(row.prompt, []).append(k)
@@ -310,7 +310,7 @@ def place_tile(
     at: tuple[int, int],  # left and top
     tile: int,  # side in pixels
 ) -> None:
-    "Put a picture on a page, whatever its shape"
+    "Put a picture on a page, whatever its shape."
     if picture is None:
         pen = ImageDraw.Draw(page)
         pen.rectangle([at, (at[0] + tile, at[1] + tile)], fill="#dddddd")

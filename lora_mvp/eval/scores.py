@@ -38,7 +38,7 @@ from .verdicts import Comparison, Judgement, compare_scores, judge
 
 # %% ../../nbs/5_eval/07_scores.ipynb #5c732255
 class Measured(BaseModel):
-    "A number with the ends of its 95 % interval"
+    "A number with the ends of its 95 % interval."
 
     value: float | None
     low: float | None = None
@@ -47,17 +47,17 @@ class Measured(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def finite(cls, value: Any) -> Any:
-        "`nan` is no JSON: it becomes None"
+        "`nan` is no JSON: it becomes None."
         return None if value is not None and not np.isfinite(value) else float(value) if value is not None else None
 
     @classmethod
     def of(cls, e: Estimate, factor: float = 1.0) -> "Measured":
-        "An `Estimate`, or anything with its three fields, in another unit"
+        "An `Estimate`, or anything with its three fields, in another unit."
         return cls(value=e.value * factor, low=e.low * factor, high=e.high * factor)
 
 
 class Score(BaseModel):
-    "One score of both models and the change between them"
+    "One score of both models and the change between them."
 
     unit: str
     higher_is_better: bool
@@ -72,7 +72,7 @@ class Score(BaseModel):
 
 # %% ../../nbs/5_eval/07_scores.ipynb #e14ed692
 class Sample(BaseModel):
-    "One pair of pictures and its scores"
+    "One pair of pictures and its scores."
 
     prompt: str
     seed: int | None = None
@@ -83,14 +83,14 @@ class Sample(BaseModel):
 
 
 class Warned(BaseModel):
-    "Something to know before reading the numbers"
+    "Something to know before reading the numbers."
 
     code: str
     message: str
 
 
 class Metrics(BaseModel):
-    "Everything that one evaluation found"
+    "Everything that one evaluation found."
 
     schema_version: Literal[1] = 1
     n_pairs: int
@@ -122,7 +122,7 @@ def paired_score(
     higher_is_better: bool = True,
     seed: int = 0,  # of the resampling
 ) -> Score:
-    "One score before and after, and the paired difference"
+    "One score before and after, and the paired difference."
     counted: Literal["prompts", "pairs"] = "prompts" if len(set(prompts)) >= MIN_PAIRS else "pairs"
     if counted == "prompts":
         base, lora = group_means(base, prompts), group_means(lora, prompts)
@@ -142,7 +142,7 @@ def paired_score(
 
 # %% ../../nbs/5_eval/07_scores.ipynb #8e8d9032
 class Kind(BaseModel):
-    "What a score of single pictures means"
+    "What a score of single pictures means."
 
     unit: str
     higher_is_better: bool
@@ -163,7 +163,7 @@ def sample_scores(
     real: np.ndarray,  # of the real pictures (m, d)
     train: np.ndarray | None = None,  # of the training pictures (k, d)
 ) -> dict[str, np.ndarray]:  # names of `KINDS` to values (n,)
-    "Every score of single pictures"
+    "Every score of single pictures."
     found = {"clip_score": match, "likeness": 100 * similarity(features, real).mean(1)}
     if train is not None and len(train):
         found["likeness_gap"] = 100 * similarity(features, train).mean(1) - found["likeness"]
@@ -177,7 +177,7 @@ def compare_samples(
     prompts: list[str],  # of each pair
     seed: int = 0,  # of the bootstrap
 ) -> dict[str, Comparison]:
-    "The paired comparison of every score that both have"
+    "The paired comparison of every score that both have."
     return {
         name: compare_scores(a[name], b[name], prompts, kind.unit, kind.higher_is_better, kind.declared, seed)
         for name, kind in KINDS.items()
@@ -191,7 +191,7 @@ def set_scores(
     real: np.ndarray,  # of the real pictures (m, d)
     seed: int = 0,  # of the resampling
 ) -> dict[str, Score]:  # frechet, mmd
-    "Distances to the real pictures, before and after, and the relative change"
+    "Distances to the real pictures, before and after, and the relative change."
     shared = {"higher_is_better": False, "change_is": "relative", "n": len(base), "counted": "pairs"}
     frechet = Score(
         unit="squared Fréchet distance",
@@ -219,7 +219,7 @@ def diversity_score(
     prompts: list[str],  # of each pair
     seed: int = 0,  # of the resampling
 ) -> Score | None:  # None when no prompt has two pictures
-    "How different the pictures of one prompt are, before and after"
+    "How different the pictures of one prompt are, before and after."
     before, after = diversity(base, prompts), diversity(lora, prompts)
     known = np.isfinite(before) & np.isfinite(after)
     if not known.any():
@@ -238,7 +238,7 @@ def find_warnings(
     unsure: list[str],  # scores whose change has no interval
     random: list[str] = (),  # extractors without trained weights
 ) -> list[Warned]:
-    "Reasons to be careful with the scores"
+    "Reasons to be careful with the scores."
     found = []
     if min(n_pairs, n_real) < 50:
         text = f"{n_pairs} pairs against {n_real} real pictures in {dim} dimensions: the distances are rough below 50 of each. "
@@ -265,7 +265,7 @@ def check_counts(
     pairs: int,  # of pictures
     real: int,  # pictures
 ) -> None:
-    "A distribution needs two members at least; asked before anything is drawn"
+    "A distribution needs two members at least; asked before anything is drawn."
     if min(pairs, real) < 2:
         text = f"scores need at least two pairs and two real pictures, not {pairs} and {real}."
         raise LoraMvpError("too_few_images", text)
@@ -282,7 +282,7 @@ def score(
     cache: FeatureCache | None = None,
     columns: tuple[str, str] = ("base", "LoRA"),  # what the two models are called
 ) -> Metrics:
-    "Score two sets of samples against their prompts and against real pictures"
+    "Score two sets of samples against their prompts and against real pictures."
     if not len(prompts) == len(base_images) == len(lora_images):
         raise ValueError(f"{len(prompts)} prompts for {len(base_images)} and {len(lora_images)} pictures")
     check_counts(len(prompts), len(real_images))
@@ -312,7 +312,7 @@ def features_of(
     images: list[Image.Image],
     cache: FeatureCache | None,
 ) -> np.ndarray:  # (n, d)
-    "Features, from the cache where there is one"
+    "Features, from the cache where there is one."
     return cache.features(extractor, images) if cache else extractor.image_features(images)
 
 
@@ -324,7 +324,7 @@ def name_scores(
     features: tuple[np.ndarray, np.ndarray, np.ndarray],  # first model, second model, real
     seed: int,
 ) -> dict[str, Score]:
-    "Every score under its name with the extractor's in it"
+    "Every score under its name with the extractor's in it."
     (a, b), (base, lora, _) = values, features
     sets = set_scores(*features, seed)
     found = {f"clip_score[{scorer.name}]": paired_score(a["clip_score"], b["clip_score"], prompts, seed=seed)}
@@ -338,7 +338,7 @@ def shown(
     m: Measured,
     form: str = ".2f",  # how each number is written
 ) -> str:
-    "A number with its interval in brackets"
+    "A number with its interval in brackets."
     if m.value is None:
         return "-"
     ends = "" if m.low is None or m.high is None else f" [{m.low:{form}}, {m.high:{form}}]"
@@ -348,7 +348,7 @@ def shown(
 def table(
     metrics: Metrics | dict,  # of `score` or `evaluate`
 ) -> str:  # lines of text
-    "The scores as a table for a terminal, with the warnings below"
+    "The scores as a table for a terminal, with the warnings below."
     m = Metrics.model_validate(metrics)
     rows = [("score", "better", *m.columns, "change", "")]
     for name, s in m.scores.items():
@@ -366,7 +366,7 @@ def table(
 def findings(
     m: Metrics,
 ) -> list[str]:  # lines
-    "What else was found, a line each: the verdict, forgetting, copies, failures"
+    "What else was found, a line each: the verdict, forgetting, copies, failures."
     found = [f"verdict: {m.judgement.verdict}: {m.judgement.why}"] if m.judgement else []
     if m.forgetting:
         text = f"{shown(m.forgetting.change, '+.2f')} points over {m.forgetting.n} {m.forgetting.counted}"
@@ -387,7 +387,7 @@ def comparison_sheet(
     tile: int = 128,  # side of each picture in pixels
     most: tuple[int, int] = (24, 4),  # rows and pairs in a row; what is beyond is left out
 ) -> Image.Image:
-    "Pairs of pictures side by side, one row for each prompt"
+    "Pairs of pictures side by side, one row for each prompt."
     rows = [[k for k, other in enumerate(prompts) if other == p][: most[1]] for p in dict.fromkeys(prompts)][: most[0]]
     gap, line, font = 8, 18, ImageFont.load_default(13)
     wide, high = 2 * tile + gap, tile + line + gap

@@ -65,7 +65,7 @@ MAX_FORGOTTEN = 1.0  # points of match with the prompt that the interval must no
 
 @dataclass
 class Candidate:
-    "The base or a checkpoint, with what the rule looks at"
+    "The base or a checkpoint, with what the rule looks at."
 
     step: int  # 0 is the base
     criteria: dict[str, np.ndarray]  # values (n,), of which more is better; the same units in all candidates
@@ -78,7 +78,7 @@ def objection(
     max_copied: float = MAX_COPIED,
     max_forgotten: float = MAX_FORGOTTEN,
 ) -> str | None:  # None: it may be chosen
-    "Why a candidate is out"
+    "Why a candidate is out."
     copies, forgetting = candidate.copies, candidate.forgetting
     if candidate.step and copies and copies.low > max_copied:
         return f"it copies: {copies.copied} of {copies.n} samples, at least {copies.low:.0%}"
@@ -90,7 +90,7 @@ def objection(
 def mean_ranks(
     candidates: list[Candidate],
 ) -> np.ndarray:  # (n,), 1 is best
-    "The rank of each candidate in each criterion, averaged"
+    "The rank of each candidate in each criterion, averaged."
     names = list(candidates[0].criteria)
     means = np.array([[c.criteria[name].mean() for c in candidates] for name in names])
     return np.mean([rankdata(-row) for row in means], axis=0)
@@ -100,7 +100,7 @@ def behind(
     candidate: Candidate,
     leader: Candidate,
 ) -> list[str]:  # empty: as good, as far as can be told
-    "The criteria in which a candidate is more than one paired standard error behind the leader"
+    "The criteria in which a candidate is more than one paired standard error behind the leader."
     found = []
     for name, values in leader.criteria.items():
         d = values - candidate.criteria[name]
@@ -111,7 +111,7 @@ def behind(
 # %% ../../nbs/5_eval/11_selection.ipynb #73c7c188
 @dataclass
 class Ruling:
-    "What the rule says"
+    "What the rule says."
 
     step: int
     leader: int
@@ -125,7 +125,7 @@ def apply_rule(
     max_copied: float = MAX_COPIED,
     max_forgotten: float = MAX_FORGOTTEN,
 ) -> Ruling:
-    "Choose among candidates; the base is always one of them"
+    "Choose among candidates; the base is always one of them."
     reasons = {c.step: objection(c, max_copied, max_forgotten) for c in candidates}
     kept = [c for c in candidates if reasons[c.step] is None]
     ranks = mean_ranks(kept)
@@ -146,7 +146,7 @@ def apply_rule(
 
 # %% ../../nbs/5_eval/11_selection.ipynb #5569c027
 class CheckpointScore(BaseModel):
-    "One candidate in `best.json`"
+    "One candidate in `best.json`."
 
     step: int
     path: str | None  # relative to the run; None for the base
@@ -158,7 +158,7 @@ class CheckpointScore(BaseModel):
 
 
 class Confirmation(BaseModel):
-    "The choice against the base, on fresh seeds"
+    "The choice against the base, on fresh seeds."
 
     confirmed: bool  # it is better than the base and does not copy
     judgement: Judgement
@@ -168,7 +168,7 @@ class Confirmation(BaseModel):
 
 
 class Choice(BaseModel):
-    "`best.json`"
+    "`best.json`."
 
     schema_version: Literal[1] = 1
     step: int  # 0: the base
@@ -191,7 +191,7 @@ class Choice(BaseModel):
 def training_of(
     root: Path,  # a run's folder, finished or not
 ) -> TrainingConfig:
-    "The training settings of a run; `LoraMvpError` (`no_checkpoints`)"
+    "The training settings of a run; `LoraMvpError` (`no_checkpoints`)."
     if RunFolder(root).record.is_file():
         return TrainingConfig.model_validate(read_run(root).config["training"])
     found = checkpoints(root)
@@ -207,7 +207,7 @@ def training_of(
 def whole_checkpoints(
     root: Path,
 ) -> tuple[list[Path], list[Warned]]:  # in order of step
-    "The checkpoints that can be read; `LoraMvpError` (`no_checkpoints`) when there are none"
+    "The checkpoints that can be read; `LoraMvpError` (`no_checkpoints`) when there are none."
     found, warned = [], []
     for folder in checkpoints(root):
         problem = damage(folder)
@@ -226,12 +226,12 @@ def whole_checkpoints(
 
 
 def step_of(folder: Path) -> int:
-    "The step that a checkpoint's name says"
+    "The step that a checkpoint's name says."
     return int(folder.name.split("-", 1)[1])
 
 
 class Drawer:
-    "The base with an adapter into which any checkpoint can be put"
+    "The base with an adapter into which any checkpoint can be put."
 
     def __init__(self, training: TrainingConfig):
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -245,7 +245,7 @@ class Drawer:
             parameter.data = parameter.data.to(device, dtype)
 
     def load(self, folder: Path | None) -> dict[str, Any]:  # the identity of what draws now
-        "Put a checkpoint in; None is the base"
+        "Put a checkpoint in; None is the base."
         if folder is None:
             set_scale(self.pipe, 0.0)
             return self.facts | {"adapter_sha256": None, "lora_scale": 0.0}
@@ -263,7 +263,7 @@ def small_plan(
     manifests: list,  # name the subjects
     purpose: str,  # other purposes have other seeds
 ) -> SamplePlan:
-    "The plan that all candidates draw"
+    "The plan that all candidates draw."
     one = plan_for(config, manifests, per_prompt=1)
     main = sum(row.group != PLAIN for row in one.rows) or len(one.rows)
     seed = derive_seed(config.evaluation.seed, purpose) % 2**32
@@ -273,13 +273,13 @@ def small_plan(
 def validation_losses(
     newest: Path,  # checkpoint
 ) -> dict[int, np.ndarray]:  # step to losses (n,), one per validation picture; empty without validation
-    "The fixed-noise losses that training took at its checkpoints"
+    "The fixed-noise losses that training took at its checkpoints."
     losses = json.loads((newest / "state.json").read_text())["losses"].get("val", {})
     return {int(step): np.asarray(values) for step, values in losses.items()}
 
 # %% ../../nbs/5_eval/11_selection.ipynb #972c6849
 class Chooser:
-    "One choice, from the plan to `best.json`"
+    "One choice, from the plan to `best.json`."
 
     def __init__(
         self,
@@ -308,7 +308,7 @@ class Chooser:
         self.drawer = Drawer(self.training)
 
     def column(self, step: int, folder: Path | None, plan: SamplePlan, part: str) -> Column:
-        "Draw one candidate"
+        "Draw one candidate."
         name = f"step {step}" if step else "base"
         column = Column(name, f"step-{step:06d}", self.root, float(step > 0), self.data)
         log.info("drawing %d pictures: %s", len(plan.rows), name)
@@ -317,13 +317,13 @@ class Chooser:
         return column
 
     def compare(self, plan: SamplePlan, base: Column, other: Column) -> Compared:
-        "One candidate against the base"
+        "One candidate against the base."
         main = [k for k, row in enumerate(plan.rows) if row.group != PLAIN] or list(range(len(plan.rows)))
         check_counts(len(main), len(self.real.images))
         return score_columns(self.config, plan, [base, other], main, self.real, self.extractors, self.cache)
 
     def candidate(self, step: int, done: Compared, k: int, losses: dict[int, np.ndarray]) -> Candidate:
-        "What the rule looks at, of one column of a comparison"
+        "What the rule looks at, of one column of a comparison."
         prompts = [done.plan.rows[i].prompt for i in done.pairs]
         criteria = {name: group_means(done.values[k][name], prompts) for name in ("clip_score", "likeness")}
         if step in losses:
@@ -335,7 +335,7 @@ class Chooser:
 def alike(
     candidates: list[Candidate],
 ) -> tuple[list[Candidate], list[str]]:  # with the criteria that can be compared, and the names of the others
-    "Only what all candidates have, pair by pair; `LoraMvpError` (`too_few_images`) when nothing is left"
+    "Only what all candidates have, pair by pair; `LoraMvpError` (`too_few_images`) when nothing is left."
     names = list(dict.fromkeys(name for c in candidates for name in c.criteria))
     sizes = {name: {len(c.criteria.get(name, ())) for c in candidates} for name in names}
     kept = [name for name in names if len(sizes[name]) == 1 and min(sizes[name]) > 1]
@@ -354,7 +354,7 @@ def choose(
     max_copied: float = MAX_COPIED,
     max_forgotten: float = MAX_FORGOTTEN,
 ) -> Choice:
-    "Score the base and every checkpoint, choose by the rule, confirm on fresh seeds, write best.json"
+    "Score the base and every checkpoint, choose by the rule, confirm on fresh seeds, write best.json."
     chooser = Chooser(config, root, real_glob, manifest, max_copied, max_forgotten)
     manifests = [chooser.data.manifest] if chooser.data.manifest else []
     plan = small_plan(config, manifests, "choose")
@@ -390,7 +390,7 @@ def make_choice(
     compared: dict[int, Compared],  # step to its comparison with the base
     ruling: Ruling,
 ) -> Choice:
-    "The record, without its confirmation"
+    "The record, without its confirmation."
     metrics = next(iter(compared.values())).metrics
     scores = []
     for c in candidates:
@@ -427,7 +427,7 @@ def confirm(
     step: int,
     plan: SamplePlan,  # with seeds that took no part in the choice
 ) -> Confirmation:
-    "The chosen checkpoint against the base, once more"
+    "The chosen checkpoint against the base, once more."
     base = chooser.column(0, None, plan, "confirm")
     chosen = chooser.column(step, chooser.root / f"checkpoint-{step}", plan, "confirm")
     metrics = chooser.compare(plan, base, chosen).metrics
@@ -445,7 +445,7 @@ def confirm(
 def step_figure(
     choice: Choice,
 ):  # matplotlib Figure
-    "Change against the base, copies and forgetting over the steps, with their intervals"
+    "Change against the base, copies and forgetting over the steps, with their intervals."
     from matplotlib.figure import Figure
 
     steps = [s.step for s in choice.scores]
@@ -473,7 +473,7 @@ def step_figure(
 def choice_rows(
     choice: Choice,
 ) -> list[list[str]]:  # the first row is the head
-    "The candidates as a table"
+    "The candidates as a table."
     names = list(choice.scores[0].criteria)
     rows = [["step", *names, "copies", "forgetting", ""]]
     for s in choice.scores:
@@ -490,7 +490,7 @@ def choice_rows(
 def confirmation_text(
     found: Confirmation,
 ) -> str:
-    "Whether the choice holds, and why"
+    "Whether the choice holds, and why."
     text = f"{'confirmed' if found.confirmed else 'NOT confirmed'}; {found.judgement.verdict}: {found.judgement.why}"
     if found.copies:
         c = found.copies
@@ -501,7 +501,7 @@ def confirmation_text(
 def choice_text(
     choice: Choice,
 ) -> str:
-    "The choice for a terminal"
+    "The choice for a terminal."
     rows = choice_rows(choice)
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
@@ -518,7 +518,7 @@ def growth_sheet(
     most: int = 8,  # prompts shown
     tile: int = 96,  # side of each picture in pixels
 ) -> Image.Image:
-    "A row for each prompt, a column for each candidate"
+    "A row for each prompt, a column for each candidate."
     prompts = list(dict.fromkeys(row.prompt for row in plan.rows))
     first = {row.prompt: k for k, row in reversed(list(enumerate(plan.rows)))}
     shown_rows = [
@@ -536,7 +536,7 @@ def choice_page(
     plot: bytes,  # PNG
     sheet: bytes,  # PNG
 ) -> str:  # one HTML file
-    "The choice on one page"
+    "The choice on one page."
     head, *rows = choice_rows(choice)
     items = "".join(f"<li><b>{text(w.code)}</b>: {text(w.message)}</li>" for w in choice.warnings)
     confirmed = ""
@@ -572,7 +572,7 @@ def write_choice(
     base: Column,
     compared: dict[int, Compared],
 ) -> None:
-    "All files of a choice, best.json last"
+    "All files of a choice, best.json last."
     folder = RunFolder(chooser.root)
     shutil.rmtree(folder.best_adapter, ignore_errors=True)
     if choice.step:

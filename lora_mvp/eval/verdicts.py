@@ -15,7 +15,7 @@ from .metrics import MIN_PAIRS, PairedTest, group_means, holm, paired_test
 
 # %% ../../nbs/5_eval/06_verdicts.ipynb #f33a1610
 class Comparison(BaseModel):
-    "One score of A and B, and what can be said of its difference"
+    "One score of A and B, and what can be said of its difference."
 
     unit: str
     higher_is_better: bool
@@ -40,12 +40,12 @@ class Comparison(BaseModel):
     @field_validator("low", "high", "detectable", mode="before")
     @classmethod
     def no_nan(cls, value: float | None) -> float | None:
-        "`nan` is no JSON: it becomes None"
+        "`nan` is no JSON: it becomes None."
         return None if value is None or not np.isfinite(value) else float(value)
 
     @property
     def better(self) -> Literal["a", "b"] | None:
-        "Who is ahead; None for exactly equal means"
+        "Who is ahead; None for exactly equal means."
         ahead = self.difference if self.higher_is_better else -self.difference
         return "b" if ahead > 0 else "a" if ahead < 0 else None
 
@@ -59,7 +59,7 @@ def compare_scores(
     declared: bool = True,  # whether it takes part in the verdict
     seed: int = 0,  # of the bootstrap
 ) -> Comparison:
-    "Paired comparison of one score, with prompts as the unit"
+    "Paired comparison of one score, with prompts as the unit."
     test: PairedTest = paired_test(a, b, prompts, seed)
     wins = (test.loss, test.win) if higher_is_better else (test.win, test.loss)
     return Comparison(
@@ -88,7 +88,7 @@ Verdict = Literal["a_better", "b_better", "equivalent", "no_evidence", "insuffic
 
 
 class Judgement(BaseModel):
-    "A verdict and what it rests on"
+    "A verdict and what it rests on."
 
     verdict: Verdict
     why: str
@@ -101,7 +101,7 @@ class Judgement(BaseModel):
 def adjust(
     comparisons: dict[str, Comparison],
 ) -> None:
-    "Fill in the adjusted p values of the declared scores"
+    "Fill in the adjusted p values of the declared scores."
     declared = [c for c in comparisons.values() if c.declared]
     for found, p in zip(declared, holm([c.p for c in declared])):
         found.p_holm = float(p)
@@ -113,7 +113,7 @@ def judge(
     margin: float = 1.0,  # in the unit of the scores
     names: tuple[str, str] = ("A", "B"),  # in the sentence
 ) -> Judgement:
-    "The verdict that follows from the declared scores"
+    "The verdict that follows from the declared scores."
     adjust(comparisons)
     declared = {name: c for name, c in comparisons.items() if c.declared}
     small = {k for k, c in declared.items() if c.low is not None and -margin <= c.low and c.high <= margin}
@@ -148,7 +148,7 @@ def judgement_text(
     found: Judgement,
     names: tuple[str, str] = ("A", "B"),
 ) -> str:
-    "The verdict and its table"
+    "The verdict and its table."
     rows = [("score", "better", *names, f"{names[1]} - {names[0]}", "p (Holm)", "better in", "detectable")]
     for name, c in sorted(found.comparisons.items(), key=lambda item: not item[1].declared):
         ends = "" if c.low is None else f" [{c.low:+.2f}, {c.high:+.2f}]"

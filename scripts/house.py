@@ -1,0 +1,192 @@
+"""What each chapter looks like, in figures: how long its cells and its module are, and how soon it shows something.
+
+python scripts/house.py              a table of all chapters
+python scripts/house.py 3_train      of the chapters whose path begins so
+"""
+
+import argparse
+import ast
+import json
+import re
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DIRECTIVE = re.compile(r"(?m)^#\s*\|\s*([\w-]+):?")
+EXPORT = {"export", "exporti", "exports"}
+DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+SHOWN_EARLY = 5  # a chapter shows its result within so many cells after its title
+
+
+@dataclass
+class Cell:
+    """One code cell: its source, its directives and whether it has a saved output."""
+
+    source: str
+    directives: set[str]
+    has_output: bool
+    place: int  # in the notebook, from 0
+
+    @property
+    def exported(self) -> bool:
+        return bool(self.directives & EXPORT)
+
+    @property
+    def lines(self) -> int:
+        """Lines that hold something, directives aside."""
+        return sum(bool(line.strip()) and not line.startswith("#|") for line in self.source.splitlines())
+
+    @property
+    def definitions(self) -> list[str]:
+        return [node.name for node in ast.parse(self.source).body if isinstance(node, DEFINITIONS)]
+
+    @property
+    def only_imports(self) -> bool:
+        return all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(self.source).body)
+
+
+@dataclass
+class Figures:
+    """The figures of one chapter."""
+
+    name: str
+    module_lines: int
+    lengths: list[int]  # of exported cells that define something
+    definitions: list[int]  # how many each of them defines
+    shown: int | None  # the place of the first output, counted from the title
+    patched: int  # methods that no editor sees
+
+
+def read_cells(path: Path) -> list[Cell]:
+    """The code cells of a notebook."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [
+        Cell(source, set(DIRECTIVE.findall(source)), bool(cell["outputs"]), place)
+        for place, cell in enumerate(cells)
+        if cell["cell_type"] == "code" and not (source := "".join(cell["source"])).lstrip().startswith(("%", "!"))
+    ]
+
+
+def chapters() -> list[Path]:
+    """The numbered notebooks, in the order of their floors; faces are no chapters."""
+    folders = [ROOT / "nbs", *sorted((ROOT / "nbs").glob("[0-9]_*/"))]
+    return [path for folder in folders for path in sorted(folder.glob("[0-9]*.ipynb")) if path.stem != "00_index"]
+
+
+def figures(path: Path) -> Figures:
+    """The figures of the chapter in one notebook."""
+    cells = read_cells(path)
+    defining = [cell for cell in cells if cell.exported and cell.definitions]
+    exported = next((re.search(r"#\| *default_exp +(\S+)", cell.source) for cell in cells), None)
+    module = ROOT / "lora_mvp" / (exported[1].replace(".", "/") + ".py") if exported else None
+    return Figures(
+        name=path.relative_to(ROOT / "nbs").with_suffix("").as_posix(),
+        module_lines=len(module.read_text(encoding="utf-8").splitlines()) if module else 0,
+        lengths=[cell.lines for cell in defining],
+        definitions=[len(cell.definitions) for cell in defining],
+        shown=next((cell.place - 1 for cell in cells if cell.has_output and "hide" not in cell.directives), None),
+        patched=sum(len(re.findall(r"(?m)^@patch", cell.source)) for cell in cells if cell.exported),
+    )
+
+
+def tenth(lengths: list[int]) -> int:
+    """Nine of ten are not longer than this."""
+    return sorted(lengths)[max(0, -(-9 * len(lengths) // 10) - 1)]
+
+
+def row(name: str, modules: list[int], lengths: list[int], counts: list[int], shown: list[int | None]) -> str:
+    """One line of the table."""
+    single = round(100 * sum(count == 1 for count in counts) / len(counts)) if counts else 0
+    length = f"{statistics.median(lengths):g} / {tenth(lengths)} / {max(lengths)}" if lengths else ""
+    early = "" if None in shown else f"{statistics.median(shown):g}"
+    return f"| {name} | {statistics.median(modules):g} | {length} | {single} % | {early} |"
+
+
+def table(all_figures: list[Figures]) -> str:
+    """The figures as a Markdown table, with a last line over all."""
+    lines = [
+        "| chapter | module lines | cell lines: median / 9 of 10 / longest | one definition | first output in cell |"
+    ]
+    lines += ["|---|---|---|---|---|"]
+    used = [item for item in all_figures if item.module_lines]
+    lines += [row(i.name, [i.module_lines], i.lengths, i.definitions, [i.shown]) for i in used]
+    lengths, counts = ([n for item in used for n in getattr(item, key)] for key in ("lengths", "definitions"))
+    shown = [item.shown for item in used if item.shown is not None]
+    return "\n".join([*lines, row("**all** (median)", [i.module_lines for i in used], lengths, counts, shown)])
+
+
+def names_defined_twice() -> dict[str, list[str]]:
+    """Public functions and classes that two modules define."""
+    where = defaultdict(set)
+    for path in chapters():
+        for cell in read_cells(path):
+            if cell.exported and "@patch" not in cell.source:
+                for name in cell.definitions:
+                    where[name].add(path.relative_to(ROOT / "nbs").with_suffix("").as_posix())
+    return {name: sorted(paths) for name, paths in where.items() if len(paths) > 1 and not name.startswith("_")}
+
+
+def prints(cell: Cell) -> bool:
+    """Whether a cell certainly shows something: it prints at its top level, or ends in a value."""
+    body = ast.parse(cell.source).body
+    top = [node for node in body if not isinstance(node, DEFINITIONS)]
+    calls = [node for part in top for node in ast.walk(part) if isinstance(node, ast.Call)]
+    if any(isinstance(call.func, ast.Name) and call.func.id in ("print", "display") for call in calls):
+        return True
+    last = body[-1] if body else None
+    return isinstance(last, ast.Expr) and not isinstance(last.value, ast.Call | ast.Await | ast.Constant)
+
+
+def silent(path: Path) -> list[str]:
+    """Shown cells of a notebook that print but have no saved output."""
+    skipped = EXPORT | {"hide", "eval", "slow", "cuda", "net"}
+    return [
+        f"{path.name} cell {cell.place}: {cell.source.splitlines()[0]}"
+        for cell in read_cells(path)
+        if not cell.directives & skipped and prints(cell) and not cell.has_output
+    ]
+
+
+def import_cells_unfolded(path: Path) -> list[int]:
+    """Shown cells that only import and are not folded on the site."""
+    return [
+        cell.place
+        for cell in read_cells(path)
+        if not cell.directives & (EXPORT | {"hide", "default_exp", "code-fold"}) and cell.only_imports
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("start", nargs="?", default="", help="only chapters whose path begins so")
+    parser.add_argument("--flaws", action="store_true", help="also list what the house test would name")
+    args = parser.parse_args()
+    chosen = [path for path in chapters() if path.relative_to(ROOT / "nbs").as_posix().startswith(args.start)]
+    print(table([figures(path) for path in chosen]))
+    if args.flaws:
+        for path in chosen:
+            item = figures(path)
+            name = item.name
+            if item.patched:
+                print(f"{name}: {item.patched} patched methods")
+            if item.module_lines > 500:
+                print(f"{name}: {item.module_lines} lines")
+            if item.module_lines and (item.shown is None or item.shown > SHOWN_EARLY):
+                print(f"{name}: first output in cell {item.shown}")
+            for cell in read_cells(path):
+                if cell.exported and len(cell.definitions) > 1:
+                    print(f"{name} cell {cell.place}: {len(cell.definitions)} definitions, {cell.lines} lines")
+                elif cell.exported and cell.lines > 25:
+                    print(f"{name} cell {cell.place}: {cell.lines} lines")
+            print(
+                "\n".join(silent(path) + [f"{name} cell {p}: imports not folded" for p in import_cells_unfolded(path)])
+            )
+        for name, paths in sorted(names_defined_twice().items()):
+            if any(path.startswith(args.start) for path in paths):
+                print(f"{name}: defined in {', '.join(paths)}")
+
+
+if __name__ == "__main__":
+    main()
