@@ -267,7 +267,7 @@ def pump(self: Runner, seconds: float) -> bool:  # whether there may be more
 
 @patch
 def beat(self: Runner) -> None:
-    "Once a second: does this attempt still count, and has the training made a step?"
+    "Once a second: end an attempt that no longer counts, and note a step that the training has made."
     now = self.clock()
     if now - self.beaten < 1:
         return
