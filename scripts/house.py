@@ -75,12 +75,18 @@ def chapters() -> list[Path]:
     return [path for folder in folders for path in sorted(folder.glob("[0-9]*.ipynb")) if path.stem != "00_index"]
 
 
+def module_of(path: Path) -> str | None:
+    """The module that a notebook exports, without the package's name."""
+    found = (re.search(r"#\| *default_exp +(\S+)", cell.source) for cell in read_cells(path))
+    return next((match[1] for match in found if match), None)
+
+
 def figures(path: Path) -> Figures:
     """The figures of the chapter in one notebook."""
     cells = read_cells(path)
     defining = [cell for cell in cells if cell.exported and cell.definitions]
-    exported = next((re.search(r"#\| *default_exp +(\S+)", cell.source) for cell in cells), None)
-    module = ROOT / "lora_mvp" / (exported[1].replace(".", "/") + ".py") if exported else None
+    exported = module_of(path)
+    module = ROOT / "lora_mvp" / (exported.replace(".", "/") + ".py") if exported else None
     return Figures(
         name=path.relative_to(ROOT / "nbs").with_suffix("").as_posix(),
         module_lines=len(module.read_text(encoding="utf-8").splitlines()) if module else 0,
