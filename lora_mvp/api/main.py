@@ -54,8 +54,9 @@ from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as Connection
 
 from .access import Scope, Token, Tokens, is_loopback, known_secrets, open_confined, plain, redact
+from .artifacts import Artifact
 from .engines import Engine, LocalEngine
-from .folders import Artifact, JobFolder, jobs_in
+from .folders import JobFolder, jobs_in
 from .jobs import ALPHABET, TERMINAL, Job, JobError, JobSpec, Kind, Status
 from .service import Service
 from .stores import open_store
