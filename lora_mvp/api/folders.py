@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from .artifacts import Artifact, files_below, list_artifacts
-from .events import EventType, Events
+from .events import Events, EventType
 from .jobs import TERMINAL, Job, JobError, Record
 from ..config import LoraMvpError, atomic_write
 
