@@ -24,8 +24,8 @@ import httpx
 from fastcore.basics import patch
 from httpx_sse import EventSource
 
-from .access import is_loopback
 from .jobs import TERMINAL
+from .tokens import is_loopback
 from ..config import LoraMvpError
 
 # %% ../../nbs/6_api/16_client.ipynb #2b3e6130

@@ -53,13 +53,16 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as Connection
 
-from .access import Scope, Token, Tokens, is_loopback, known_secrets, open_confined, plain, redact
 from .artifacts import Artifact
 from .engines import Engine, LocalEngine
 from .folders import JobFolder, jobs_in
 from .jobs import ALPHABET, TERMINAL, Job, JobError, JobSpec, Kind, Status
+from .paths import open_confined
+from .plain import plain
+from .redaction import known_secrets, redact
 from .service import Service
 from .stores import open_store
+from .tokens import Scope, Token, Tokens, is_loopback
 from ..config import AppConfig, LoraMvpError, load_config
 
 # %% ../../nbs/6_api/15_main.ipynb #7b13442f

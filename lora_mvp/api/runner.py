@@ -23,9 +23,9 @@ from pathlib import Path
 import psutil
 from fastcore.basics import patch
 
-from .access import known_secrets, redact
 from .folders import Heartbeat, JobFolder, Result
 from .jobs import JobError, now
+from .redaction import known_secrets, redact
 from .work import FENCED, FULL, die_with_parent, read_settings
 from ..config import LoraMvpError
 

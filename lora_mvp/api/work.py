@@ -28,9 +28,10 @@ from typing import get_args
 
 import psutil
 
-from .access import check_manifest, check_overrides, known_secrets, redact
+from .access import check_manifest, check_overrides
 from .folders import JobFolder, Result
 from .jobs import ErrorCode, Job, JobError
+from .redaction import known_secrets, redact
 from ..config import ApiConfig, AppConfig, LoraMvpError
 
 # %% ../../nbs/6_api/07_work.ipynb #10aca332
