@@ -24,9 +24,11 @@ import psutil
 from fastcore.basics import patch
 
 from .folders import Heartbeat, JobFolder, Result
+from .job_settings import read_settings
 from .jobs import JobError, now
 from .redaction import known_secrets, redact
-from .work import FENCED, FULL, die_with_parent, read_settings
+from .reporter import FENCED
+from .work import FULL, die_with_parent
 from ..config import LoraMvpError
 
 # %% ../../nbs/6_api/08_runner.ipynb #babc5b61

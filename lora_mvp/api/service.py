@@ -25,6 +25,7 @@ from fastcore.basics import patch
 from .access import check_manifest, check_overrides
 from .engines import Engine
 from .folders import JobFolder, Result
+from .job_settings import write_settings
 from lora_mvp.api.jobs import (
     ACTIVE,
     RETRIED,
@@ -40,7 +41,6 @@ from lora_mvp.api.jobs import (
     now,
     transition,
 )
-from .work import write_settings
 from ..config import AppConfig, LoraMvpError, atomic_write, load_config
 
 # %% ../../nbs/6_api/10_service.ipynb #7fa2400a
