@@ -53,6 +53,7 @@ MOVES: dict[str, set[str]] = {
 TERMINAL = {status for status, moves in MOVES.items() if not moves}
 ACTIVE = {"starting", "running", "cancelling"}  # an engine holds an attempt
 
+# %% ../../nbs/6_api/01_jobs.ipynb #808333da
 ErrorCode = Literal[
     "invalid_request",  # what was asked for cannot be done; the sentence says why
     "path_forbidden",
@@ -71,11 +72,11 @@ RETRIED = {"worker_lost", "engine_unavailable"}  # not the user's doing: the ser
 
 # %% ../../nbs/6_api/01_jobs.ipynb #cb7d644d
 class Record(BaseModel):
-    "A record of the service: it does not change, and holds nothing that is not in it."
+    "A record of the service: it does not change, and takes no field that it does not know."
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
-
+# %% ../../nbs/6_api/01_jobs.ipynb #8005cefe
 class JobError(Record):
     "Why a job failed, or why its last attempt was lost."
 
@@ -84,7 +85,7 @@ class JobError(Record):
     exit_code: int | None = None
     signal: str | None = None  # "SIGKILL"
 
-
+# %% ../../nbs/6_api/01_jobs.ipynb #5fec28ad
 class JobSpec(Record):
     "What is to be done, as a client asked for it; checked when it came."
 
@@ -94,7 +95,7 @@ class JobSpec(Record):
     config: dict[str, Any] = Field(default={}, description='settings to change, as "section.key": value')
     gpus: int | None = Field(None, ge=0, le=64)  # None: one where there is one
 
-
+# %% ../../nbs/6_api/01_jobs.ipynb #79ffec15
 class Job(Record):
     "One job, as the store keeps it."
 
@@ -115,7 +116,7 @@ class Job(Record):
     key: str | None = None  # idempotency key of the client
     key_digest: str | None = None  # of the request that came with it
 
-
+# %% ../../nbs/6_api/01_jobs.ipynb #f9fdd18e
 def now() -> datetime:
     "The time in UTC; for people, never for durations."
     return datetime.now(timezone.utc)
@@ -169,7 +170,7 @@ def moved(
     changes |= {"finished_at": now()} if to in TERMINAL else {}
     return job.model_copy(update=changes)
 
-
+# %% ../../nbs/6_api/01_jobs.ipynb #a0cc8b88
 def transition(
     store: Store,
     job: Job,  # as it was read
@@ -180,7 +181,7 @@ def transition(
     new = moved(job, to, **changes)
     return new if store.swap(job, new) else None
 
-
+# %% ../../nbs/6_api/01_jobs.ipynb #299e8644
 def noted(
     store: Store,
     job: Job,
