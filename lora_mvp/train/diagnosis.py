@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PROGRAM', 'WASTE', 'DRAWN', 'Finding', 'doctor_text', 'amount', 'LiveBytes', 'OnDevice', 'skeleton', 'counted',
            'unet_inputs', 'step_bytes', 'Phase', 'frozen_bytes', 'drawing_bytes', 'encoding_bytes', 'Estimate',
-           'full_bytes', 'phase_table', 'milder', 'advice', 'largest', 'check_environment', 'locate', 'weight_files',
-           'numbers_in', 'check_weights', 'check_base', 'check_data', 'check_settings', 'existing', 'cpu_memory',
-           'check_memory', 'check_disk', 'doctor', 'estimate_for', 'free_memory', 'look_at_data']
+           'full_bytes', 'phase_table', 'milder', 'advice', 'largest', 'check_environment', 'locate', 'base_multiple',
+           'weight_files', 'numbers_in', 'check_weights', 'check_base', 'check_data', 'check_settings', 'existing',
+           'cpu_memory', 'check_memory', 'check_disk', 'doctor', 'estimate_for', 'free_memory', 'look_at_data']
 
 # %% ../../nbs/3_train/11_diagnosis.ipynb #753f3739
 import json
@@ -40,7 +40,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils.versions import require_version
 
 from ..config import AppConfig, LoraMvpError, TrainingConfig
-from ..data.manifest import Manifest, read_manifest
+from ..data.manifest import Manifest, ManifestImage, read_manifest
+from ..data.steps import MULTIPLE, count_steps, frame_of, is_enlarged
 from ..models.adapters import add_lora
 from lora_mvp.models.base import (
     FAMILIES,
@@ -55,7 +56,7 @@ from lora_mvp.models.base import (
     text_parts,
     unet_arguments,
 )
-from .latents import Plan, frame_of, picture_variants, plan_arithmetic, regularization_sources
+from .latents import picture_variants, regularization_sources
 from .loop import DTYPES
 from .objectives import image_losses, noise_schedule
 
@@ -487,6 +488,15 @@ def locate(training: TrainingConfig) -> tuple[Path | None, Path | None]:  # fold
         ) from error
 
 
+def base_multiple(training: TrainingConfig) -> int:  # pixels
+    "Of what the sides of training pictures are multiples: the base's `granularity`; `MULTIPLE` where there is no base."
+    try:
+        folder, _ = locate(training)
+        return granularity(skeleton(folder, training)) if folder else MULTIPLE
+    except LoraMvpError:
+        return MULTIPLE
+
+
 def weight_files(folder: Path) -> list[Path]:
     "The safetensors files of a part that are loaded: no variants such as `model.fp16.safetensors`."
     return sorted(file for file in folder.glob("*.safetensors") if "." not in file.stem)
@@ -558,25 +568,33 @@ def check_base(training: TrainingConfig) -> Iterator[Finding]:
 # %% ../../nbs/3_train/11_diagnosis.ipynb #648d56ff
 def check_data(config: AppConfig, manifest: Manifest, multiple: int) -> Iterator[Finding]:
     "Images, captions and the arithmetic of steps and epochs."
-    t, rows, processes = config.training, manifest.rows("train"), int(os.environ.get("WORLD_SIZE", 1))
+    t, rows = config.training, manifest.rows("train")
     captions = len({row.caption for row in manifest.images})
     text = f"{len(rows)} images to train on, {len(manifest.rows('val'))} to validate, {captions} different captions"
     yield Finding("ok", "data", f"{text}; {len(manifest.rejected)} files were refused.")
-    small = sum(min(row.width, row.height) < t.resolution for row in rows)
-    if small:
-        hint = "prepare the data with a larger data.image_size, or lower the resolution"
-        yield Finding(
-            "warn",
-            "data",
-            f"{small} images are smaller than training.resolution {t.resolution} and are enlarged; {hint}.",
-        )
+    yield from _check_sizes(t, rows, multiple)
     if not manifest.rows("val"):
         yield Finding("warn", "data", "no image validates, so nothing will show overfitting; lower data.train_ratio.")
     if t.regularization_dir:
         extra = len(regularization_sources(t.regularization_dir, t.regularization_prompt))
         yield Finding("ok", "data", f"{extra} regularisation images, weighted {t.prior_weight:g}.")
-    shapes = [frame_of(row.width, row.height, t, multiple) for row in rows]
-    sums = plan_arithmetic(Plan(shapes, t.batch_size, t.seed), t.gradient_accumulation, processes, t.max_train_steps)
+    yield from _check_steps(t, rows, multiple)
+
+
+def _check_sizes(t: TrainingConfig, rows: list[ManifestImage], multiple: int) -> Iterator[Finding]:
+    "Whether there are pictures with fewer pixels than the model sees of them."
+    sizes = [(row.width, row.height) for row in rows]
+    small = sum(is_enlarged(size, frame_of(*size, t, multiple)) for size in sizes)
+    if small:
+        hint = "prepare the data with a larger data.image_size, or lower the resolution"
+        than = f"their bucket at training.resolution {t.resolution}" if t.aspect_buckets else ""
+        than = than or f"training.resolution {t.resolution}"
+        yield Finding("warn", "data", f"{small} images are smaller than {than} and are enlarged; {hint}.")
+
+
+def _check_steps(t: TrainingConfig, rows: list[ManifestImage], multiple: int) -> Iterator[Finding]:
+    "The arithmetic, as training will have it."
+    sums = count_steps(rows, t, multiple, int(os.environ.get("WORLD_SIZE", 1)))
     yield Finding("ok", "data", f"{sums}.")
     if sums.epochs < 1:
         yield Finding(
@@ -694,7 +712,7 @@ def doctor(
     look("environment", check_environment, t, device)
     look("base", check_base, t)
     estimate = estimate_for(config, device)
-    look("data", look_at_data, config, manifest_path, granularity(estimate.pipe(t)[0]) if estimate else 8)
+    look("data", look_at_data, config, manifest_path, granularity(estimate.pipe(t)[0]) if estimate else MULTIPLE)
     look("settings", check_settings, t)
     if estimate:
         look("memory", check_memory, estimate, t, free_memory(device) if memory is None else memory)
