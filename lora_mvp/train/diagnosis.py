@@ -9,7 +9,6 @@ __all__ = ['Finding', 'doctor_text', 'precision_findings', 'environment_findings
            'doctor']
 
 # %% ../../nbs/3_train/11_diagnosis.ipynb #753f3739
-import json
 import os
 import shutil
 from collections.abc import Iterator
