@@ -14,7 +14,8 @@ from typing import Any
 
 from .paths import confined, open_confined, open_step, path_parts
 from .plain import plain, quoted, read_plain
-from ..config import ApiConfig, AppConfig, LoraMvpError, resolve_model_name
+from ..config import ApiConfig, AppConfig, resolve_model_name
+from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/06b_access.ipynb #9a73dbfc
 PICTURE_KEYS = ("file", "image", "image_path", "path", "file_name")  # as in data.manifest, which is too heavy for here

@@ -7,16 +7,16 @@ __all__ = ['Artifact', 'kind_of', 'files_below', 'list_artifacts']
 
 # %% ../../nbs/6_api/05a_artifacts.ipynb #e5418561
 import functools
-import hashlib
 import os
 import stat
 from pathlib import Path
 from typing import Literal
 
-from .jobs import Record
+from .jobs import FrozenRecord
+from ..files import file_sha256
 
 # %% ../../nbs/6_api/05a_artifacts.ipynb #a305171d
-class Artifact(Record):
+class Artifact(FrozenRecord):
     "A file that a job made."
 
     name: str  # POSIX, relative to `run/`
@@ -53,12 +53,8 @@ def files_below(
 # %% ../../nbs/6_api/05a_artifacts.ipynb #6c4a63f6
 @functools.lru_cache(maxsize=4096)
 def _digest(path: str, size: int, changed: int) -> str:
-    "The SHA-256 of a file."
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
+    "The SHA-256 of a file, read once for each state that it is in."
+    return file_sha256(path)
 
 # %% ../../nbs/6_api/05a_artifacts.ipynb #e112791e
 def list_artifacts(

@@ -14,7 +14,7 @@ from typing import get_args
 
 from .jobs import ErrorCode, JobError
 from .redaction import known_secrets, redact
-from ..config import LoraMvpError
+from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/07a_failures.ipynb #839620ff
 def cut_paths(

@@ -15,11 +15,12 @@ from pydantic import BaseModel, ValidationError
 
 from .artifacts import Artifact, files_below, list_artifacts
 from .events import Events, EventType
-from .jobs import TERMINAL, Job, JobError, Record
-from ..config import LoraMvpError, atomic_write
+from .jobs import TERMINAL, FrozenRecord, Job, JobError
+from ..errors import LoraMvpError
+from ..files import atomic_write
 
 # %% ../../nbs/6_api/05b_folders.ipynb #dd950507
-class Result(Record):
+class Result(FrozenRecord):
     "How an attempt ended."
 
     attempt: int
@@ -29,7 +30,7 @@ class Result(Record):
     signal: str | None = None  # "SIGKILL"
 
 # %% ../../nbs/6_api/05b_folders.ipynb #8b4f68c1
-class Heartbeat(Record):
+class Heartbeat(FrozenRecord):
     "The runner of an attempt lives."
 
     attempt: int

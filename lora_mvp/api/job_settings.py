@@ -9,7 +9,8 @@ __all__ = ['NEEDED', 'write_settings', 'read_settings']
 import json
 
 from .folders import JobFolder
-from ..config import AppConfig, LoraMvpError
+from ..config import AppConfig
+from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/07b_job_settings.ipynb #b83b4e53
 NEEDED = {"jobs_dir", "data_dir", "models_dir", "models", "allow_downloads"}

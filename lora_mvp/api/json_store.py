@@ -21,7 +21,7 @@ from typing import NamedTuple
 from .jobs import Job
 from .state_file import StateFile
 from .store_rules import Rebuild, check_swap, hold, no_such_job, page_cursor, replayed, store_failed
-from ..config import LoraMvpError
+from ..errors import LoraMvpError
 
 _logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from .plain import quoted
-from ..config import LoraMvpError
+from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/06a_paths.ipynb #951dcb3e
 def _forbidden(name: str, why: str) -> LoraMvpError:

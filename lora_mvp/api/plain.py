@@ -11,7 +11,7 @@ import math
 import re
 from typing import Any
 
-from ..config import LoraMvpError
+from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/06_plain.ipynb #7b0e417f
 MAX_INTEGER = 2**53  # beyond it JSON's readers do not agree on a number

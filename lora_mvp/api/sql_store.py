@@ -35,7 +35,7 @@ from lora_mvp.api.store_rules import (
     store_failed,
     store_in_use,
 )
-from ..config import LoraMvpError
+from ..errors import LoraMvpError
 
 _logger = logging.getLogger(__name__)
 

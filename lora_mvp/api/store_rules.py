@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .jobs import TERMINAL, Job
-from ..config import LoraMvpError
+from ..errors import LoraMvpError
 
 _logger = logging.getLogger(__name__)
 

@@ -18,16 +18,17 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from .jobs import Record
+from .jobs import FrozenRecord
 from .plain import quoted
-from ..config import LoraMvpError, atomic_write
+from ..errors import LoraMvpError
+from ..files import atomic_write
 
 # %% ../../nbs/6_api/06c_tokens.ipynb #4d003fd0
 Scope = Literal["read", "submit", "admin"]
 SCOPES: tuple[Scope, ...] = ("read", "submit", "admin")
 
 
-class Token(Record):
+class Token(FrozenRecord):
     "One line of the tokens file."
 
     id: str = Field(pattern=r"^[\w.-]{1,64}$")  # for logs, and the owner of its jobs

@@ -25,7 +25,8 @@ from .folders import JobFolder, Result
 from .job_settings import read_settings
 from .jobs import Job
 from .reporter import FENCED, Reporter
-from ..config import ApiConfig, AppConfig, LoraMvpError
+from ..config import ApiConfig, AppConfig
+from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/07c_work.ipynb #10aca332
 def die_with_parent() -> None:
