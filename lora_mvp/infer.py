@@ -20,7 +20,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from .config import LoraMvpError
 from .models.adapters import WEIGHTS, fuse, load_adapter, set_scale
-from .models.base import LOADING, base_revision, load_base, native_size, sample
+from .models.base import LOADING, base_revision, load_base
+from .models.drawing import sample
+from .models.families import native_size
 from .train.objectives import sampling_scheduler
 from .train.runs import RunFolder, read_run
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_mvp.config import LoraMvpError, TrainingConfig
 from lora_mvp.models.adapters import WEIGHTS, adapter_layers, adapter_parameters, add_lora, save_adapter, set_scale
-from lora_mvp.models.base import load_base, random_base
+from lora_mvp.models.base import load_base
 from lora_mvp.models.exports import (
     KOHYA_WEIGHTS,
     certify,
@@ -24,6 +24,7 @@ from lora_mvp.models.exports import (
     write_kohya,
 )
 from lora_mvp.models.inspection import describe, inspect_adapter
+from lora_mvp.models.miniatures import random_base
 
 SGM = {  # SDXL's blocks in Stability's code and in diffusers, written down one by one
     "input_blocks_1_0": "down_blocks.0.resnets.0",

@@ -67,7 +67,8 @@ from lora_mvp.eval.scores import (
 from .verdicts import judge, judgement_text
 from ..infer import LoadedRun, find_run, load_run, render
 from ..models.adapters import WEIGHTS
-from ..models.base import asset, text_parts, weights_hash
+from ..models.base import asset, weights_hash
+from ..models.families import text_parts
 from ..train.runs import RunFolder, dataset_hash, read_run
 
 # %% ../../nbs/5_eval/09_evaluator.ipynb #b7a07312

@@ -42,21 +42,18 @@ from transformers.utils.versions import require_version
 from ..config import AppConfig, LoraMvpError, TrainingConfig
 from ..data.manifest import Manifest, read_manifest
 from ..models.adapters import add_lora
-from lora_mvp.models.base import (
+from ..models.base import DTYPES, find_base
+from lora_mvp.models.families import (
     FAMILIES,
-    check_file,
-    check_folder,
-    config_folder,
     encode_text,
     family_of,
-    find_base,
     granularity,
     native_size,
     text_parts,
     unet_arguments,
 )
+from ..models.layouts import check_file, check_folder, config_folder
 from .latents import Plan, frame_of, picture_variants, plan_arithmetic, regularization_sources
-from .loop import DTYPES
 from .objectives import image_losses, noise_schedule
 
 # %% ../../nbs/3_train/11_diagnosis.ipynb #ed8c0d27
