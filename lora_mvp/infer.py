@@ -18,7 +18,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from .config import LoraMvpError
+from .errors import LoraMvpError
 from .models.adapters import WEIGHTS, fuse, load_adapter, set_scale
 from .models.base import LOADING, base_revision, load_base
 from .models.drawing import sample

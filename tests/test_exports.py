@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_mvp.config import LoraMvpError, TrainingConfig
+from lora_mvp.config import TrainingConfig
+from lora_mvp.errors import LoraMvpError
 from lora_mvp.models.adapters import WEIGHTS, adapter_layers, adapter_parameters, add_lora, save_adapter, set_scale
 from lora_mvp.models.base import load_base
 from lora_mvp.models.exports import (

@@ -14,8 +14,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from lora_mvp.config import LoraMvpError
-from lora_mvp.models.base import asset, base_revision, find_base, load_base, weights_hash
+from lora_mvp.errors import LoraMvpError
+from lora_mvp.files import asset
+from lora_mvp.models.base import base_revision, find_base, load_base, weights_hash
 from lora_mvp.models.drawing import sample
 from lora_mvp.models.families import (
     FAMILIES,

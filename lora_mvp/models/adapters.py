@@ -20,8 +20,9 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save
 
-from ..config import LoraMvpError, TrainingConfig, atomic_write, derive_seed
-from .base import no_bars
+from ..config import TrainingConfig, derive_seed
+from ..errors import LoraMvpError
+from ..files import atomic_write, no_bars
 from .families import Pipeline, text_parts
 
 # %% ../../nbs/2_models/07_adapters.ipynb #b7ec1fe1

@@ -26,7 +26,8 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
-from ..config import LoraMvpError, atomic_write
+from ..errors import LoraMvpError
+from ..files import atomic_write, no_bars
 from lora_mvp.models.adapters import (
     ADAPTER,
     WEIGHTS,
@@ -42,7 +43,7 @@ from lora_mvp.models.adapters import (
     save_adapter,
     set_scale,
 )
-from .base import load_base, no_bars, weights_hash
+from .base import load_base, weights_hash
 from .families import Pipeline, encode_text, family_of, text_parts, time_ids, unet_arguments
 from .inspection import _Record, adapter_file, inspect_adapter, read_header, read_tensors
 

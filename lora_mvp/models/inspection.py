@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from ..config import LoraMvpError
+from ..errors import LoraMvpError
 from .adapters import WEIGHTS
 from .families import FAMILIES
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
-from ..config import LoraMvpError
+from ..errors import LoraMvpError
 from .families import FAMILIES, Family
 from .safety import check_classes, check_code, check_pickles, read_json
 

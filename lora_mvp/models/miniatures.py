@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, PNDM
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..config import derive_seed
-from .base import asset, no_bars
+from ..files import asset, no_bars
 from .families import FAMILIES
 
 # %% ../../nbs/2_models/12_miniatures.ipynb #4ec87830

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..config import LoraMvpError
+from ..errors import LoraMvpError
 
 # %% ../../nbs/2_models/01_safety.ipynb #598337ed
 def read_json(path: Path) -> dict:
