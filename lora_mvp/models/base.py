@@ -21,6 +21,7 @@ from ..config import resolve_model_name
 from ..errors import LoraMvpError
 from ..files import asset, no_bars
 from .families import FAMILIES, Pipeline, family_of, networks, text_parts
+from .keys import base_name
 from .layouts import check_file, check_folder, check_index, config_folder
 from .safety import ONLY_SAFE, PICKLES
 
@@ -205,9 +206,7 @@ def base_revision(
 def weights_hash(module: torch.nn.Module) -> str:
     "sha256 over names, dtypes, shapes and bytes of a module's weights; an adapter in it does not count."
     digest = hashlib.sha256()
-    state = {
-        name.replace(".base_layer.", "."): value for name, value in module.state_dict().items() if "lora_" not in name
-    }
+    state = {base_name(name): value for name, value in module.state_dict().items() if base_name(name)}
     for name, value in sorted(state.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

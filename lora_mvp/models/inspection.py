@@ -8,7 +8,6 @@ __all__ = ['read_header', 'read_tensors', 'adapter_file', 'recorded_base', 'Adap
 # %% ../../nbs/2_models/08_inspection.ipynb #10b470b8
 import json
 import math
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Literal
@@ -16,13 +15,14 @@ from typing import Literal
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft.utils.other import get_pattern_key
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..errors import LoraMvpError
 from .adapters import WEIGHTS
 from .families import FAMILIES
+from .keys import form_of, group_of, layer_of, part_of, reads_text
 
 # %% ../../nbs/2_models/08_inspection.ipynb #290bdd9c
 def read_header(
@@ -41,7 +41,7 @@ def read_header(
         text = f"{file} is no safetensors file, or it was cut off or damaged ({e}). Copy or download it again."
         raise LoraMvpError("adapter_unreadable", text) from e
 
-
+# %% ../../nbs/2_models/08_inspection.ipynb #bd6492f3
 def read_tensors(file: str | Path) -> dict[str, torch.Tensor]:
     "The tensors of a safetensors file; `LoraMvpError` (`adapter_not_found`, `adapter_unreadable`) if it is none."
     read_header(file)
@@ -59,37 +59,18 @@ def adapter_file(source: str | Path) -> Path:
     text = f"{source} holds {len(found) or 'no'} safetensors files; name one file, or a folder with {WEIGHTS}."
     raise LoraMvpError("adapter_not_found", text)
 
-
+# %% ../../nbs/2_models/08_inspection.ipynb #64e33661
 def recorded_base(file: str | Path) -> str | None:
     "The base that `adapter_config.json` beside the file names."
     notes = Path(file).with_name("adapter_config.json")
     try:
-        return json.loads(notes.read_text()).get("base_model_name_or_path") if notes.is_file() else None
+        known = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
+        base = known.get("base_model_name_or_path")
     except (ValueError, AttributeError):  # a note that is damaged names no base
         return None
+    return base if isinstance(base, str) else None
 
-# %% ../../nbs/2_models/08_inspection.ipynb #11901168
-_ELSEWHERE = {  # how names look that this package does not read
-    "LoHa": r"\.hada_",
-    "LoKr": r"\.lokr_",
-    "OFT": r"\.oft_",
-    "LoCon with Tucker decomposition": r"\.lora_mid\.",
-    "full differences": r"\.diff(_b)?$",
-}
-
-
-def _form(names: list[str]) -> str:
-    for form, pattern in _ELSEWHERE.items():
-        if any(re.search(pattern, name) for name in names):
-            return form
-    if any(name.startswith(("lora_unet_", "lora_te")) for name in names):
-        return "kohya"
-    return "diffusers" if any(name.startswith(("unet.", "text_encoder")) for name in names) else "unknown"
-
-# %% ../../nbs/2_models/08_inspection.ipynb #36345c0a
-_DOWN = re.compile(r"^(.*?)(?:\.lora_down|\.lora_A(?:\.default)?|[._]lora\.down|\.lora_linear_layer\.down)\.weight$")
-
-
+# %% ../../nbs/2_models/08_inspection.ipynb #fa165215
 def _configs(metadata: dict[str, str], file: Path) -> dict[str, dict]:  # part -> peft's settings
     "What diffusers wrote into the header."
     configs = {}
@@ -103,7 +84,7 @@ def _configs(metadata: dict[str, str], file: Path) -> dict[str, dict]:  # part -
         ) from e
     return configs
 
-
+# %% ../../nbs/2_models/08_inspection.ipynb #36345c0a
 def _strengths(
     ranks: dict[str, int],  # layer -> rank
     alphas: dict[str, float],  # layer -> alpha, of kohya's form
@@ -121,31 +102,17 @@ def _strengths(
     return known, strengths
 
 # %% ../../nbs/2_models/08_inspection.ipynb #e5ae0b4a
-_PARTS = {  # how layers' names begin -> part
-    "unet|lora_unet": "unet",
-    "text_encoder_2|lora_te2": "text_encoder_2",
-    "text_encoder|lora_te1?": "text_encoder",
-}
-_GROUPS = {
-    "attention": r"attn",
-    "feed-forward": r"[._]ff[._]|mlp|proj_in|proj_out",
-    "convolution": r"conv|in_layers|out_layers|skip_connection|[._]op$",
-}
-
-
 def _layers(names: list[str]) -> dict[str, dict[str, int]]:  # part -> group -> layers
     "How many layers of which kind an adapter has."
     found = {}
     for name in names:
-        part = next((part for start, part in _PARTS.items() if re.match(rf"({start})[._]", name)), "other")
-        group = next((group for group, pattern in _GROUPS.items() if re.search(pattern, name)), "other")
-        found.setdefault(part, Counter())[group] += 1
+        found.setdefault(part_of(name), Counter())[group_of(name)] += 1
     return found
 
 # %% ../../nbs/2_models/08_inspection.ipynb #49a84607
 def _family(shapes: dict[str, list[int]], metadata: dict[str, str]) -> str | None:
     "The family of the base, by the width of the text it reads, else by what the header claims."
-    widths = {shape[1] for name, shape in shapes.items() if re.search(r"attn2[._]to_[kv]$", name)}
+    widths = {shape[1] for name, shape in shapes.items() if reads_text(name)}
     for family in FAMILIES.values():
         if widths == {family.text_width}:
             return family.name
@@ -175,11 +142,7 @@ def _readers(form: str, variant: str, columns: bool) -> tuple[dict[str, bool], l
     return {"diffusers": False, **dict.fromkeys(kohya, known)}, [remark]
 
 # %% ../../nbs/2_models/08_inspection.ipynb #bb52bca3
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class AdapterFacts(_Record):
+class AdapterFacts(BaseModel, extra="forbid"):
     "What an adapter's file says about itself."
 
     schema_version: Literal[1] = 1
@@ -200,46 +163,71 @@ class AdapterFacts(_Record):
     remarks: list[str]
     metadata: dict[str, str]
 
+# %% ../../nbs/2_models/08_inspection.ipynb #ce98e0e4
+def _variant(form: str, is_dora: bool, configs: dict[str, dict]) -> str:
+    "lora, rslora or dora; `other` for what is not read here."
+    if is_dora:
+        return "dora"
+    if any(config.get("use_rslora") for config in configs.values()):
+        return "rslora"
+    return "lora" if form in ("diffusers", "kohya") else "other"
+
+# %% ../../nbs/2_models/08_inspection.ipynb #603a8767
+def _magnitudes(tensors: dict[str, tuple[str, list[int]]]) -> list[list[int]]:
+    "The shapes of DoRA's lengths."
+    return [shape for name, (_, shape) in tensors.items() if "dora_scale" in name or "magnitude_vector" in name]
+
+# %% ../../nbs/2_models/08_inspection.ipynb #81a00777
+def _numbers(
+    shapes: dict[str, list[int]],  # layer -> shape of its down matrix
+    alphas: dict[str, float],  # of `read_header`
+    configs: dict[str, dict],  # part -> peft's settings
+) -> dict:
+    "How often each rank and alpha occurs, and the range of strengths."
+    ranks = {name: shape[0] for name, shape in shapes.items()}
+    known, strengths = _strengths(ranks, {k.removesuffix(".alpha"): v for k, v in alphas.items()}, configs)
+    return {
+        "ranks": dict(sorted(Counter(ranks.values()).items())),
+        "alphas": dict(sorted(Counter(float(a) for a in known.values()).items())),
+        "strength": (min(strengths.values()), max(strengths.values())) if strengths else None,
+    }
+
+# %% ../../nbs/2_models/08_inspection.ipynb #9ad3643b
+def _claims(file: Path, form: str, metadata: dict[str, str]) -> dict:
+    "Base, trigger word and steps, as the file or the note beside it says."
+    steps = metadata.get("ss_steps", "")
+    return {
+        "base": recorded_base(file) if form == "diffusers" else metadata.get("ss_sd_model_name"),
+        "trigger": metadata.get("modelspec.trigger_phrase"),
+        "steps": int(steps) if steps.isdigit() else None,
+    }
+
 # %% ../../nbs/2_models/08_inspection.ipynb #e7d0c34b
 def inspect_adapter(source: str | Path) -> AdapterFacts:
     "What an adapter's file is; `LoraMvpError` when it is absent, unreadable or no adapter."
     file = adapter_file(source)
     tensors, metadata, alphas = read_header(file)
-    form = _form(list(tensors))
-    shapes = {match[1]: shape for name, (_, shape) in tensors.items() if (match := _DOWN.match(name))}
+    form = form_of(list(tensors))
+    shapes = {layer: shape for name, (_, shape) in tensors.items() if (layer := layer_of(name))}
     if form == "unknown" and not shapes:
-        raise LoraMvpError(
-            "adapter_unknown",
-            f"{file} holds no adapter that is known here, such as {next(iter(tensors), 'nothing at all')}.",
-        )
-    configs = _configs(metadata, file)
-    ranks = {name: shape[0] for name, shape in shapes.items()}
-    known, strengths = _strengths(ranks, {k.removesuffix(".alpha"): v for k, v in alphas.items()}, configs)
-    dora = {name: shape for name, (_, shape) in tensors.items() if "dora_scale" in name or "magnitude_vector" in name}
-    rslora = any(config.get("use_rslora") for config in configs.values())
-    variant = "dora" if dora else "rslora" if rslora else "lora" if form in ("diffusers", "kohya") else "other"
-    readers, remarks = _readers(form, variant, any(shape[0] == 1 for shape in dora.values()))
+        first = next(iter(tensors), "nothing at all")
+        raise LoraMvpError("adapter_unknown", f"{file} holds no adapter that is known here, such as {first}.")
+    configs, magnitudes = _configs(metadata, file), _magnitudes(tensors)
+    variant = _variant(form, bool(magnitudes), configs)
+    readers, remarks = _readers(form, variant, any(shape[0] == 1 for shape in magnitudes))
     if form == "diffusers" and not configs:
         remarks.append("the file names no alpha: it loads with alpha equal to the rank")
-    trigger, steps = metadata.get("modelspec.trigger_phrase"), metadata.get("ss_steps", "")
-    return AdapterFacts(
-        file=str(file),
-        size=file.stat().st_size,
-        form=form,
-        variant=variant,
-        dtype=", ".join(sorted({kind for name, (kind, _) in tensors.items() if not name.endswith(".alpha")})),
-        ranks=dict(sorted(Counter(ranks.values()).items())),
-        alphas=dict(sorted(Counter(float(a) for a in known.values()).items())),
-        strength=(min(strengths.values()), max(strengths.values())) if strengths else None,
-        layers=_layers(list(shapes)),
-        family=_family(shapes, metadata),
-        base=recorded_base(file) if form == "diffusers" else metadata.get("ss_sd_model_name"),
-        trigger=trigger,
-        steps=int(steps) if steps.isdigit() else None,
-        readers=readers,
-        remarks=remarks,
-        metadata=dict(sorted(metadata.items())),
-    )
+    facts = {"file": str(file), "size": file.stat().st_size, "form": form, "variant": variant}
+    facts["dtype"] = ", ".join(sorted({kind for name, (kind, _) in tensors.items() if not name.endswith(".alpha")}))
+    facts |= _numbers(shapes, alphas, configs) | _claims(file, form, metadata)
+    facts |= {"layers": _layers(list(shapes)), "family": _family(shapes, metadata)}
+    return AdapterFacts(**facts, readers=readers, remarks=remarks, metadata=dict(sorted(metadata.items())))
+
+# %% ../../nbs/2_models/08_inspection.ipynb #62460231
+def _counts(counts: dict[float, int]) -> str:
+    if len(counts) == 1:
+        return f"{next(iter(counts)):g}"
+    return ", ".join(f"{value:g} ({n} layers)" for value, n in counts.items())
 
 # %% ../../nbs/2_models/08_inspection.ipynb #a57f7315
 def describe(facts: AdapterFacts) -> str:
@@ -264,9 +252,3 @@ def describe(facts: AdapterFacts) -> str:
         "note": "; ".join(facts.remarks),
     }
     return "\n".join(f"{name:9} {value}" for name, value in lines.items() if value)
-
-
-def _counts(counts: dict[float, int]) -> str:
-    if len(counts) == 1:
-        return f"{next(iter(counts)):g}"
-    return ", ".join(f"{value:g} ({n} layers)" for value, n in counts.items())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_index', 'check_task', 'check_folder', 'check_file', 'config_folder']
 
-# %% ../../nbs/2_models/04_layouts.ipynb #d59462c8
+# %% ../../nbs/2_models/04_layouts.ipynb #b43ba919
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -15,7 +15,7 @@ from ..errors import LoraMvpError
 from .families import FAMILIES, Family
 from .safety import check_classes, check_code, check_pickles, read_json
 
-# %% ../../nbs/2_models/04_layouts.ipynb #86459c72
+# %% ../../nbs/2_models/04_layouts.ipynb #7535f839
 _CLASSES = {  # part of the pipeline that has weights -> the class it must have
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
@@ -43,7 +43,7 @@ def check_index(
             )
     return family.pipeline
 
-# %% ../../nbs/2_models/04_layouts.ipynb #5250ed3b
+# %% ../../nbs/2_models/04_layouts.ipynb #2d0b35ad
 _TASKS = {5: "a depth-to-image", 8: "an image-editing", 9: "an inpainting"}  # channels that the UNet reads -> model
 
 
@@ -59,7 +59,7 @@ def check_task(folder: Path) -> None:
             "base_unsupported", f"{folder} scales each latent channel by itself (latents_mean). {_SUPPORTED}"
         )
 
-# %% ../../nbs/2_models/04_layouts.ipynb #a2caafd2
+# %% ../../nbs/2_models/04_layouts.ipynb #239acf71
 def check_folder(
     folder: Path,  # a pipeline in diffusers' layout
 ) -> type:  # the pipeline's class
@@ -70,7 +70,7 @@ def check_folder(
     check_task(folder)
     return kind
 
-# %% ../../nbs/2_models/04_layouts.ipynb #8643598d
+# %% ../../nbs/2_models/04_layouts.ipynb #2a7032b6
 _FIRST = "model.diffusion_model.input_blocks.0.0.weight"  # the UNet's first convolution
 
 
@@ -84,7 +84,7 @@ def _names_in(file: Path) -> tuple[set[str], dict[str, str], int | None]:
     except Exception as e:  # safetensors raises its own type, the file system others
         raise LoraMvpError("base_unreadable", f"{file} could not be loaded as a safetensors file ({e}).") from e
 
-# %% ../../nbs/2_models/04_layouts.ipynb #5fcc5302
+# %% ../../nbs/2_models/04_layouts.ipynb #7a9e0d29
 _MARKS = {  # how the names of the text encoder's tensors begin -> family
     "conditioner.embedders.1.model.": "sdxl",
     "cond_stage_model.model.": "sd2",
@@ -97,7 +97,7 @@ def _family_in(names: set[str]) -> Family | None:
     found = (name for mark, name in _MARKS.items() if any(n.startswith(mark) for n in names))
     return FAMILIES.get(next(found, None))
 
-
+# %% ../../nbs/2_models/04_layouts.ipynb #73215197
 def _misfit(names: set[str], channels: int | None) -> str | None:
     "What a file is in place of a base model of these families; None for a base model."
     if any("lora_" in n for n in names):
@@ -110,7 +110,7 @@ def _misfit(names: set[str], channels: int | None) -> str | None:
         return "is an SDXL refiner or holds no text encoder"
     return None if any(n.startswith("first_stage_model.") for n in names) else "holds no autoencoder"
 
-# %% ../../nbs/2_models/04_layouts.ipynb #80705237
+# %% ../../nbs/2_models/04_layouts.ipynb #d128aaf0
 def check_file(
     file: Path,  # one .safetensors file
 ) -> tuple[Family, str | None]:  # the family whose layout it has, and the prediction type if it states one
@@ -122,7 +122,7 @@ def check_file(
     stated = stated or ("v" if "v_pred" in names else None)
     return _family_in(names), {"v": "v_prediction"}.get(stated, stated)
 
-# %% ../../nbs/2_models/04_layouts.ipynb #9d983abd
+# %% ../../nbs/2_models/04_layouts.ipynb #4b5247b7
 def config_folder(
     file: Path,  # one .safetensors file
     family: Family,

@@ -37,8 +37,10 @@ from ..data.manifest import Manifest, read_manifest
 from ..models.adapters import WEIGHTS, adapter_state, add_lora, restore_adapter, save_adapter
 from ..models.base import DTYPES, base_revision, find_base, load_base, weights_hash
 from ..models.drawing import sample
-from ..models.exports import certify, export_fused, write_kohya
+from ..models.exports import export_fused
 from ..models.families import encode_text, text_parts, unet_arguments
+from ..models.kohya import write_kohya
+from ..models.proof import certify
 from lora_mvp.train.checkpoints import (
     MANIFEST,
     checkpoints,
