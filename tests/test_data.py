@@ -26,20 +26,16 @@ import skimage
 from PIL import Image, ImageCms, ImageFilter
 
 from lora_mvp.config import DataConfig, LoraMvpError, load_config
-from lora_mvp.data.images import REASONS, ImageRecord, decode, facts_of, inspect_image, open_rgb, perceptual_hashes
+from lora_mvp.data.images import REASONS, decode, open_rgb
+from lora_mvp.data.looks import ImageRecord, facts_of, inspect_image, perceptual_hashes
 from lora_mvp.data.manifest import manifest_schema, parse_manifest, read_manifest
-from lora_mvp.data.prepare import (
-    Override,
-    check_data,
-    deal,
-    group_images,
-    load_image,
-    locked,
-    prepare_data,
-    scan,
-    summary,
-    write_overrides,
-)
+from lora_mvp.data.arrays import load_image
+from lora_mvp.data.assess import deal, group_images
+from lora_mvp.data.overrides import Override, write_overrides
+from lora_mvp.data.prepare import check_data, prepare_data
+from lora_mvp.data.raw import scan
+from lora_mvp.data.storage import locked
+from lora_mvp.data.tables import summary
 from lora_mvp.data.splits import near_duplicates
 from lora_mvp.data.storage import portable_name
 
@@ -294,7 +290,7 @@ def test_not_regular(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png_header(20_000, 20_000))
     names = ["pipe.png", "link.png", "loop.png", "folder.png", "/dev/zero", "bomb.png"]
     script = (  # `before` is the most memory so far, kilobytes
-        "import resource, sys; from lora_mvp.data.images import inspect_image;"
+        "import resource, sys; from lora_mvp.data.looks import inspect_image;"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; found = [inspect_image(f) for f in sys.argv[1:]];"
         "print(*(r.reason for r in found), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000)"
     )
@@ -956,7 +952,7 @@ def test_a_plain_list_is_a_manifest(tmp_path):
 
 def test_stopped_in_the_middle(tmp_path, monkeypatch):
     "An error while writing leaves the earlier manifest and its files; the next run completes."
-    from lora_mvp.data.prepare import storage
+    from lora_mvp.data import storage
 
     raw = fill(tmp_path / "raw", cat=4)
     first = prepare_data(settings(tmp_path))

@@ -22,9 +22,12 @@ from PIL import Image, ImageDraw
 
 from ..config import LoraMvpError
 from .captions import as_words
-from .images import REASONS, Reason, open_rgb
+from .images import REASONS, open_rgb
+from .looks import Reason
 from .manifest import Manifest, leaves_folder
-from .prepare import Override, locked, not_writable, read_overrides, write_overrides
+from .overrides import Override, read_overrides, write_overrides
+from .prepare import not_writable
+from .storage import locked
 from .report import text
 
 # %% ../../nbs/1_data/17_curator.ipynb #03073a4d

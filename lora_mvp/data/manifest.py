@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'FILE_KEYS', 'CAPTION_KEYS', 'SPLIT_NAMES', 'ManifestImage', 'Seen', 'Manifest', 'leaves_folder',
-           'text_at', 'picture_facts', 'row_of_list', 'rows_of_list', 'parse_manifest', 'read_manifest',
+           'text_at', 'listed_facts', 'row_of_list', 'rows_of_list', 'parse_manifest', 'read_manifest',
            'manifest_schema']
 
 # %% ../../nbs/1_data/06_manifest.ipynb #5be39af9
@@ -18,12 +18,10 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..config import LoraMvpError
 from .captions import as_words
-from .images import Facts, ImageRecord, Reason, decode, read_regular
+from .images import decode, read_regular
+from .looks import Facts, ImageRecord, Reason
 
 # %% ../../nbs/1_data/06_manifest.ipynb #de9683a6
-SCHEMA_VERSION = 2  # 1 had no facts, no groups and no counts
-
-
 class ManifestImage(BaseModel):
     "One accepted image."
 
@@ -49,6 +47,9 @@ class Seen(BaseModel):
     split: Literal["train", "val"]
     phash: str = ""  # of the picture as it is; empty for a flat one
     pixel_sha256: str = ""  # the same for the same picture in another file; empty in manifests of before it was kept
+
+# %% ../../nbs/1_data/06_manifest.ipynb #e1cc6500
+SCHEMA_VERSION = 2  # 1 had no facts, no groups and no counts
 
 
 class Manifest(BaseModel):
@@ -101,8 +102,9 @@ def leaves_folder(
 
 # %% ../../nbs/1_data/06_manifest.ipynb #63bca4cb
 FILE_KEYS = ("file", "image", "image_path", "path", "file_name")
+
+
 CAPTION_KEYS = ("caption", "text", "prompt")
-SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "test": "val"}
 
 
 def text_at(
@@ -118,7 +120,7 @@ def text_at(
     return row[key], None
 
 # %% ../../nbs/1_data/06_manifest.ipynb #69db759d
-def picture_facts(
+def listed_facts(
     folder: Path,  # of the list
     file: str,  # POSIX, relative to it
 ) -> dict[str, Any]:  # width and height (pixels, upright), sha256
@@ -138,7 +140,10 @@ def picture_facts(
         raise LoraMvpError(e.code, f"{file!r} cannot be used: {e}") from e
     return {"width": width, "height": height, "sha256": hashlib.sha256(data).hexdigest()}
 
-# %% ../../nbs/1_data/06_manifest.ipynb #6e803529
+# %% ../../nbs/1_data/06_manifest.ipynb #0397a23a
+SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "test": "val"}
+
+
 def row_of_list(
     row: Any,  # as it was in the file
     folder: Path,  # of the list
@@ -155,7 +160,7 @@ def row_of_list(
     fields = {"label": label, "caption": as_words(caption), "split": SPLIT_NAMES.get(split.lower())}
     if not bad_file:
         try:
-            fields |= picture_facts(folder, file) | {"file": PurePosixPath(file).as_posix()}
+            fields |= listed_facts(folder, file) | {"file": PurePosixPath(file).as_posix()}
         except LoraMvpError as e:
             mistakes.append(str(e))
     return fields, mistakes
