@@ -26,18 +26,17 @@ import skimage
 from PIL import Image, ImageCms, ImageFilter
 
 from lora_mvp.config import DataConfig, LoraMvpError, load_config
+from lora_mvp.data.arrays import load_image
+from lora_mvp.data.assess import deal, group_images
 from lora_mvp.data.images import REASONS, decode, open_rgb
 from lora_mvp.data.looks import ImageRecord, facts_of, inspect_image, perceptual_hashes
 from lora_mvp.data.manifest import manifest_schema, parse_manifest, read_manifest
-from lora_mvp.data.arrays import load_image
-from lora_mvp.data.assess import deal, group_images
 from lora_mvp.data.overrides import Override, write_overrides
 from lora_mvp.data.prepare import check_data, prepare_data
 from lora_mvp.data.raw import scan
-from lora_mvp.data.storage import locked
-from lora_mvp.data.tables import summary
 from lora_mvp.data.splits import near_duplicates
-from lora_mvp.data.storage import portable_name
+from lora_mvp.data.storage import locked, portable_name
+from lora_mvp.data.tables import summary
 
 FLAT = facts_of(Image.new("RGB", (8, 8)))
 LOOSE = DataConfig(min_resolution=64, checks={"rotated": "warn", "had_alpha": "warn", "16bit": "warn", "cmyk": "warn"})

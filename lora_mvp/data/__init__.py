@@ -15,8 +15,8 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a door opens whe
     from lora_mvp.data.handover import export_data
     from lora_mvp.data.manifest import Manifest, ManifestImage, read_manifest
     from lora_mvp.data.prepare import check_data, prepare_data
-    from lora_mvp.data.tables import summary
     from lora_mvp.data.report import write_report
+    from lora_mvp.data.tables import summary
 
 # %% ../../nbs/1_data/00_index.ipynb #569b98c8
 _DOORS = {

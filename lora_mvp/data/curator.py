@@ -27,8 +27,8 @@ from .looks import Reason
 from .manifest import Manifest, leaves_folder
 from .overrides import Override, read_overrides, write_overrides
 from .prepare import not_writable
-from .storage import locked
 from .report import text
+from .storage import locked
 
 # %% ../../nbs/1_data/17_curator.ipynb #03073a4d
 class Item(NamedTuple):

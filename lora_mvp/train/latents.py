@@ -26,10 +26,10 @@ from safetensors.torch import load, save
 from tqdm.auto import tqdm
 
 from ..config import LoraMvpError, TrainingConfig, atomic_write, derive_seed
+from ..data.arrays import as_array, augment
 from ..data.captions import caption_of
 from ..data.images import claimed_format, decode, printable, read_regular
 from ..data.manifest import Manifest
-from ..data.arrays import as_array, augment
 from ..data.raw import walk
 from ..data.storage import bucket_of, crop_box, crop_to
 from ..models.base import encode_text, family_of, granularity, text_parts, time_ids, weights_hash
