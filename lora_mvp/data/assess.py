@@ -7,7 +7,7 @@ __all__ = ['log', 'File', 'look_at_all', 'note_copies', 'decide', 'accepted', 'k
            'choose_captions', 'note_captions', 'group_images', 'note_alike', 'past_of', 'deal', 'Taken', 'Assessment',
            'assess']
 
-# %% ../../nbs/1_data/10_assess.ipynb #e3b1670f
+# %% ../../nbs/1_data/10_assess.ipynb #b1200187
 import logging
 from collections import defaultdict
 from collections.abc import Callable
@@ -25,10 +25,10 @@ from .raw import scan
 from .splits import group, near_duplicates, remember, split_groups
 from .survey import survey
 
-# %% ../../nbs/1_data/10_assess.ipynb #0ab0c5e8
+# %% ../../nbs/1_data/10_assess.ipynb #9e153e00
 log = logging.getLogger("lora_mvp")
 
-# %% ../../nbs/1_data/10_assess.ipynb #2c1d12a3
+# %% ../../nbs/1_data/10_assess.ipynb #2f10de7d
 File = tuple[Path, ImageRecord]  # where a file is, and what is known of it; its path may hold bytes that are no text
 
 
@@ -43,7 +43,7 @@ def look_at_all(
     found = dict(zip(waiting, looks, strict=True))
     return [(p, judge_look(found[p], r.path, r.label, data) if p in found else r) for p, r in files]
 
-# %% ../../nbs/1_data/10_assess.ipynb #824c1fb3
+# %% ../../nbs/1_data/10_assess.ipynb #32c0d505
 def note_copies(
     files: list[File],  # by path, judged
     data: DataConfig,
@@ -66,7 +66,7 @@ def note_copies(
 
     return [(path, noted(record)) for path, record in files]
 
-# %% ../../nbs/1_data/10_assess.ipynb #b73d5189
+# %% ../../nbs/1_data/10_assess.ipynb #84f22bcb
 def decide(
     files: list[File],
     overrides: dict[str, Override],  # by the hash of the raw file
@@ -74,14 +74,14 @@ def decide(
     "The same files, as a person decided about them."
     return [(path, decided(record, overrides.get(record.sha256, Override()))) for path, record in files]
 
-# %% ../../nbs/1_data/10_assess.ipynb #cd661750
+# %% ../../nbs/1_data/10_assess.ipynb #7ac8df6a
 def accepted(
     files: list[File],
 ) -> list[File]:
     "Those that have not been refused."
     return [(path, record) for path, record in files if record.status == "accepted"]
 
-# %% ../../nbs/1_data/10_assess.ipynb #71476e43
+# %% ../../nbs/1_data/10_assess.ipynb #c12e4ebd
 def known_captions(
     config: AppConfig,
     accepted: list[tuple[Path, ImageRecord]],  # nothing is asked about them
@@ -92,7 +92,7 @@ def known_captions(
         return None
     return AutoCaptions(data.processed_dir / "captions.json", AutoCaptioner(data.captioner, data.captioner_revision))
 
-# %% ../../nbs/1_data/10_assess.ipynb #b3cc601a
+# %% ../../nbs/1_data/10_assess.ipynb #c75c871b
 def automatic_captions(
     config: AppConfig,
     accepted: list[tuple[Path, ImageRecord]],
@@ -104,7 +104,7 @@ def automatic_captions(
         captions.fill({r.sha256: path for path, r in accepted if caption_of(path, plain, r.label)[1] == "template"})
     return captions
 
-# %% ../../nbs/1_data/10_assess.ipynb #cdf5507f
+# %% ../../nbs/1_data/10_assess.ipynb #3d0c5d28
 class Caption(NamedTuple):
     "The words that go with one image."
 
@@ -112,7 +112,7 @@ class Caption(NamedTuple):
     source: str  # `curated`, `sidecar`, `automatic` or `template`
     warning: str | None = None  # what is wrong with the file beside the image
 
-# %% ../../nbs/1_data/10_assess.ipynb #5071ffa9
+# %% ../../nbs/1_data/10_assess.ipynb #068a896e
 def choose_captions(
     data: DataConfig,
     files: list[File],  # accepted
@@ -128,7 +128,7 @@ def choose_captions(
         captions.append(Caption(as_words(by_hand), "curated", caption.warning) if by_hand else caption)
     return captions
 
-# %% ../../nbs/1_data/10_assess.ipynb #30053821
+# %% ../../nbs/1_data/10_assess.ipynb #ae824998
 def note_captions(
     files: list[File],
     captions: dict[Path, Caption],  # of those that are accepted
@@ -151,7 +151,7 @@ def note_captions(
 
     return [(path, noted(path, record)) for path, record in files]
 
-# %% ../../nbs/1_data/10_assess.ipynb #34e8e255
+# %% ../../nbs/1_data/10_assess.ipynb #d495b316
 def group_images(
     records: list[ImageRecord],  # accepted
     history: dict[str, Seen],  # by content hash; empty to start afresh
@@ -167,7 +167,7 @@ def group_images(
     edges += [(first.setdefault(pixels, i), i) for i, (_, pixels, _) in enumerate(known) if pixels]
     return group([sha256 for sha256, *_ in known], edges)
 
-# %% ../../nbs/1_data/10_assess.ipynb #8d7fc6e9
+# %% ../../nbs/1_data/10_assess.ipynb #663a767c
 def note_alike(
     files: list[File],
     groups: dict[str, str],  # from `group_images`
@@ -184,7 +184,7 @@ def note_alike(
 
     return [(path, noted(record)) for path, record in files]
 
-# %% ../../nbs/1_data/10_assess.ipynb #4fab8dc2
+# %% ../../nbs/1_data/10_assess.ipynb #6e10fccc
 def past_of(
     before: Manifest | None,  # the last run; None: there is none, or it is to be forgotten
     data: DataConfig,
@@ -199,7 +199,7 @@ def past_of(
     rows = {row.source_sha256: Seen(split=row.split) for row in before.images}
     return rows | before.history
 
-# %% ../../nbs/1_data/10_assess.ipynb #822083f6
+# %% ../../nbs/1_data/10_assess.ipynb #846fe67b
 def deal(
     records: list[ImageRecord],  # accepted
     groups: dict[str, str],  # from `group_images`
@@ -215,7 +215,7 @@ def deal(
         looks[r.sha256] = {"phash": (r.facts.phashes or [""])[0], "pixel_sha256": r.facts.pixel_sha256}
     return splits, {k: Seen(split=split, **looks[k]) for k, split in remember(past, splits).items()}
 
-# %% ../../nbs/1_data/10_assess.ipynb #e8d2cb09
+# %% ../../nbs/1_data/10_assess.ipynb #77598dd0
 @dataclass(frozen=True)
 class Taken:
     "One image that is taken."
@@ -227,7 +227,7 @@ class Taken:
     split: str  # `train` or `val`
     group: str
 
-# %% ../../nbs/1_data/10_assess.ipynb #505e7fca
+# %% ../../nbs/1_data/10_assess.ipynb #80d8f3fe
 @dataclass(frozen=True)
 class Assessment:
     "What is known before anything is written."
@@ -237,7 +237,7 @@ class Assessment:
     history: dict[str, Seen]  # by content hash: every image that was ever dealt out
     captioner: dict[str, Any] | None  # the model that made the automatic captions
 
-# %% ../../nbs/1_data/10_assess.ipynb #956ad5fc
+# %% ../../nbs/1_data/10_assess.ipynb #2640bad2
 def assess(
     config: AppConfig,
     before: Manifest | None,  # the last run; None: images are split afresh

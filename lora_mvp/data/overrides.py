@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Override', 'read_overrides', 'write_overrides', 'decided']
 
-# %% ../../nbs/1_data/09_overrides.ipynb #6bfc4ce9
+# %% ../../nbs/1_data/09_overrides.ipynb #df92a939
 import json
 from pathlib import Path
 
@@ -14,14 +14,14 @@ from pydantic import BaseModel
 from ..config import LoraMvpError, atomic_write
 from .looks import ImageRecord
 
-# %% ../../nbs/1_data/09_overrides.ipynb #4a7e037f
+# %% ../../nbs/1_data/09_overrides.ipynb #537f6d33
 class Override(BaseModel):
     "What a person decided about one image."
 
     keep: bool | None = None  # None: as the checks say
     caption: str | None = None  # None: as the files and the template say
 
-# %% ../../nbs/1_data/09_overrides.ipynb #2afa6938
+# %% ../../nbs/1_data/09_overrides.ipynb #752355f8
 def read_overrides(
     out: Path,  # processed folder
 ) -> dict[str, Override]:  # by the hash of the raw file
@@ -36,7 +36,7 @@ def read_overrides(
         text = f"{file} is not a list of decisions ({e}); mend it, or move it away"
         raise LoraMvpError("overrides_invalid", text) from e
 
-# %% ../../nbs/1_data/09_overrides.ipynb #30e194e1
+# %% ../../nbs/1_data/09_overrides.ipynb #e953ace1
 def write_overrides(
     out: Path,  # processed folder
     overrides: dict[str, Override],  # by the hash of the raw file
@@ -46,7 +46,7 @@ def write_overrides(
     content = {"schema_version": 1, "images": {k: v for k, v in images.items() if v}}
     return atomic_write(out / "overrides.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
-# %% ../../nbs/1_data/09_overrides.ipynb #f3e54b7b
+# %% ../../nbs/1_data/09_overrides.ipynb #fe6b578f
 def decided(
     record: ImageRecord,  # judged
     override: Override,
