@@ -11,9 +11,9 @@ import os
 import numpy as np
 from PIL import Image
 
-from ..config import LoraMvpError
 from .images import open_rgb
 from .storage import square
+from ..errors import LoraMvpError
 
 # %% ../../nbs/1_data/07a_arrays.ipynb #bab1bc8e
 def as_array(

@@ -12,12 +12,12 @@ import os
 import re
 import string
 import unicodedata
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..config import LoraMvpError
 from .images import printable, read_regular
+from ..errors import LoraMvpError
+from ..files import asset
 
 # %% ../../nbs/1_data/03_captions.ipynb #690ba3bc
 def as_words(
@@ -125,7 +125,7 @@ def caption_tokenizer(
     "The tokenizer of a base, without its weights and without torch; nothing is downloaded."
     from huggingface_hub import try_to_load_from_cache
 
-    base = str(resources.files("lora_mvp") / "assets" / "tiny") if base == "tiny" else str(base)
+    base = str(asset("tiny") if base == "tiny" else base)
     folder = Path(base) / "tokenizer"
     try:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not folder.is_dir():

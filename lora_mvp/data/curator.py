@@ -26,9 +26,9 @@ from .images import REASONS, open_rgb
 from .looks import Reason
 from .manifest import Manifest, leaves_folder
 from .overrides import Override, read_overrides, write_overrides
-from .prepare import not_writable
 from .report import text
 from .storage import locked
+from ..files import not_writable
 
 # %% ../../nbs/1_data/17_curator.ipynb #03073a4d
 class Item(NamedTuple):

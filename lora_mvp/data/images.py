@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from ..config import LoraMvpError
+from ..errors import LoraMvpError
 
 # %% ../../nbs/1_data/01_images.ipynb #454a0d37
 REASONS = {

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel
 
-from ..config import DataConfig, LoraMvpError
+from ..config import DataConfig
 from lora_mvp.data.images import (
     MAX_PIXELS,
     REASONS,
@@ -27,6 +27,7 @@ from lora_mvp.data.images import (
     printable,
     read_regular,
 )
+from ..errors import LoraMvpError
 
 # %% ../../nbs/1_data/01a_looks.ipynb #05222e7b
 def sharpness(

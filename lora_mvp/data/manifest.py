@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from ..config import LoraMvpError
 from .captions import as_words
 from .images import decode, read_regular
 from .looks import Facts, ImageRecord, Reason
+from ..errors import LoraMvpError, first_mistake
 
 # %% ../../nbs/1_data/06_manifest.ipynb #de9683a6
 class ManifestImage(BaseModel):
@@ -208,9 +208,8 @@ def parse_manifest(
             content = {key: value for key, value in content.items() if key not in ("rejected", "schema_version")}
         manifest = Manifest.model_validate(content)
     except ValidationError as e:
-        first = e.errors()[0]
-        what = f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
-        raise LoraMvpError("manifest_invalid", f"{path} is not a manifest of ours ({what}); {again}") from e
+        what = f"{path} is not a manifest of ours ({first_mistake(e)})"
+        raise LoraMvpError("manifest_invalid", f"{what}; {again}") from e
     except (OSError, ValueError, RecursionError) as e:
         raise LoraMvpError("manifest_invalid", f"{path} is not readable JSON ({e}); {again}") from e
     for row in manifest.images:

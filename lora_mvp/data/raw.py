@@ -9,10 +9,10 @@ __all__ = ['JUNK', 'is_hidden', 'is_sidecar', 'is_caption', 'walk', 'check_raw',
 import os
 from pathlib import Path
 
-from ..config import LoraMvpError
 from .captions import SIDECARS
 from .images import claimed_format, printable
 from .looks import ImageRecord
+from ..errors import LoraMvpError
 
 # %% ../../nbs/1_data/08_raw.ipynb #7938e090
 JUNK = {"thumbs.db", "desktop.ini", "__macosx", "ehthumbs.db"}  # left behind by operating systems

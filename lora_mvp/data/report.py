@@ -29,7 +29,7 @@ from ..config import LoraMvpError, TrainingConfig, atomic_write
 from .captions import as_words
 from .images import REASONS, open_rgb
 from .manifest import Manifest, ManifestImage, leaves_folder
-from .storage import png_bytes
+from ..files import png_bytes
 
 # %% ../../nbs/1_data/16_report.ipynb #a1b02c45
 class Entry(NamedTuple):

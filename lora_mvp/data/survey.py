@@ -20,9 +20,10 @@ import PIL
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from ..config import LoraMvpError, atomic_write
 from . import looks
 from .workers import Task, ask_workers, name_bytes, reference, stamp_of
+from ..errors import LoraMvpError
+from ..files import atomic_write
 
 # %% ../../nbs/1_data/05_survey.ipynb #71b2e540
 log = logging.getLogger("lora_mvp")

@@ -29,8 +29,8 @@ from pathlib import Path
 
 import cv2
 
-from ..config import LoraMvpError
 from .images import read_regular
+from ..errors import LoraMvpError
 
 # %% ../../nbs/1_data/04a_workers.ipynb #2c4ef6f4
 log = logging.getLogger("lora_mvp")
