@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'UNWRITABLE', 'check_folders', 'earlier_manifest', 'row_of', 'portable_config', 'manifest_of',
-           'NothingAccepted', 'refuse_empty', 'check_data', 'mode_of', 'Plan', 'plan_files', 'still_there',
+           'NothingAccepted', 'refuse_empty', 'check_data', 'mode_of', 'Target', 'plan_files', 'still_there',
            'write_pictures', 'write_all', 'prepare_data']
 
 # %% ../../nbs/1_data/11_prepare.ipynb #bc0296a0
@@ -163,7 +163,7 @@ def mode_of(
 
 # %% ../../nbs/1_data/11_prepare.ipynb #3af676c0
 @dataclass(frozen=True)
-class Plan:
+class Target:
     "Where one image goes, and how."
 
     source: Path  # raw file
@@ -175,9 +175,9 @@ class Plan:
 def plan_files(
     found: list[Taken],  # by path
     data: DataConfig,
-) -> list[Plan]:
+) -> list[Target]:
     "Where each image goes: split, label, name, and the ending of its true format."
-    names, plans = defaultdict(set), []
+    names, targets = defaultdict(set), []
     for taken in found:
         r, mode = taken.record, mode_of(taken.record, data)
         folder = portable_name(r.label)
@@ -185,8 +185,8 @@ def plan_files(
         ending = ".png" if mode == "process" else true_ending(r.format)
         row = row_of(taken).model_copy(update={"file": f"{taken.split}/{folder}/{name}{ending}"})
         size = target_size(r.facts, data.image_size, data.aspect_buckets) if data.materialise == "process" else None
-        plans.append(Plan(taken.path, row, mode, size))
-    return plans
+        targets.append(Target(taken.path, row, mode, size))
+    return targets
 
 # %% ../../nbs/1_data/11_prepare.ipynb #1e6f4e1a
 def still_there(
@@ -206,28 +206,28 @@ def still_there(
 
 # %% ../../nbs/1_data/11_prepare.ipynb #deb2db30
 def write_pictures(
-    plans: list[Plan],  # by path
+    targets: list[Target],  # by path
     data: DataConfig,
     before: Manifest | None,  # of an earlier run
-) -> list[ManifestImage]:  # the rows of the plans, and what was stored
+) -> list[ManifestImage]:  # the rows of the targets, and what was stored
     "Store every accepted image that is not there already."
     out, earlier = Path(data.processed_dir), {row.file: row for row in before.images} if before else {}
     ours = earlier.keys() | pending_files(out)
     remove_unfinished({out / file for file in {*ours, "manifest.json", ".prepare/pending.json"}})
-    new = {p.row.file for p in plans if not os.path.lexists(out / p.row.file)}  # what lies there already is not ours
+    new = {t.row.file for t in targets if not os.path.lexists(out / t.row.file)}  # what lies there already is not ours
     announce_files(out, (ours | new) - earlier.keys())
     decide = ("image_size", "aspect_buckets", "background", "materialise")
     same_settings = before is not None and all(before.config.get(k) == getattr(data, k) for k in decide)
     rows = []
-    for plan in tqdm(plans, "write", unit="image", leave=False, disable=None):
-        file, old = plan.row.file, earlier.get(plan.row.file)
-        made_from = {"file": file, "source_sha256": plan.row.source_sha256}
-        if still_there(plan.source, out, old, made_from, same_settings):
+    for target in tqdm(targets, "write", unit="image", leave=False, disable=None):
+        file, old = target.row.file, earlier.get(target.row.file)
+        made_from = {"file": file, "source_sha256": target.row.source_sha256}
+        if still_there(target.source, out, old, made_from, same_settings):
             made = {key: getattr(old, key) for key in ("stored", "width", "height", "sha256")}
         else:
-            how = (plan.mode, plan.size, data.background, data.max_pixels)
-            made = store(plan.source, out, file, *how, ours=file in ours)
-        rows.append(plan.row.model_copy(update=made))
+            how = (target.mode, target.size, data.background, data.max_pixels)
+            made = store(target.source, out, file, *how, ours=file in ours)
+        rows.append(target.row.model_copy(update=made))
     return rows
 
 # %% ../../nbs/1_data/11_prepare.ipynb #fcefeff2
