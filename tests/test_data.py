@@ -26,7 +26,7 @@ import skimage
 from PIL import Image, ImageCms, ImageFilter
 
 from lora_mvp.config import DataConfig, LoraMvpError, load_config
-from lora_mvp.data.arrays import load_image
+from lora_mvp.data.arrays import as_array
 from lora_mvp.data.assess import deal, group_images
 from lora_mvp.data.images import REASONS, decode, open_rgb
 from lora_mvp.data.looks import ImageRecord, facts_of, inspect_image, perceptual_hashes
@@ -35,7 +35,7 @@ from lora_mvp.data.overrides import Override, write_overrides
 from lora_mvp.data.prepare import check_data, prepare_data
 from lora_mvp.data.raw import scan
 from lora_mvp.data.splits import near_duplicates
-from lora_mvp.data.storage import locked, portable_name
+from lora_mvp.data.storage import crop_to, locked, portable_name
 from lora_mvp.data.tables import summary
 
 FLAT = facts_of(Image.new("RGB", (8, 8)))
@@ -55,6 +55,11 @@ def fill(raw, **labels):
         for i in range(n):
             picture(zlib.crc32(label.encode()) + i).save(raw / label / f"{label}_{i}.png")
     return raw
+
+
+def load_image(path, size):
+    "The centre square of a picture, as training reads it."
+    return as_array(crop_to(open_rgb(path), size, size))
 
 
 def settings(tmp_path, **keys):
