@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 
 from ..config import AppConfig, DataConfig
 from .captioners import AutoCaptioner, AutoCaptions
-from .captions import as_words, caption_of, caption_tokenizer, length_warnings
+from .captions import caption_of, caption_tokenizer, length_warnings
 from .looks import ImageRecord, judge_look
 from .manifest import Manifest, Seen
 from .overrides import Override, decided, read_overrides
 from .raw import scan
 from .splits import group, near_duplicates, remember, split_groups
 from .survey import survey
+from ..words import as_words
 
 # %% ../../nbs/1_data/10_assess.ipynb #9e153e00
 log = logging.getLogger("lora_mvp")

@@ -19,10 +19,10 @@ from PIL import Image
 from pydantic import BaseModel
 from tqdm.auto import tqdm
 
-from .captions import as_words
 from .images import open_rgb
 from ..errors import LoraMvpError
 from ..files import atomic_write, read_record
+from ..words import as_words
 
 # %% ../../nbs/1_data/04_captioners.ipynb #70d863a1
 def _save_random(model: Any, folder: Path, seed: int) -> None:

@@ -21,7 +21,6 @@ import ipywidgets as widgets
 from PIL import Image, ImageDraw
 
 from ..config import LoraMvpError
-from .captions import as_words
 from .images import REASONS, open_rgb
 from .looks import Reason
 from .manifest import Manifest, leaves_folder
@@ -29,6 +28,7 @@ from .overrides import Override, read_overrides, write_overrides
 from .report import text
 from .storage import locked
 from ..files import not_writable
+from ..words import as_words
 
 # %% ../../nbs/1_data/17_curator.ipynb #03073a4d
 class Item(NamedTuple):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'MAX_BYTES', 'FORMATS', 'MAX_PIXELS', 'PLAIN_MODES', 'TURNS', 'BeyondLimit', 'read_regular', 'open_header',
-           'to_rgb', 'in_srgb', 'upright', 'decode', 'open_rgb', 'printable', 'claimed_format']
+           'to_rgb', 'in_srgb', 'upright', 'decode', 'open_rgb', 'claimed_format']
 
 # %% ../../nbs/1_data/01_images.ipynb #a6859b4d
 import io
@@ -208,13 +208,6 @@ def open_rgb(
         return decode(read_regular(path))[0]
     except LoraMvpError as e:
         raise LoraMvpError(e.code, f"{path} cannot be used as an image: {e}") from e
-
-# %% ../../nbs/1_data/01_images.ipynb #a65688da
-def printable(
-    path: str | bytes | os.PathLike,  # any path, also one that is not valid UTF-8
-) -> str:  # valid text, POSIX separators
-    "A path as text that can be written anywhere; bytes that are no text become `?`."
-    return os.fsdecode(path).replace(os.sep, "/").encode("utf-8", "replace").decode()
 
 # %% ../../nbs/1_data/01_images.ipynb #3865dd38
 def claimed_format(

@@ -17,17 +17,9 @@ from PIL import Image
 from pydantic import BaseModel
 
 from ..config import DataConfig
-from lora_mvp.data.images import (
-    MAX_PIXELS,
-    REASONS,
-    BeyondLimit,
-    claimed_format,
-    decode,
-    open_header,
-    printable,
-    read_regular,
-)
+from .images import MAX_PIXELS, REASONS, BeyondLimit, claimed_format, decode, open_header, read_regular
 from ..errors import LoraMvpError
+from ..words import printable
 
 # %% ../../nbs/1_data/01a_looks.ipynb #05222e7b
 def sharpness(

@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from .captions import as_words
 from .images import decode, read_regular
 from .looks import Facts, ImageRecord, Reason
 from ..errors import LoraMvpError, first_mistake
+from ..words import as_words
 
 # %% ../../nbs/1_data/06_manifest.ipynb #de9683a6
 class ManifestImage(BaseModel):

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from ..config import AppConfig, DataConfig
 from .assess import Assessment, Taken, assess, automatic_captions, known_captions
 from .captions import render_caption
-from .images import printable
 from .looks import ImageRecord
 from .manifest import Manifest, ManifestImage, parse_manifest
 from .raw import check_raw
@@ -41,6 +40,7 @@ from lora_mvp.data.storage import (
 )
 from ..errors import LoraMvpError
 from ..files import make_folder, not_writable
+from ..words import printable
 
 # %% ../../nbs/1_data/11_prepare.ipynb #ff6af755
 log = logging.getLogger("lora_mvp")

@@ -10,9 +10,10 @@ import os
 from pathlib import Path
 
 from .captions import SIDECARS
-from .images import claimed_format, printable
+from .images import claimed_format
 from .looks import ImageRecord
 from ..errors import LoraMvpError
+from ..words import printable
 
 # %% ../../nbs/1_data/08_raw.ipynb #7938e090
 JUNK = {"thumbs.db", "desktop.ini", "__macosx", "ehthumbs.db"}  # left behind by operating systems

@@ -23,10 +23,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from .images import decode, printable, read_regular
+from .images import decode, read_regular
 from .looks import Facts
 from ..errors import LoraMvpError
 from ..files import atomic_write, folder_lock, png_bytes
+from ..words import printable
 
 # %% ../../nbs/1_data/07_storage.ipynb #8ef59de2
 def crop_box(

@@ -27,12 +27,13 @@ from tqdm.auto import tqdm
 from ..config import LoraMvpError, TrainingConfig, atomic_write, derive_seed
 from ..data.arrays import as_array, augment
 from ..data.captions import caption_of
-from ..data.images import claimed_format, decode, printable, read_regular
+from ..data.images import claimed_format, decode, read_regular
 from ..data.manifest import Manifest
 from ..data.raw import walk
 from ..data.steps import frame_of
 from ..data.storage import crop_box, crop_to
 from ..models.base import encode_text, family_of, granularity, text_parts, time_ids, weights_hash
+from ..words import printable
 
 # %% ../../nbs/3_train/02_latents.ipynb #81311544
 log = logging.getLogger("lora_mvp")
