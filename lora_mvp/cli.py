@@ -33,7 +33,8 @@ def cmd_config(args: argparse.Namespace) -> None:
 
 def _told(work):
     "What `work` returns, or what it refused for want of an accepted image, after a summary; and the refusal."
-    from lora_mvp.data.prepare import NothingAccepted, summary
+    from lora_mvp.data.prepare import NothingAccepted
+    from lora_mvp.data.tables import summary
 
     try:
         manifest, refusal = work(), None

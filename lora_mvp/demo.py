@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from .config import AppConfig, LoraMvpError, atomic_write, load_config
 from .data.images import open_rgb
 from .data.manifest import Manifest
-from .data.prepare import prepare_data, summary
+from .data.prepare import prepare_data
+from .data.tables import summary
 from .eval.evaluator import Metrics, score, table
 from .eval.extractors import scorer_for
 from .files import asset

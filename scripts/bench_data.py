@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from lora_mvp.data import images
+from lora_mvp.data import looks
 from lora_mvp.data.survey import survey
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,7 +53,7 @@ def plain(path: Path) -> tuple:
     """What a script of ten lines would do."""
     im = Image.open(path).convert("RGB")
     grey = np.asarray(im.convert("L"))
-    return cv2.Laplacian(grey, cv2.CV_64F).var(), images.perceptual_hashes(im)
+    return cv2.Laplacian(grey, cv2.CV_64F).var(), looks.perceptual_hashes(im)
 
 
 def peak_of(pid: int | str) -> float:

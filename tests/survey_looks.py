@@ -7,8 +7,8 @@ import time
 from hashlib import sha256
 from pathlib import Path
 
-from lora_mvp.data.images import Look
-from lora_mvp.data.survey import name_bytes
+from lora_mvp.data.looks import Look
+from lora_mvp.data.workers import name_bytes
 
 
 def misbehave(word):

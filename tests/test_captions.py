@@ -15,16 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from lora_mvp.config import LoraMvpError, load_config
-from lora_mvp.data.captions import (
-    AutoCaptioner,
-    AutoCaptions,
-    caption_images,
-    caption_of,
-    caption_tokenizer,
-    find_captioner,
-    random_blip,
-    words_and_marks,
-)
+from lora_mvp.data.captioners import AutoCaptioner, AutoCaptions, caption_images, find_captioner, random_blip
+from lora_mvp.data.captions import caption_of, caption_tokenizer, words_and_marks
 from lora_mvp.data.prepare import check_data, prepare_data
 
 
@@ -130,7 +122,7 @@ def test_a_persons_text_wins_and_stays(blip, images, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lora_mvp.data.captions import AutoCaptions
+from lora_mvp.data.captioners import AutoCaptions
 
 class Stand_in:  # a model that takes the process down in its third batch
     record = {"model": "stand-in", "revision": "1", "params": {}}

@@ -13,7 +13,8 @@ import lora_mvp.data.curator
 from lora_mvp.config import LoraMvpError, load_config
 from lora_mvp.data.curator import PAGE, Curation, Curator, about, placeholder, select, thumbnail
 from lora_mvp.data.manifest import Manifest, ManifestImage, read_manifest
-from lora_mvp.data.prepare import Override, check_data, prepare_data, read_overrides, write_overrides
+from lora_mvp.data.overrides import Override, read_overrides, write_overrides
+from lora_mvp.data.prepare import check_data, prepare_data
 
 BAD = "<img src=x onerror=document.title='run'>"
 

@@ -26,22 +26,17 @@ import skimage
 from PIL import Image, ImageCms, ImageFilter
 
 from lora_mvp.config import DataConfig, LoraMvpError, load_config
-from lora_mvp.data.images import REASONS, ImageRecord, decode, facts_of, inspect_image, open_rgb, perceptual_hashes
+from lora_mvp.data.arrays import as_array
+from lora_mvp.data.assess import deal, group_images
+from lora_mvp.data.images import REASONS, decode, open_rgb
+from lora_mvp.data.looks import ImageRecord, facts_of, inspect_image, perceptual_hashes
 from lora_mvp.data.manifest import manifest_schema, parse_manifest, read_manifest
-from lora_mvp.data.prepare import (
-    Override,
-    check_data,
-    deal,
-    group_images,
-    load_image,
-    locked,
-    prepare_data,
-    scan,
-    summary,
-    write_overrides,
-)
+from lora_mvp.data.overrides import Override, write_overrides
+from lora_mvp.data.prepare import check_data, prepare_data
+from lora_mvp.data.raw import scan
 from lora_mvp.data.splits import near_duplicates
-from lora_mvp.data.storage import portable_name
+from lora_mvp.data.storage import crop_to, locked, portable_name
+from lora_mvp.data.tables import summary
 
 FLAT = facts_of(Image.new("RGB", (8, 8)))
 LOOSE = DataConfig(min_resolution=64, checks={"rotated": "warn", "had_alpha": "warn", "16bit": "warn", "cmyk": "warn"})
@@ -60,6 +55,11 @@ def fill(raw, **labels):
         for i in range(n):
             picture(zlib.crc32(label.encode()) + i).save(raw / label / f"{label}_{i}.png")
     return raw
+
+
+def load_image(path, size):
+    "The centre square of a picture, as training reads it."
+    return as_array(crop_to(open_rgb(path), size, size))
 
 
 def settings(tmp_path, **keys):
@@ -294,7 +294,7 @@ def test_not_regular(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png_header(20_000, 20_000))
     names = ["pipe.png", "link.png", "loop.png", "folder.png", "/dev/zero", "bomb.png"]
     script = (  # `before` is the most memory so far, kilobytes
-        "import resource, sys; from lora_mvp.data.images import inspect_image;"
+        "import resource, sys; from lora_mvp.data.looks import inspect_image;"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; found = [inspect_image(f) for f in sys.argv[1:]];"
         "print(*(r.reason for r in found), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000)"
     )

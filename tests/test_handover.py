@@ -216,7 +216,7 @@ def test_a_disk_that_refuses_leaves_nothing(drawings, tmp_path):
     resource = pytest.importorskip("resource")
     assert resource
     code = (
-        "import resource, sys\nfrom lora_mvp.data.prepare import read_manifest\nfrom lora_mvp.data.handover import export_data\n"
+        "import resource, sys\nfrom lora_mvp.data.manifest import read_manifest\nfrom lora_mvp.data.handover import export_data\n"
         "manifest = read_manifest(sys.argv[1])\nresource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))\n"
         "try:\n    export_data(manifest, 'kohya', sys.argv[2])\nexcept Exception as e:\n    print(e.code, e)"
     )

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from lora_mvp.config import LoraMvpError, TrainingConfig
-from lora_mvp.data.captions import as_words
 from lora_mvp.data.report import (
     METRICS,
     PER_REASON,
@@ -28,6 +27,7 @@ from lora_mvp.data.report import (
     report_html,
     write_report,
 )
+from lora_mvp.words import as_words
 
 HOSTILE = [
     "<img src=x onerror=\"top.document.title='run'\">",

@@ -16,7 +16,8 @@ import pytest
 import survey_looks
 from browser import wait_for
 
-import lora_mvp.data.survey
+import lora_mvp.data.looks
+import lora_mvp.data.workers
 from lora_mvp.config import LoraMvpError
 from lora_mvp.data.survey import sealed, survey, unsealed
 
@@ -85,7 +86,7 @@ class Seen:
 
 @pytest.fixture
 def seen(tmp_path, monkeypatch):
-    monkeypatch.setattr(lora_mvp.data.survey, "RACY", 0)
+    monkeypatch.setattr(lora_mvp.data.workers, "RACY", 0)
     return Seen(tmp_path)
 
 
@@ -96,7 +97,7 @@ def no_workers(monkeypatch):
     def forbid(*args):
         raise AssertionError("a worker was started")
 
-    return lambda: monkeypatch.setattr(lora_mvp.data.survey, "Worker", forbid)
+    return lambda: monkeypatch.setattr(lora_mvp.data.workers, "Worker", forbid)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc as Linux has them")
@@ -154,12 +155,12 @@ def test_a_slow_reader_is_not_blamed_on_the_files(tmp_path):
 def test_an_idle_worker_that_is_killed_costs_no_file(tmp_path, monkeypatch):
     paths, boxes = files(tmp_path, [f"fine-{i}" for i in range(6)]), []
 
-    class Watched(lora_mvp.data.survey.Worker):
+    class Watched(lora_mvp.data.workers.Worker):
         def __init__(self, arguments, inbox, errors):
             boxes.append(inbox)
             super().__init__(arguments, inbox, errors)
 
-    monkeypatch.setattr(lora_mvp.data.survey, "Worker", Watched)
+    monkeypatch.setattr(lora_mvp.data.workers, "Worker", Watched)
     stream = survey(paths, workers=1, look=survey_looks.look, log=str(tmp_path / "log"))
     found = [next(stream)]
     wait_for(lambda: boxes[0].qsize() == 1)  # it has answered, and nobody has asked it again
@@ -217,7 +218,7 @@ def test_workers_end_with_a_killed_parent(tmp_path, word):
 
 
 def test_workers_that_cannot_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(lora_mvp.data.survey, "START", "import no_such_module")
+    monkeypatch.setattr(lora_mvp.data.workers, "START", "import no_such_module")
     with pytest.raises(LoraMvpError, match="no_such_module") as caught:
         list(survey(files(tmp_path, ["fine-1"]), look=survey_looks.look))
     assert caught.value.code == "workers_fail"
@@ -275,14 +276,14 @@ def test_other_options_other_looks(seen, tmp_path):
 
 def test_another_version_of_the_code_looks_again(seen, monkeypatch):
     seen.survey()
-    monkeypatch.setattr(lora_mvp.data.survey.images, "LOOK_VERSION", -1)
+    monkeypatch.setattr(lora_mvp.data.looks, "LOOK_VERSION", -1)
     seen.survey()
     assert seen.looked == 12
 
 
 def test_a_file_that_has_just_changed_is_hashed_again(tmp_path, no_workers, monkeypatch):
     seen, now = Seen(tmp_path), time.time_ns()  # with the real two seconds, but another clock
-    monkeypatch.setattr(lora_mvp.data.survey, "time", SimpleNamespace(monotonic=time.monotonic, time_ns=lambda: now))
+    monkeypatch.setattr(lora_mvp.data.workers, "time", SimpleNamespace(monotonic=time.monotonic, time_ns=lambda: now))
     seen.survey()
     assert b'"stamp"' not in seen.cache.read_bytes()
     now = max(path.stat().st_ctime_ns for path in seen.paths) + 2 * 10**9 + 1
@@ -293,7 +294,7 @@ def test_a_file_that_has_just_changed_is_hashed_again(tmp_path, no_workers, monk
 
 
 def test_a_crash_is_tried_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(lora_mvp.data.survey, "RACY", 0)
+    monkeypatch.setattr(lora_mvp.data.workers, "RACY", 0)
     paths = files(tmp_path, ["fine-1", "kill-1", "raise-1"])
     log = tmp_path / "log"
     for _ in range(2):

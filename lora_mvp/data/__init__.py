@@ -14,8 +14,9 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a door opens whe
     from lora_mvp.data.curator import Curator
     from lora_mvp.data.handover import export_data
     from lora_mvp.data.manifest import Manifest, ManifestImage, read_manifest
-    from lora_mvp.data.prepare import check_data, prepare_data, summary
+    from lora_mvp.data.prepare import check_data, prepare_data
     from lora_mvp.data.report import write_report
+    from lora_mvp.data.tables import summary
 
 # %% ../../nbs/1_data/00_index.ipynb #569b98c8
 _DOORS = {
@@ -26,7 +27,7 @@ _DOORS = {
     "export_data": "lora_mvp.data.handover",
     "prepare_data": "lora_mvp.data.prepare",
     "read_manifest": "lora_mvp.data.manifest",
-    "summary": "lora_mvp.data.prepare",
+    "summary": "lora_mvp.data.tables",
     "write_report": "lora_mvp.data.report",
 }
 _all_ = [

@@ -21,11 +21,14 @@ import ipywidgets as widgets
 from PIL import Image, ImageDraw
 
 from ..config import LoraMvpError
-from .captions import as_words
-from .images import REASONS, Reason, open_rgb
+from .images import REASONS, open_rgb
+from .looks import Reason
 from .manifest import Manifest, leaves_folder
-from .prepare import Override, locked, not_writable, read_overrides, write_overrides
+from .overrides import Override, read_overrides, write_overrides
 from .report import text
+from .storage import locked
+from ..files import not_writable
+from ..words import as_words
 
 # %% ../../nbs/1_data/17_curator.ipynb #03073a4d
 class Item(NamedTuple):

@@ -18,10 +18,11 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from ..config import LoraMvpError
-from .captions import as_words
 from .images import decode, open_header, read_regular
 from .manifest import Manifest, ManifestImage
-from .storage import png_bytes, portable_name, unique_name
+from .storage import portable_name, unique_name
+from ..files import png_bytes
+from ..words import as_words
 
 # %% ../../nbs/1_data/12_handover.ipynb #1ba24654
 def verified_bytes(

@@ -26,11 +26,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..config import LoraMvpError, TrainingConfig, atomic_write
-from .captions import as_words
 from .images import REASONS, open_rgb
 from .manifest import Manifest, ManifestImage, leaves_folder
 from .steps import MULTIPLE, Plan, is_enlarged, plan_arithmetic, plan_of
-from .storage import png_bytes, target_size
+from .storage import target_size
+from ..files import png_bytes
+from ..words import as_words
 
 # %% ../../nbs/1_data/16_report.ipynb #a1b02c45
 class Entry(NamedTuple):

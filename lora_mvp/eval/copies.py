@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel
 
 from ..config import LoraMvpError
-from ..data.images import open_rgb, perceptual_hashes, pixel_hash
+from ..data.images import open_rgb
+from ..data.looks import perceptual_hashes, pixel_hash
 from ..data.manifest import Manifest
 from ..data.splits import group, hash_signs, near_duplicates
 from .metrics import nearest, similarity

@@ -25,7 +25,6 @@ from PIL import Image
 
 from ..config import AppConfig, LoraMvpError, atomic_write
 from ..data.manifest import Manifest, read_manifest
-from ..data.storage import png_bytes
 from lora_mvp.eval.copies import (
     CopyShare,
     RealSet,
@@ -65,7 +64,7 @@ from lora_mvp.eval.scores import (
     table,
 )
 from .verdicts import judge, judgement_text
-from ..files import asset
+from ..files import asset, png_bytes
 from ..infer import LoadedRun, find_run, load_run, render
 from ..models.adapters import WEIGHTS
 from ..models.base import weights_hash

@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer, Dinov2Model, ImageProcessingMixin
 
 from ..config import AppConfig, LoraMvpError, atomic_write
-from ..data.images import pixel_hash
+from ..data.looks import pixel_hash
 from .metrics import unit_rows
 from ..files import asset, no_bars
 

@@ -22,7 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel, ValidationError
 
 from ..config import LoraMvpError, atomic_write, derive_seed
-from ..data.images import open_rgb, pixel_hash
+from ..data.images import open_rgb
+from ..data.looks import pixel_hash
 from ..files import asset
 from ..infer import save_picture
 

@@ -25,14 +25,16 @@ from safetensors.torch import load, save
 from tqdm.auto import tqdm
 
 from ..config import LoraMvpError, TrainingConfig, atomic_write, derive_seed
+from ..data.arrays import as_array, augment
 from ..data.captions import caption_of
-from ..data.images import claimed_format, decode, printable, read_regular
+from ..data.images import claimed_format, decode, read_regular
 from ..data.manifest import Manifest
-from ..data.prepare import as_array, augment, walk
+from ..data.raw import walk
 from ..data.steps import frame_of
 from ..data.storage import crop_box, crop_to
 from ..models.base import weights_hash
 from ..models.families import encode_text, family_of, granularity, text_parts, time_ids
+from ..words import printable
 
 # %% ../../nbs/3_train/02_latents.ipynb #81311544
 log = logging.getLogger("lora_mvp")
