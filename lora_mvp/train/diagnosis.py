@@ -56,7 +56,7 @@ from lora_mvp.models.base import (
     unet_arguments,
 )
 from .latents import Plan, frame_of, picture_variants, plan_arithmetic, regularization_sources
-from .loop import DTYPES
+from .network import DTYPES
 from .objectives import image_losses, noise_schedule
 
 # %% ../../nbs/3_train/11_diagnosis.ipynb #ed8c0d27

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FREE', 'ImageLosses', 'RunFolder', 'prepare_folder', 'clear_folder', 'RunStart', 'RunRecord', 'read_run',
-           'dataset_hash', 'run_identity', 'StepReport', 'table_csv', 'append_row', 'read_table', 'ValidationRow',
-           'validation_rows', 'best_step', 'loss_figure', 'sample_files', 'sample_sheet', 'Progress', 'Look', 'pace',
-           'changed', 'RunWatch']
+           'dataset_hash', 'run_identity', 'base_identity', 'StepReport', 'table_csv', 'append_row', 'read_table',
+           'ValidationRow', 'validation_rows', 'best_step', 'loss_figure', 'sample_files', 'sample_sheet', 'Progress',
+           'Look', 'pace', 'changed', 'RunWatch']
 
 # %% ../../nbs/3_train/05_runs.ipynb #b9a9c9f9
 import csv
@@ -154,7 +154,7 @@ def dataset_hash(manifest: Manifest) -> str:
     rows = sorted([row.sha256, row.caption, row.split] for row in manifest.images)
     return sha256(json.dumps(rows).encode()).hexdigest()
 
-
+# %% ../../nbs/3_train/05_runs.ipynb #968197f7
 FREE = {
     "output_dir",
     "resume_from",
@@ -166,16 +166,20 @@ FREE = {
 }
 
 
-def run_identity(
-    config: AppConfig,
-    manifest: Manifest,
+def run_identity(config: AppConfig, manifest: Manifest) -> dict[str, str]:
+    "What must not change between a checkpoint and the run that resumes it, as far as settings and data say it."
+    settings = config.training.model_dump(mode="json", exclude=FREE)
+    settings |= {"augmentations": config.data.augmentations, "dataset": dataset_hash(manifest)[:16]}
+    return {k: json.dumps(v) for k, v in settings.items()}
+
+# %% ../../nbs/3_train/05_runs.ipynb #9943ec42
+def base_identity(
     base: str,  # hash of the base's weights
     regularization: list[list[str]],  # content and caption of the regularisation images
     processes: int = 1,
 ) -> dict[str, str]:
-    "What must not change between a checkpoint and the run that resumes it."
-    settings = config.training.model_dump(mode="json", exclude=FREE)
-    settings |= {"augmentations": config.data.augmentations, "dataset": dataset_hash(manifest)[:16], "base": base[:16]}
+    "The rest of it, known once the base and the data are loaded."
+    settings = {"base": base[:16]}
     settings |= {"regularization_images": sha256(json.dumps(regularization).encode()).hexdigest()[:16]}
     return {k: json.dumps(v) for k, v in (settings | {"processes": processes}).items()}
 
