@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..config import AppConfig, LoraMvpError, atomic_write
 from ..data.manifest import Manifest, read_manifest
+from ..data.steps import refuse_large_batch
 from ..models.base import find_base
 from .checkpoints import disk_trouble, find_resume, load_checkpoint, save_checkpoint
 from .network import Network, batch_losses, fixed_noise_losses, start_accelerator
@@ -49,9 +50,7 @@ def check_trainable(config: AppConfig, manifest: Manifest) -> None:
     if Path(find_base(t.pretrained_model)) == Path(t.output_dir):
         text = f"training.output_dir and training.pretrained_model are the same folder {t.output_dir}; choose another output_dir."
         raise LoraMvpError("output_is_base", text)
-    if n < t.batch_size:
-        text = f"training.batch_size is {t.batch_size} but the manifest has {n} training images; use at most {n}."
-        raise LoraMvpError("batch_larger_than_data", text)
+    refuse_large_batch(n, t.batch_size)
     if t.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise LoraMvpError(
             "fp16_needs_gpu", "training.mixed_precision: fp16 needs a CUDA GPU; use no or bf16 on this machine."

@@ -21,11 +21,11 @@ import torch
 from .. import __version__
 from ..config import AppConfig, LoraMvpError, TrainingConfig, atomic_write
 from ..data.manifest import Manifest
+from ..data.steps import Plan
 from ..models.adapters import WEIGHTS, save_adapter
 from ..models.base import base_revision, load_base
 from ..models.exports import certify, export_fused, write_kohya
 from .checkpoints import load_checkpoint
-from .latents import Plan
 from .network import Network, visit
 from lora_mvp.train.runs import (
     ImageLosses,

@@ -12,9 +12,9 @@ from diffusers import DiffusionPipeline
 
 from ..config import AppConfig, TrainingConfig, derive_seed
 from ..data.manifest import Manifest
+from ..data.steps import Plan
 from lora_mvp.train.latents import (
     LatentSet,
-    Plan,
     TextTable,
     cache_folder,
     caption_variants,
