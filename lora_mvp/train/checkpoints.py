@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..config import LoraMvpError, TrainingConfig
+from ..config import TrainingConfig
+from ..errors import LoraMvpError
 
 # %% ../../nbs/3_train/04_checkpoints.ipynb #85827002
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -27,7 +28,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     state = optimizer.state_dict()["state"]
     return {f"{i}.{k}": v.detach().cpu().contiguous() for i, s in state.items() for k, v in s.items()}
 
-
+# %% ../../nbs/3_train/04_checkpoints.ipynb #29f05c5c
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     "Put back what `optimizer_tensors` took."
     state: dict = {}
@@ -37,9 +38,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 # %% ../../nbs/3_train/04_checkpoints.ipynb #16018c39
-MANIFEST = "checkpoint.json"
-
-
 def _sync(path: Path) -> None:
     "Ask the system to put a file or folder on the disk."
     handle = os.open(path, os.O_RDONLY)
@@ -48,11 +46,12 @@ def _sync(path: Path) -> None:
     finally:
         os.close(handle)
 
-
+# %% ../../nbs/3_train/04_checkpoints.ipynb #99756415
 def _digest(path: Path) -> dict:
+    "Size and hash of a file, as the manifest keeps them."
     return {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
-
+# %% ../../nbs/3_train/04_checkpoints.ipynb #6cc06ddd
 def _discard(folder: Path) -> None:
     "Remove a folder; it loses its name first, so that a kill half way leaves nothing that looks like a checkpoint."
     hidden = folder.with_name(f".{folder.name.lstrip('.')}.old")
@@ -60,6 +59,22 @@ def _discard(folder: Path) -> None:
     if folder.exists():
         os.replace(folder, hidden)
         shutil.rmtree(hidden)
+
+# %% ../../nbs/3_train/04_checkpoints.ipynb #35bb9aca
+MANIFEST = "checkpoint.json"
+
+
+def _write_files(staging: Path, step: int, tensors: dict, state: dict, identity: dict) -> None:
+    "All files of a checkpoint, its manifest last, and all of it on the disk."
+    staging.mkdir(parents=True)
+    for name, content in tensors.items():
+        save_file(content, staging / f"{name}.safetensors")
+    (staging / "state.json").write_text(json.dumps(state))
+    files = {p.name: _digest(p) for p in sorted(staging.iterdir())}
+    record = {"schema_version": 1, "step": step, "identity": identity, "files": files}
+    (staging / MANIFEST).write_text(json.dumps(record, indent=2))
+    for path in [*staging.iterdir(), staging]:
+        _sync(path)
 
 # %% ../../nbs/3_train/04_checkpoints.ipynb #d08d9b27
 def save_checkpoint(
@@ -91,19 +106,6 @@ def save_checkpoint(
         if old.name != f"checkpoint-{best}":
             _discard(old)
     return final
-
-
-def _write_files(staging: Path, step: int, tensors: dict, state: dict, identity: dict) -> None:
-    "All files of a checkpoint, its manifest last, and all of it on the disk."
-    staging.mkdir(parents=True)
-    for name, content in tensors.items():
-        save_file(content, staging / f"{name}.safetensors")
-    (staging / "state.json").write_text(json.dumps(state))
-    files = {p.name: _digest(p) for p in sorted(staging.iterdir())}
-    record = {"schema_version": 1, "step": step, "identity": identity, "files": files}
-    (staging / MANIFEST).write_text(json.dumps(record, indent=2))
-    for path in [*staging.iterdir(), staging]:
-        _sync(path)
 
 # %% ../../nbs/3_train/04_checkpoints.ipynb #793e1d0a
 @contextmanager

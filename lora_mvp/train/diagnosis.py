@@ -29,9 +29,9 @@ from ..data.manifest import Manifest, ManifestImage, read_manifest
 from ..data.steps import MULTIPLE, count_steps, frame_of, is_enlarged
 from ..models.adapters import add_lora
 from ..models.base import check_file, config_folder, family_of, find_base, granularity, native_size, text_parts
-from .latents import picture_variants, regularization_sources
 from .memory import MemoryEstimate, advice, amount, full_bytes, largest, skeleton
 from .objectives import noise_schedule
+from .pictures import picture_variants, regularization_sources
 
 # %% ../../nbs/3_train/11_diagnosis.ipynb #136ede46
 @dataclass(frozen=True)

@@ -17,28 +17,25 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..config import AppConfig, LoraMvpError, atomic_write
+from ..config import AppConfig
 from ..data.manifest import Manifest, read_manifest
 from ..data.steps import refuse_large_batch
+from ..errors import LoraMvpError
+from ..files import atomic_write
 from ..models.base import find_base
 from .checkpoints import disk_trouble, find_resume, load_checkpoint, save_checkpoint
+from .curves import StepReport, ValidationRow, append_row, best_step, table_csv, validation_rows
 from .network import Network, batch_losses, fixed_noise_losses, start_accelerator
 from .results import RunState, finish_run, finished_run
 from lora_mvp.train.runs import (
     RunFolder,
     RunRecord,
     RunStart,
-    StepReport,
-    ValidationRow,
-    append_row,
     base_identity,
-    best_step,
     clear_folder,
     prepare_folder,
     read_run,
     run_identity,
-    table_csv,
-    validation_rows,
 )
 from .streams import Stream, load_data
 from .updates import Updates, not_finite
@@ -66,7 +63,7 @@ def checked_identity(config: AppConfig, manifest: Manifest) -> dict[str, str]:
 class Interrupted(LoraMvpError):
     "The run was asked to stop and has saved itself."
 
-
+# %% ../../nbs/3_train/09_loop.ipynb #46ef3fa0
 @contextmanager
 def stop_request():
     "Yield an event that SIGINT and SIGTERM set; the second SIGINT raises KeyboardInterrupt."

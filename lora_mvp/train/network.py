@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..config import EvaluationConfig, TrainingConfig, derive_seed
 from ..models.base import encode_text, load_base, sample, text_parts, unet_arguments, weights_hash
-from .latents import Batch, LatentSet, TextTable
+from .latents import Batch, LatentSet
 from lora_mvp.train.objectives import (
     draw_noise,
     image_losses,
@@ -28,6 +28,7 @@ from lora_mvp.train.objectives import (
     noisy_and_target,
     sampling_scheduler,
 )
+from .texts import TextTable
 
 # %% ../../nbs/3_train/07_network.ipynb #a7c23daf
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

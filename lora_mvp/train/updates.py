@@ -14,7 +14,8 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 
-from ..config import LoraMvpError, TrainingConfig
+from ..config import TrainingConfig
+from ..errors import LoraMvpError
 from ..models.adapters import adapter_state, add_lora, restore_adapter
 from .checkpoints import checkpoints, optimizer_tensors, restore_optimizer
 from .network import Network
