@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from ..config import LoraMvpError, TrainingConfig, derive_seed
+from ..config import TrainingConfig, derive_seed
+from ..errors import LoraMvpError
 
 # %% ../../nbs/3_train/03_objectives.ipynb #fbd1d2a3
 @dataclass(frozen=True)
