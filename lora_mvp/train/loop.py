@@ -163,7 +163,7 @@ class Trainer:
         "Save one picture per sample prompt for the current step."
         self.folder.samples.mkdir(parents=True, exist_ok=True)
         for k, picture in enumerate(self.network.draw(self.sample_prompts(), self.config.evaluation)):
-            picture.save(self.folder.samples / f"step-{self.state.step:06d}-{k}.png")
+            picture.save(self.folder.sample(self.state.step, k))
 
     def mark(self) -> None:
         "What happens at the start, at each checkpoint and at the end: validation losses and sample pictures."

@@ -20,6 +20,7 @@ from ..config import AppConfig
 from ..data.manifest import Manifest
 from ..errors import LoraMvpError
 from ..files import make_folder, read_record
+from ..sheets import Tile, contact_sheet
 from .checkpoints import checkpoints
 
 # %% ../../nbs/3_train/05_runs.ipynb #98b7e68b
@@ -40,6 +41,10 @@ class RunFolder:
         self.pipeline = self.root / "model_index.json"
         self.best = self.root / "best.json"  # which checkpoint was chosen, and why
         self.best_adapter = self.root / "best_adapter"
+
+    def sample(self, step: int, number: int) -> Path:
+        "The picture of a sample prompt, counted from 0, at a step."
+        return self.samples / f"step-{step:06d}-{number}.png"
 
 # %% ../../nbs/3_train/05_runs.ipynb #be50843b
 def prepare_folder(folder: RunFolder, resume: bool, overwrite: bool) -> bool:  # whether a run is to be removed
@@ -158,10 +163,5 @@ def sample_sheet(folder: RunFolder) -> Image.Image | None:
     rows = sample_files(folder)
     if not rows:
         return None
-    grid = [[Image.open(f) for f in files] for files in rows.values()]
-    side = max(im.width for row in grid for im in row)
-    sheet = Image.new("RGB", (side * max(len(row) for row in grid), side * len(grid)), "white")
-    for y, row in enumerate(grid):
-        for x, im in enumerate(row):
-            sheet.paste(im, (x * side, y * side))
-    return sheet
+    grid = [[Tile(Image.open(f)) for f in files] for files in rows.values()]
+    return contact_sheet(grid, side=max(tile.picture.width for row in grid for tile in row), gap=0)
