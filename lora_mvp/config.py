@@ -9,7 +9,6 @@ __all__ = ['PathKey', 'ModelKey', 'ExtractorKey', 'Template', 'Size', 'Count', '
            'config_schema']
 
 # %% ../nbs/08_config.ipynb #a18765dd
-import difflib
 import hashlib
 import json
 import logging
@@ -20,11 +19,12 @@ import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import LoraMvpError
 from .files import atomic_write  # noqa: F401  for chapters that still look for it here
+from .plain_yaml import read_yaml, yaml_text
+from .sentences import Sections, sections_of, sentence, unknown_key
 
 # %% ../nbs/08_config.ipynb #54173425
 def derive_seed(
@@ -342,173 +342,10 @@ class AppConfig(_Section):
                 _logger.info("tiny draws 64 px pictures: %s set to 64", ", ".join(key for _, key in left_alone))
         return self
 
-# %% ../nbs/08_config.ipynb #12aa32bf
-class _Words:
-    "How a plain YAML word is understood, by the loader and by the dumper."
-
-    yaml_implicit_resolvers = {}
-
-    @classmethod
-    def learn(cls, kind: str, pattern: str, first: str) -> None:
-        entry = (f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{pattern})$"))
-        for letter in first:
-            cls.yaml_implicit_resolvers.setdefault(letter, []).append(entry)
-
-
-_DIGITS = "[0-9]+(?:_[0-9]+)*"
-_Words.learn("null", "null|Null|NULL|~|", ["n", "N", "~", ""])
-_Words.learn("bool", "true|True|TRUE|false|False|FALSE", "tTfF")
-_Words.learn("int", f"[-+]?{_DIGITS}", "-+0123456789")
-_Words.learn("float", rf"[-+]?(?:{_DIGITS}\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", "-+.0123456789")
-_Words.learn("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+.")
-
-# %% ../nbs/08_config.ipynb #282adf99
-class _Loader(_Words, yaml.SafeLoader):
-    pass
-
-
-class _Dumper(_Words, yaml.SafeDumper):
-    def ignore_aliases(self, data):
-        return True
-
-    def represent_str(self, text):
-        "Text with line breaks or invisible characters goes between double quotes, where all of them can be escaped."
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
-
-
-_Dumper.add_representer(str, _Dumper.represent_str)
-
-_SCALARS = {
-    "tag:yaml.org,2002:null": lambda text: None,
-    "tag:yaml.org,2002:bool": lambda text: text.lower() == "true",
-    "tag:yaml.org,2002:int": int,
-    "tag:yaml.org,2002:float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
-    "tag:yaml.org,2002:str": str,
-}
-
-# %% ../nbs/08_config.ipynb #acfd5a0d
-def _values(node: yaml.Node, at: tuple, lines: dict, problems: list) -> Any:
-    "The value of a YAML node; the line of each key goes into `lines`, what is wrong into `problems`."
-    line = lines[at] = node.start_mark.line + 1
-    kind = {yaml.ScalarNode: _SCALARS, yaml.MappingNode: ["tag:yaml.org,2002:map"]}
-    if node.tag not in kind.get(type(node), ["tag:yaml.org,2002:seq"]):
-        problems.append((line, f"the tag {node.tag} is not allowed; write plain values"))
-    elif isinstance(node, yaml.ScalarNode):
-        try:
-            return _SCALARS[node.tag](node.value)
-        except ValueError as error:  # a whole number of thousands of digits, or a tag that its text belies
-            problems.append((line, f"{node.value[:20]} cannot be read: {error}"))
-    elif isinstance(node, yaml.SequenceNode):
-        return [_values(item, (*at, i), lines, problems) for i, item in enumerate(node.value)]
-    else:
-        return _pairs(node, at, lines, problems)
-
-
-def _pairs(node: yaml.MappingNode, at: tuple, lines: dict, problems: list) -> dict:
-    found = {}
-    for key, value in node.value:
-        line, name = key.start_mark.line + 1, key.value
-        if not isinstance(name, str):
-            problems.append((line, "a list or a mapping cannot be a key"))
-        elif name in found:
-            problems.append(
-                (line, f"{'.'.join(map(str, [*at, name]))} is written twice, first in line {lines[(*at, name)]}")
-            )
-        else:
-            found[name] = _values(value, (*at, name), lines, problems)
-            lines[(*at, name)] = line
-    return found
-
-# %% ../nbs/08_config.ipynb #d039548a
-def _read_yaml(
-    text: str,  # one YAML document
-) -> tuple[Any, dict, list]:  # its value, the line of each key path, and problems as (line, sentence)
-    "Read YAML safely, keeping line numbers."
-    try:
-        named = [event for event in yaml.parse(text, Loader=_Loader) if getattr(event, "anchor", None)]
-        if named:
-            problem = "anchors and aliases (& and *) are not allowed; write the value out, or quote it if it is text"
-            return None, {}, [(event.start_mark.line + 1, problem) for event in named]
-        node, lines, problems = yaml.compose(text, Loader=_Loader), {}, []
-        return (_values(node, (), lines, problems) if node else None), lines, problems
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        sentence = getattr(error, "problem", None) or str(error).splitlines()[0]
-        return None, {}, [(mark.line + 1 if mark else 1, f"this is not YAML: {sentence}")]
-    except RecursionError:
-        return None, {}, [(1, "this is nested too deeply")]
-
-# %% ../nbs/08_config.ipynb #e2f3cb9c
-_BOUNDS = {
-    "minimum": "at least",
-    "exclusiveMinimum": "above",
-    "maximum": "at most",
-    "exclusiveMaximum": "below",
-    "minLength": "length at least",
-    "minItems": "length at least",
-}
-_KINDS = {
-    "integer": "a whole number",
-    "number": "a number",
-    "boolean": "true or false",
-    "string": "text",
-    "null": "null",
-}
-
-
-def _allowed(
-    schema: dict,  # the JSON Schema of one key
-) -> str:
-    "What may stand at a key, in words."
-    if "anyOf" in schema:
-        return " or ".join(_allowed(option) for option in schema["anyOf"])
-    if "enum" in schema:
-        return "one of " + ", ".join(schema["enum"])
-    if schema.get("type") == "object":
-        values = _allowed(schema["additionalProperties"])
-        return f"a mapping, each value {values}, with the keys {', '.join(schema['propertyNames']['enum'])}"
-    kind = "a path" if schema.get("format") == "path" else _KINDS.get(schema.get("type"), "a list")
-    if "items" in schema:
-        kind = f"a list, each item {_allowed(schema['items'])}"
-    if "multipleOf" in schema:
-        kind = f"a multiple of {schema['multipleOf']}"
-    return ", ".join([kind, *(f"{word} {schema[bound]}" for bound, word in _BOUNDS.items() if bound in schema)])
-
-# %% ../nbs/08_config.ipynb #1fbae804
-def _sections() -> dict[str, dict]:
+# %% ../nbs/08_config.ipynb #f5715e27
+def _sections() -> Sections:
     "The JSON Schema of every key: section -> key -> schema."
-    return {name: field.annotation.model_json_schema()["properties"] for name, field in AppConfig.model_fields.items()}
-
-
-def _unknown(at: list[str]) -> str:
-    "The sentence for a key that does not exist, with the one that was probably meant."
-    sections, key = _sections(), at[-1]
-    known = list(sections) if len(at) == 1 else list(sections[at[0]])
-    here = "there is no section" if len(at) == 1 else f"{at[0]} has no key"
-    near = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1)
-    homes = [name for name, keys in sections.items() if key in keys]
-    if homes:
-        return f"{here} {key}; it belongs to {' and '.join(homes)}"
-    if near:
-        return f"{here} {key}; did you mean {near[0]}?"
-    return f"{here} {key}; there are {', '.join(known)}"
-
-# %% ../nbs/08_config.ipynb #077bf797
-def _sentence(error: dict) -> str:
-    "One complaint of pydantic as a sentence."
-    at = [str(part) for part in error["loc"]]
-    if error["type"] == "extra_forbidden":
-        return _unknown(at)
-    value = json.dumps(error["input"], ensure_ascii=False, default=str)
-    value = value if len(value) <= 60 else value[:57] + "..."
-    item = len(at) > 2 and at[2].isdecimal()
-    place = f"{'.'.join(at[:2])} (item {int(at[2]) + 1})" if item else ".".join(at[:3])
-    if error["type"] == "value_error":
-        return f"{place}: {value} {error['ctx']['error']}"
-    if len(at) == 1:
-        return f"{place} must be a section with keys below it, not {value}"
-    schema = _sections()[at[0]][at[1]]
-    return f"{place}: {value} is not allowed; allowed is {_allowed(schema['items'] if item else schema)}"
+    return sections_of(AppConfig)
 
 # %% ../nbs/08_config.ipynb #3b898858
 def _override_value(section: str, key: str, text: str) -> tuple[Any, list[str]]:
@@ -518,10 +355,10 @@ def _override_value(section: str, key: str, text: str) -> tuple[Any, list[str]]:
     nothing = "null" in options and text in ("", "null")
     if "string" in options and not nothing and text[:1] not in ('"', "'"):
         return text, []
-    value, _, problems = _read_yaml(text)
-    return value, [sentence for _, sentence in problems]
+    value, _, problems = read_yaml(text)
+    return value, [what for _, what in problems]
 
-
+# %% ../nbs/08_config.ipynb #cd59ef8e
 def _apply(overrides, data: dict, places: dict, problems: list) -> None:
     "Put overrides into `data`; `places` learns where each came from."
     pairs = overrides.items() if isinstance(overrides, dict) else [o.partition("=")[::2] for o in overrides]
@@ -532,7 +369,7 @@ def _apply(overrides, data: dict, places: dict, problems: list) -> None:
             continue
         if not isinstance(overrides, dict):
             value, wrong = _override_value(section, key, value)
-            problems.extend((place, sentence) for sentence in wrong)
+            problems.extend((place, what) for what in wrong)
         places.setdefault((section,), place)
         data[section] = {} if data.get(section) is None else data[section]
         if isinstance(data[section], dict):
@@ -547,12 +384,12 @@ def _read_file(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise LoraMvpError("config_unreadable", f"Cannot read {path} as UTF-8 text: {error}") from None
 
-
+# %% ../nbs/08_config.ipynb #8ef9ae8d
 def _complain(problems: list, name: str) -> None:
     "Raise one error that holds every problem, each with its place."
     if not problems:
         return
-    lines = [f"  {f'line {place}' if isinstance(place, int) else place}: {sentence}" for place, sentence in problems]
+    lines = [f"  {f'line {place}' if isinstance(place, int) else place}: {what}" for place, what in problems]
     head = f"{name}: {len(problems)} mistake{'s' if len(problems) > 1 else ''} in the configuration"
     raise LoraMvpError("config_invalid", "\n".join([head, *lines]))
 
@@ -575,7 +412,7 @@ def load_config(
 ) -> AppConfig:  # paths in it are absolute
     "Read a configuration; raises `LoraMvpError` naming every mistake with its line."
     file = None if path is None else _absolute(path, Path.cwd())
-    data, lines, problems = _read_yaml(_read_file(file)) if file else ({}, {}, [])
+    data, lines, problems = read_yaml(_read_file(file)) if file else ({}, {}, [])
     if not problems and not isinstance(data, dict | None):
         problems = [
             (1, f"the file must hold sections ({', '.join(AppConfig.model_fields)}), not {type(data).__name__}")
@@ -589,7 +426,7 @@ def load_config(
         for item in error.errors(include_url=False):
             at = next((item["loc"][:n] for n in (3, 2, 1) if item["loc"][:n] in places), ())
             place = places.get(at, "override")
-            (problems if isinstance(place, int) else late).append((place, _sentence(item)))
+            (problems if isinstance(place, int) else late).append((place, sentence(item, _sections())))
     _complain(sorted(problems, key=lambda found: found[0]) + late, str(path) if path is not None else "overrides")
     return config
 
@@ -603,12 +440,11 @@ def config_yaml(
         section = type(config).model_fields[name]
         lines += [f"# {section.description}", f"{name}:"]
         for key, value in values.items():
-            pair = yaml.dump({key: value}, Dumper=_Dumper, default_flow_style=False, width=10**6, allow_unicode=True)
             about = section.annotation.model_fields[key].description
-            lines.append(textwrap.indent(f"# {about}\n{pair.rstrip()}", "  "))
+            lines.append(textwrap.indent(f"# {about}\n{yaml_text({key: value}).rstrip()}", "  "))
     return "\n".join(lines) + "\n"
 
-
+# %% ../nbs/08_config.ipynb #789bc032
 def config_schema() -> dict:  # JSON Schema, draft 2020-12
     "What a configuration file may hold, for editors."
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **AppConfig.model_json_schema()}
