@@ -21,7 +21,8 @@ from ..data.prepare import as_array
 from ..data.steps import frame_of
 from ..data.storage import crop_box, crop_to
 from ..errors import LoraMvpError
-from ..models.base import family_of, granularity, time_ids, weights_hash
+from ..models.base import weights_hash
+from ..models.families import family_of, granularity, time_ids
 from .cache import TensorCache, plain_config
 from .pictures import Source, checked_bytes, decode_picture, is_random, picture_variants
 from .texts import draw_caption

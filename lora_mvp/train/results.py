@@ -26,7 +26,9 @@ from ..errors import LoraMvpError
 from ..files import atomic_write
 from ..models.adapters import WEIGHTS, save_adapter
 from ..models.base import base_revision, load_base
-from ..models.exports import certify, export_fused, write_kohya
+from ..models.exports import export_fused
+from ..models.kohya import write_kohya
+from ..models.proof import certify
 from .checkpoints import load_checkpoint
 from .curves import ImageLosses, StepReport, best_step, loss_figure, table_csv, validation_rows
 from .network import Network, visit

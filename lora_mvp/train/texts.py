@@ -19,7 +19,8 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from ..config import TrainingConfig, derive_seed
-from ..models.base import encode_text, family_of, text_parts, weights_hash
+from ..models.base import weights_hash
+from ..models.families import encode_text, family_of, text_parts
 from .cache import TensorCache, plain_config
 
 # %% ../../nbs/3_train/01b_texts.ipynb #5b235a33
