@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a door opens whe
     from lora_mvp.train.diagnosis import doctor
     from lora_mvp.train.loop import Trainer
     from lora_mvp.train.repeat import reproduce
-    from lora_mvp.train.runs import RunWatch
+    from lora_mvp.train.watch import RunWatch
 
 # %% ../nbs/10_public.ipynb #91b5a378
 _DOORS = {
@@ -34,7 +34,7 @@ _DOORS = {
     "Client": "lora_mvp.api.client",
     "Evaluator": "lora_mvp.eval.evaluator",
     "LoraMvpError": "lora_mvp.config",
-    "RunWatch": "lora_mvp.train.runs",
+    "RunWatch": "lora_mvp.train.watch",
     "Trainer": "lora_mvp.train.loop",
     "check_data": "lora_mvp.data.prepare",
     "choose": "lora_mvp.eval.selection",

@@ -24,7 +24,9 @@ from .data.curator import AMBER, GREEN, RED, badge
 from .data.curator import Curator as Curator  # so that all widgets are found here
 from .data.report import text
 from .infer import LoadedRun, bare_base, check_request, keep_picture, load_run, picture_facts, render
-from .train.runs import Progress, RunWatch, changed, loss_figure, sample_files
+from .train.curves import loss_figure
+from .train.runs import sample_files
+from .train.watch import RunProgress, RunWatch, last_change
 
 # %% ../nbs/7_doors/01_widgets.ipynb #c55fe738
 def png_bytes(picture: Image.Image, side: int = 256) -> bytes:
@@ -54,7 +56,7 @@ def span(seconds: float) -> str:
     return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def progress_words(progress: Progress, root: Path) -> str:
+def progress_words(progress: RunProgress, root: Path) -> str:
     "How far a run is, as a sentence."
     p = progress
     if p.state == "waiting":
@@ -86,7 +88,7 @@ class TrainMonitor:
         patience: float = 120,  # seconds without news after which the run counts as stopped
     ):
         self.watch, self.every, self.closed = RunWatch(run, patience), every, threading.Event()
-        self.progress: Progress | None = None
+        self.progress: RunProgress | None = None
         self.drawn, self.shown = None, None  # the tables in the curve; the files among the samples
         self.status, self.samples = widgets.HTML(), widgets.HTML()
         self.bar = widgets.FloatProgress(max=1.0, layout=widgets.Layout(width="100%", max_width="720px"))
@@ -153,7 +155,7 @@ def _draw_curve(self: TrainMonitor) -> None:
 def _draw_samples(self: TrainMonitor) -> None:
     files, start = sample_files(self.watch.folder), self.watch.start
     steps = sorted({min(files), max(files)}) if files else []
-    if self.shown == (key := [(file, changed(file)) for step in steps for file in files[step]]):
+    if self.shown == (key := [(file, last_change(file)) for step in steps for file in files[step]]):
         return
     rows = [(f"step {step:,}" if step else "the base", [img_tag(file) for file in files[step]]) for step in steps]
     captions = start.sample_prompts if start else []

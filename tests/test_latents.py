@@ -25,16 +25,10 @@ from lora_mvp.data.storage import OBLONG, bucket_of
 from lora_mvp.models.base import load_base
 from lora_mvp.models.families import encode_text, granularity, unet_arguments
 from lora_mvp.models.miniatures import random_base
-from lora_mvp.train.latents import (
-    Source,
-    TextTable,
-    cache_folder,
-    caption_variants,
-    encode_images,
-    regularization_sources,
-    sources,
-    unpack,
-)
+from lora_mvp.train.cache import cache_folder, unpack_tensors
+from lora_mvp.train.latents import encode_images
+from lora_mvp.train.pictures import Source, regularization_sources, sources
+from lora_mvp.train.texts import TextTable, caption_variants
 
 SIZES = [(96, 64), (64, 96), (80, 80), (128, 64), (70, 100), (90, 90), (100, 66), (66, 130)]
 
@@ -243,7 +237,8 @@ import torch
 from safetensors.torch import save_file
 from lora_mvp.config import load_config
 from lora_mvp.data.manifest import read_manifest
-from lora_mvp.train.latents import encode_images, sources
+from lora_mvp.train.latents import encode_images
+from lora_mvp.train.pictures import sources
 from lora_mvp.models.base import load_base
 manifest, cache, out, ready, go = map(Path, sys.argv[1:])
 config = load_config(overrides={"training.pretrained_model": "tiny"})
@@ -281,7 +276,7 @@ def test_two_at_once_and_one_of_them_killed(config, manifest, train, training, p
     assert out_one.read_bytes() == out_two.read_bytes()
     for cache in (shared, struck):
         for file in entries(cache):
-            unpack(file.read_bytes(), file.stem)
+            unpack_tensors(file.read_bytes(), file.stem)
     assert len(entries(shared)) == len(train) and len(os.listdir(shared / "latents")) == len(train)  # nothing left over
     fresh = encode_images(pipe, train, training, ["color_jitter"], None)
     for cache in (shared, struck):

@@ -1,4 +1,4 @@
-"""The promise of chapter 08: whatever stops a run, going on ends in the same bytes.
+"""The promise of `train.checkpoints`: whatever stops a run, going on ends in the same bytes.
 
 Runs are real processes that are really killed. They are forked from a server that has imported the package, so that
 each costs a second and not ten.

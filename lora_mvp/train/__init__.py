@@ -14,13 +14,14 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a door opens whe
     from lora_mvp.train.diagnosis import doctor, doctor_text
     from lora_mvp.train.loop import Trainer, train
     from lora_mvp.train.repeat import reproduce, reproduction_text
-    from lora_mvp.train.runs import RunFolder, RunRecord, RunWatch, read_run
+    from lora_mvp.train.runs import RunFolder, RunRecord, read_run
+    from lora_mvp.train.watch import RunWatch
 
 # %% ../../nbs/3_train/00_index.ipynb #60ec5d63
 _DOORS = {
     "RunFolder": "lora_mvp.train.runs",
     "RunRecord": "lora_mvp.train.runs",
-    "RunWatch": "lora_mvp.train.runs",
+    "RunWatch": "lora_mvp.train.watch",
     "Trainer": "lora_mvp.train.loop",
     "doctor": "lora_mvp.train.diagnosis",
     "doctor_text": "lora_mvp.train.diagnosis",

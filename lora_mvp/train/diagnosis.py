@@ -31,9 +31,9 @@ from ..models.adapters import add_lora
 from ..models.base import find_base
 from ..models.families import family_of, granularity, native_size, text_parts
 from ..models.layouts import check_file, config_folder
-from .latents import picture_variants, regularization_sources
 from .memory import MemoryEstimate, advice, amount, full_bytes, largest, skeleton
 from .objectives import noise_schedule
+from .pictures import picture_variants, regularization_sources
 
 # %% ../../nbs/3_train/11_diagnosis.ipynb #136ede46
 @dataclass(frozen=True)
