@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'UNWRITABLE', 'check_folders', 'earlier_manifest', 'row_of', 'portable_config', 'manifest_of',
            'NothingAccepted', 'refuse_empty', 'check_data', 'mode_of', 'Target', 'plan_files', 'still_there',
-           'write_pictures', 'write_all', 'prepare_data']
+           'store_pictures', 'write_all', 'prepare_data']
 
 # %% ../../nbs/1_data/11_prepare.ipynb #bc0296a0
 import hashlib
@@ -205,7 +205,7 @@ def still_there(
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == row.sha256
 
 # %% ../../nbs/1_data/11_prepare.ipynb #deb2db30
-def write_pictures(
+def store_pictures(
     targets: list[Target],  # by path
     data: DataConfig,
     before: Manifest | None,  # of an earlier run
@@ -238,7 +238,7 @@ def write_all(
 ) -> Manifest:
     "Store the pictures, then the manifest, then remove what an earlier run wrote and nobody needs."
     out = Path(data.processed_dir)
-    rows = write_pictures(plan_files(found.taken, data), data, before)
+    rows = store_pictures(plan_files(found.taken, data), data, before)
     manifest = manifest_of(data, found, rows)
     ours = {row.file for row in before.images} if before else set()
     ours |= pending_files(out)
