@@ -20,9 +20,9 @@ from PIL import Image
 
 from .data.curator import AMBER, GREEN, RED, badge
 from .data.curator import Curator as Curator  # so that all widgets are found here
-from .data.report import text
 from .errors import LoraMvpError
 from .files import png_bytes
+from .html import text
 from .infer import LoadedRun, bare_base, check_request, keep_picture, load_run, picture_facts, render
 from .train.runs import Progress, RunFolder, RunWatch, changed, loss_figure, sample_files
 
