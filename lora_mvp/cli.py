@@ -25,7 +25,7 @@ from .config import AppConfig, LoraMvpError, config_schema, config_yaml, load_co
 def _config(args: argparse.Namespace) -> AppConfig:
     return load_config(args.config, overrides=args.set or [])
 
-
+# %% ../nbs/7_doors/03_cli.ipynb #f90cff12
 def _manifest(args: argparse.Namespace) -> Path | None:
     "The manifest's file, whether that or its folder was given."
     if args.manifest is None:
@@ -33,7 +33,7 @@ def _manifest(args: argparse.Namespace) -> Path | None:
     path = Path(args.manifest)
     return path / "manifest.json" if path.is_dir() else path
 
-
+# %% ../nbs/7_doors/03_cli.ipynb #010383a1
 def _model_path(args: argparse.Namespace) -> str:
     if args.model_path != "tiny" and not Path(args.model_path).exists():
         raise LoraMvpError(
@@ -51,7 +51,7 @@ def _number(text: str) -> float:
         pass
     raise argparse.ArgumentTypeError(f"{text} is not a number")
 
-
+# %% ../nbs/7_doors/03_cli.ipynb #947b1a54
 def _count(text: str) -> int:
     "A whole number of at least 1, for argparse."
     if text.isdecimal() and int(text) > 0:
@@ -316,7 +316,7 @@ def _add_real(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--real-glob", help=f'real pictures, e.g. "data/processed/val/**/*.png"; {where}')
     parser.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
 
-
+# %% ../nbs/7_doors/03_cli.ipynb #1dce2046
 def _add_judging(commands) -> None:
     evaluate = _command(commands, "evaluate", cmd_evaluate)
     evaluate.add_argument("--model-path", required=True, help="output folder of a training, or an adapter folder")

@@ -21,12 +21,12 @@ from typing import NamedTuple
 import ipywidgets as widgets
 from PIL import Image, ImageDraw
 
-from ..config import LoraMvpError
-from .captions import as_words
 from .images import REASONS, Reason, open_rgb
 from .manifest import Manifest, leaves_folder
 from .prepare import Override, locked, not_writable, read_overrides, write_overrides
-from .report import text
+from ..errors import LoraMvpError
+from ..html import text
+from ..words import as_words
 
 # %% ../../nbs/1_data/19_curator.ipynb #03073a4d
 class Item(NamedTuple):
