@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cmd_config', 'cmd_prepare_data', 'cmd_check_data', 'cmd_export_data', 'cmd_train', 'cmd_doctor', 'cmd_reproduce',
-           'cmd_generate', 'cmd_evaluate', 'cmd_compare', 'cmd_choose', 'cmd_export', 'cmd_inspect', 'cmd_demo',
+           'cmd_export', 'cmd_inspect', 'cmd_generate', 'cmd_evaluate', 'cmd_compare', 'cmd_choose', 'cmd_demo',
            'build_parser', 'set_up_output', 'refusal', 'main']
 
 # %% ../nbs/7_doors/03_cli.ipynb #35076730
@@ -21,16 +21,65 @@ from pathlib import Path
 from .api.commands import add_service
 from .config import AppConfig, LoraMvpError, config_schema, config_yaml, load_config
 
-# %% ../nbs/7_doors/03_cli.ipynb #d7458211
+# %% ../nbs/7_doors/03_cli.ipynb #d4740500
 def _config(args: argparse.Namespace) -> AppConfig:
     return load_config(args.config, overrides=args.set or [])
 
+# %% ../nbs/7_doors/03_cli.ipynb #f90cff12
+def _manifest(args: argparse.Namespace) -> Path | None:
+    "The manifest's file, whether that or its folder was given."
+    if args.manifest is None:
+        return None
+    path = Path(args.manifest)
+    return path / "manifest.json" if path.is_dir() else path
 
+# %% ../nbs/7_doors/03_cli.ipynb #010383a1
+def _model_path(args: argparse.Namespace) -> str:
+    if args.model_path != "tiny" and not Path(args.model_path).exists():
+        raise LoraMvpError(
+            "model_not_found", f"--model-path {args.model_path} does not exist; train first, or check the path."
+        )
+    return args.model_path
+
+# %% ../nbs/7_doors/03_cli.ipynb #d8a9331d
+def _number(text: str) -> float:
+    "A number, for argparse; `nan` and `inf` are none."
+    try:
+        if math.isfinite(value := float(text)):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is not a number")
+
+# %% ../nbs/7_doors/03_cli.ipynb #947b1a54
+def _count(text: str) -> int:
+    "A whole number of at least 1, for argparse."
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+
+# %% ../nbs/7_doors/03_cli.ipynb #30bebdf5
+def _command(commands, name: str, function, needs_config: bool = True) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=function.__doc__.rstrip("."), description=function.__doc__)
+    parser.set_defaults(function=function)
+    if needs_config:
+        parser.add_argument("--config", help="YAML file; without one the defaults hold")
+        parser.add_argument(
+            "--set", action="append", metavar="SECTION.KEY=VALUE", help="change one value; may be repeated"
+        )
+    return parser
+
+# %% ../nbs/7_doors/03_cli.ipynb #0ce92b30
 def cmd_config(args: argparse.Namespace) -> None:
     "Print the effective configuration, or its JSON Schema."
     print(json.dumps(config_schema(), indent=2) if args.schema else config_yaml(_config(args)))
 
+# %% ../nbs/7_doors/03_cli.ipynb #7d67fca9
+def _add_config(commands) -> None:
+    config = _command(commands, "config", cmd_config)
+    config.add_argument("--schema", action="store_true", help="the JSON Schema instead, for editors")
 
+# %% ../nbs/7_doors/03_cli.ipynb #2a0d3cce
 def _told(work):
     "What `work` returns, or what it refused for want of an accepted image, after a summary; and the refusal."
     from lora_mvp.data.prepare import NothingAccepted
@@ -43,7 +92,7 @@ def _told(work):
     print(summary(manifest))
     return manifest, refusal
 
-
+# %% ../nbs/7_doors/03_cli.ipynb #8da3e5d2
 def _report(config: AppConfig, manifest, folder: Path) -> None:
     from lora_mvp.data.report import write_report
 
@@ -54,7 +103,7 @@ def _report(config: AppConfig, manifest, folder: Path) -> None:
         more["multiple"] = base_multiple(training)
     print(f"wrote {write_report(manifest, raw, folder, training, **more)}")
 
-
+# %% ../nbs/7_doors/03_cli.ipynb #1e299b57
 def cmd_prepare_data(args: argparse.Namespace) -> None:
     "Check the raw folder and write the processed one with its manifest and a report."
     from lora_mvp.data.prepare import prepare_data
@@ -70,7 +119,7 @@ def cmd_prepare_data(args: argparse.Namespace) -> None:
         raise refusal
     print(f"wrote {config.data.processed_dir}/manifest.json")
 
-
+# %% ../nbs/7_doors/03_cli.ipynb #f2aa298f
 def cmd_check_data(args: argparse.Namespace) -> None:
     "Look at the raw folder and report, without preparing anything."
     from lora_mvp.data.prepare import check_data
@@ -81,7 +130,7 @@ def cmd_check_data(args: argparse.Namespace) -> None:
     if refusal:
         raise refusal
 
-
+# %% ../nbs/7_doors/03_cli.ipynb #f7e12007
 def cmd_export_data(args: argparse.Namespace) -> None:
     "Write prepared data for another trainer, and read back what was written."
     from lora_mvp.data.handover import export_data
@@ -91,15 +140,19 @@ def cmd_export_data(args: argparse.Namespace) -> None:
     hint = {"hf": f'load_dataset("imagefolder", data_dir="{args.out}")', "kohya": "needs --caption_extension .txt"}
     print(f"wrote {out} ({hint[args.to]})")
 
-# %% ../nbs/7_doors/03_cli.ipynb #6570396a
-def _manifest(args: argparse.Namespace) -> Path | None:
-    "The manifest's file, whether that or its folder was given."
-    if args.manifest is None:
-        return None
-    path = Path(args.manifest)
-    return path / "manifest.json" if path.is_dir() else path
+# %% ../nbs/7_doors/03_cli.ipynb #96bb149a
+def _add_data(commands) -> None:
+    prepare = _command(commands, "prepare-data", cmd_prepare_data)
+    prepare.add_argument("--no-copy", action="store_true", help="hard-link the raw files where the file system can")
+    prepare.add_argument("--resplit", action="store_true", help="forget which images were for training and validation")
+    check = _command(commands, "check-data", cmd_check_data)
+    check.add_argument("--out", default="data_report", help="folder of the report (default: data_report)")
+    handover = _command(commands, "export-data", cmd_export_data, needs_config=False)
+    handover.add_argument("--manifest", required=True, help="manifest.json written by prepare-data, or its folder")
+    handover.add_argument("--to", required=True, choices=["hf", "kohya"], help="the form to write")
+    handover.add_argument("--out", required=True, help="a new or empty folder")
 
-
+# %% ../nbs/7_doors/03_cli.ipynb #9e81e07d
 def cmd_train(args: argparse.Namespace) -> None:
     "Train a LoRA on a manifest."
     from lora_mvp.data.manifest import read_manifest
@@ -119,7 +172,7 @@ def cmd_train(args: argparse.Namespace) -> None:
     out = config.training.output_dir
     print(f"in {out}: lora_adapter/, {Path(out).name}.safetensors, samples.png, loss_curve.png, run.json")
 
-
+# %% ../nbs/7_doors/03_cli.ipynb #2844fe09
 def cmd_doctor(args: argparse.Namespace) -> None:
     "Check environment, base, data and memory before training."
     config, manifest = _config(args), _manifest(args)
@@ -131,22 +184,55 @@ def cmd_doctor(args: argparse.Namespace) -> None:
     if errors:
         raise LoraMvpError("doctor", f"{errors} of these must be mended before training.")
 
-
+# %% ../nbs/7_doors/03_cli.ipynb #0336694b
 def cmd_reproduce(args: argparse.Namespace) -> None:
     "Train again as a run.json says, and compare."
     from lora_mvp.train.repeat import reproduce, reproduction_text
 
     print(reproduction_text(reproduce(args.run, args.out, _manifest(args))))
 
-# %% ../nbs/7_doors/03_cli.ipynb #c4ca4c35
-def _model_path(args: argparse.Namespace) -> str:
-    if args.model_path != "tiny" and not Path(args.model_path).exists():
-        raise LoraMvpError(
-            "model_not_found", f"--model-path {args.model_path} does not exist; train first, or check the path."
-        )
-    return args.model_path
+# %% ../nbs/7_doors/03_cli.ipynb #9d86490d
+def _add_training(commands) -> None:
+    train = _command(commands, "train", cmd_train)
+    train.add_argument("--manifest", required=True, help="manifest.json written by prepare-data")
+    either = train.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    either.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
+    train.add_argument("--extend", action="store_true", help="with --resume: max_train_steps may be larger than it was")
+    doctor = _command(commands, "doctor", cmd_doctor)
+    doctor.add_argument("--manifest", help="manifest.json written by prepare-data; without one the data is not checked")
+    again = _command(commands, "reproduce", cmd_reproduce, needs_config=False)
+    again.add_argument("run", help="run.json of a finished run, or its folder")
+    again.add_argument("--out", help="folder of the new run (default: the old one's name with -reproduced)")
+    again.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
 
+# %% ../nbs/7_doors/03_cli.ipynb #c7048033
+def cmd_export(args: argparse.Namespace) -> None:
+    "Write an adapter in another form, and verify what was written."
+    from lora_mvp.models.exports import export_adapter
 
+    print(f"wrote {export_adapter(args.adapter, args.to, args.out, args.base)}")
+
+# %% ../nbs/7_doors/03_cli.ipynb #90b0386b
+def cmd_inspect(args: argparse.Namespace) -> None:
+    "Say what an adapter file is and which programs can load it."
+    from lora_mvp.models.inspection import describe, inspect_adapter
+
+    facts = inspect_adapter(args.adapter)
+    print(facts.model_dump_json(indent=2) if args.json else describe(facts))
+
+# %% ../nbs/7_doors/03_cli.ipynb #ac94f790
+def _add_adapters(commands) -> None:
+    export = _command(commands, "export", cmd_export, needs_config=False)
+    export.add_argument("adapter", help="output folder of a training, an adapter folder or a .safetensors file")
+    export.add_argument("--to", required=True, choices=["kohya", "diffusers", "fused"], help="the form to write")
+    export.add_argument("--out", required=True, help="file for kohya, folder for the others; must not exist")
+    export.add_argument("--base", help="another base than the one the adapter was trained on")
+    inspect = _command(commands, "inspect", cmd_inspect, needs_config=False)
+    inspect.add_argument("adapter", help="a .safetensors file, also of another trainer, or an adapter folder")
+    inspect.add_argument("--json", action="store_true", help="as JSON")
+
+# %% ../nbs/7_doors/03_cli.ipynb #47617d95
 def cmd_generate(args: argparse.Namespace) -> None:
     "Draw pictures with a trained adapter."
     e, path = _config(args).evaluation, _model_path(args)
@@ -161,135 +247,7 @@ def cmd_generate(args: argparse.Namespace) -> None:
     ):
         print(file)
 
-
-def cmd_evaluate(args: argparse.Namespace) -> None:
-    "Compare base and adapter on the same prompts and seeds."
-    config, path = _config(args), _model_path(args)
-    if args.checkpoints and (args.out or args.lora_scale != 1):
-        text = (
-            "--checkpoints goes with neither --out nor --lora-scale: each checkpoint is drawn at strength 1, beside it."
-        )
-        raise LoraMvpError("checkpoints_options", text)
-    if args.checkpoints:
-        _choose(config, path, args)
-        return
-    from lora_mvp.eval.evaluator import evaluate
-    from lora_mvp.eval.scores import table
-
-    print(table(evaluate(config, path, args.real_glob, args.out, args.lora_scale, _manifest(args))))
-    print(f"wrote {args.out or Path(path) / 'evaluation'}: report.html, metrics.json, samples.png")
-
-
-def cmd_compare(args: argparse.Namespace) -> None:
-    "Say which of two models is better, if pictures can tell."
-    config = _config(args)
-    from lora_mvp.eval.evaluator import Evaluator
-    from lora_mvp.eval.scores import findings
-    from lora_mvp.eval.verdicts import judgement_text
-
-    evaluator = Evaluator(config, args.real_glob, _manifest(args))
-    found = evaluator.ab_test(args.a, args.b, args.out, args.lora_scale)
-    print(judgement_text(found.judgement, found.columns))
-    print("\n".join([*findings(found)[1:], *(f"note: {w.message}" for w in found.warnings)]))
-    print(f"wrote {args.out}: report.html, metrics.json, samples.png")
-
-
-def _choose(config: AppConfig, root: str, args: argparse.Namespace) -> None:
-    from lora_mvp.eval.selection import choice_text, choose
-
-    limits = {key: value for key in ("max_copied", "max_forgotten") if (value := getattr(args, key, None)) is not None}
-    print(choice_text(choose(config, root, args.real_glob, _manifest(args), **limits)))
-    print(f"wrote {Path(root) / 'best.json'}, and report.html in {Path(root) / 'evaluation' / 'checkpoints'}")
-
-
-def cmd_choose(args: argparse.Namespace) -> None:
-    "Score the base and every checkpoint of a run, and choose one."
-    _choose(_config(args), args.run, args)
-
-
-def cmd_export(args: argparse.Namespace) -> None:
-    "Write an adapter in another form, and verify what was written."
-    from lora_mvp.models.exports import export_adapter
-
-    print(f"wrote {export_adapter(args.adapter, args.to, args.out, args.base)}")
-
-
-def cmd_inspect(args: argparse.Namespace) -> None:
-    "Say what an adapter file is and which programs can load it."
-    from lora_mvp.models.inspection import describe, inspect_adapter
-
-    facts = inspect_adapter(args.adapter)
-    print(facts.model_dump_json(indent=2) if args.json else describe(facts))
-
-# %% ../nbs/7_doors/03_cli.ipynb #2b91e885
-def cmd_demo(args: argparse.Namespace) -> None:
-    "Run everything on the pictures that ship with the package."
-    from lora_mvp.demo import demo_table, run_demo
-
-    print(demo_table(run_demo(args.out, args.steps)))
-
-# %% ../nbs/7_doors/03_cli.ipynb #cbb7efbf
-def _number(text: str) -> float:
-    "A number, for argparse; `nan` and `inf` are none."
-    try:
-        if math.isfinite(value := float(text)):
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text} is not a number")
-
-
-def _count(text: str) -> int:
-    "A whole number of at least 1, for argparse."
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-
-
-def _command(commands, name: str, function, needs_config: bool = True) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=function.__doc__.rstrip("."), description=function.__doc__)
-    parser.set_defaults(function=function)
-    if needs_config:
-        parser.add_argument("--config", help="YAML file; without one the defaults hold")
-        parser.add_argument(
-            "--set", action="append", metavar="SECTION.KEY=VALUE", help="change one value; may be repeated"
-        )
-    return parser
-
-# %% ../nbs/7_doors/03_cli.ipynb #c93d6a67
-def build_parser() -> argparse.ArgumentParser:
-    "The parser of `lora-mvp`."
-    parser = argparse.ArgumentParser(
-        prog="lora-mvp", description="Train Stable Diffusion LoRA adapters whose results you can trust."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    config = _command(commands, "config", cmd_config)
-    config.add_argument("--schema", action="store_true", help="the JSON Schema instead, for editors")
-    prepare = _command(commands, "prepare-data", cmd_prepare_data)
-    prepare.add_argument("--no-copy", action="store_true", help="hard-link the raw files where the file system can")
-    check = _command(commands, "check-data", cmd_check_data)
-    check.add_argument("--out", default="data_report", help="folder of the report (default: data_report)")
-    handover = _command(commands, "export-data", cmd_export_data, needs_config=False)
-    handover.add_argument("--manifest", required=True, help="manifest.json written by prepare-data, or its folder")
-    handover.add_argument("--to", required=True, choices=["hf", "kohya"], help="the form to write")
-    handover.add_argument("--out", required=True, help="a new or empty folder")
-    prepare.add_argument("--resplit", action="store_true", help="forget which images were for training and validation")
-    train = _command(commands, "train", cmd_train)
-    train.add_argument("--manifest", required=True, help="manifest.json written by prepare-data")
-    either = train.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
-    either.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
-    train.add_argument("--extend", action="store_true", help="with --resume: max_train_steps may be larger than it was")
-    _add_checks(commands)
-    _add_generate(commands)
-    _add_evaluate(commands)
-    demo = _command(commands, "demo", cmd_demo, needs_config=False)
-    demo.add_argument("--out", default="demo", help="a new or empty folder (default: demo)")
-    demo.add_argument("--steps", type=_count, help="fewer training steps, for a quick look")
-    add_service(commands)
-    return parser
-
-# %% ../nbs/7_doors/03_cli.ipynb #d81e5986
+# %% ../nbs/7_doors/03_cli.ipynb #35bab7a8
 def _add_generate(commands) -> None:
     parser = _command(commands, "generate", cmd_generate)
     parser.add_argument(
@@ -308,23 +266,67 @@ def _add_generate(commands) -> None:
     parser.add_argument("--size", type=int, help="side in pixels (default: the base's own)")
     parser.add_argument("--out", default="outputs/pictures", help="folder (default: outputs/pictures)")
 
+# %% ../nbs/7_doors/03_cli.ipynb #96043b7a
+def _choose(config: AppConfig, root: str, args: argparse.Namespace) -> None:
+    from lora_mvp.eval.selection import choice_text, choose
 
+    limits = {key: value for key in ("max_copied", "max_forgotten") if (value := getattr(args, key, None)) is not None}
+    print(choice_text(choose(config, root, args.real_glob, _manifest(args), **limits)))
+    print(f"wrote {Path(root) / 'best.json'}, and report.html in {Path(root) / 'evaluation' / 'checkpoints'}")
+
+# %% ../nbs/7_doors/03_cli.ipynb #8942157a
+def cmd_evaluate(args: argparse.Namespace) -> None:
+    "Compare base and adapter on the same prompts and seeds."
+    config, path = _config(args), _model_path(args)
+    if args.checkpoints and (args.out or args.lora_scale != 1):
+        text = (
+            "--checkpoints goes with neither --out nor --lora-scale: each checkpoint is drawn at strength 1, beside it"
+        )
+        raise LoraMvpError("checkpoints_options", f"{text}.")
+    if args.checkpoints:
+        _choose(config, path, args)
+        return
+    from lora_mvp.eval.evaluator import evaluate
+    from lora_mvp.eval.scores import table
+
+    print(table(evaluate(config, path, args.real_glob, args.out, args.lora_scale, _manifest(args))))
+    print(f"wrote {args.out or Path(path) / 'evaluation'}: report.html, metrics.json, samples.png")
+
+# %% ../nbs/7_doors/03_cli.ipynb #c9b3b33b
+def cmd_compare(args: argparse.Namespace) -> None:
+    "Say which of two models is better, if pictures can tell."
+    config = _config(args)
+    from lora_mvp.eval.evaluator import Evaluator
+    from lora_mvp.eval.scores import findings
+    from lora_mvp.eval.verdicts import judgement_text
+
+    evaluator = Evaluator(config, args.real_glob, _manifest(args))
+    found = evaluator.ab_test(args.a, args.b, args.out, args.lora_scale)
+    print(judgement_text(found.judgement, found.columns))
+    print("\n".join([*findings(found)[1:], *(f"note: {w.message}" for w in found.warnings)]))
+    print(f"wrote {args.out}: report.html, metrics.json, samples.png")
+
+# %% ../nbs/7_doors/03_cli.ipynb #586fb6e0
+def cmd_choose(args: argparse.Namespace) -> None:
+    "Score the base and every checkpoint of a run, and choose one."
+    _choose(_config(args), args.run, args)
+
+# %% ../nbs/7_doors/03_cli.ipynb #624581d6
 def _add_real(parser: argparse.ArgumentParser) -> None:
     where = "default: the validation images of the run's manifest"
     parser.add_argument("--real-glob", help=f'real pictures, e.g. "data/processed/val/**/*.png"; {where}')
     parser.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
 
-
-def _add_evaluate(commands) -> None:
+# %% ../nbs/7_doors/03_cli.ipynb #1dce2046
+def _add_judging(commands) -> None:
     evaluate = _command(commands, "evaluate", cmd_evaluate)
     evaluate.add_argument("--model-path", required=True, help="output folder of a training, or an adapter folder")
     evaluate.add_argument("--checkpoints", action="store_true", help="all checkpoints of it; the same as `choose`")
     evaluate.add_argument("--out", help="where to write; default: MODEL_PATH/evaluation")
     evaluate.add_argument("--lora-scale", type=_number, default=1.0, help="strength of the adapter (default 1)")
     compare = _command(commands, "compare", cmd_compare)
-    compare.add_argument(
-        "a", metavar="A", help="output folder of a training, an adapter or a pipeline folder, or `base`"
-    )
+    which = "output folder of a training, an adapter or a pipeline folder, or `base`"
+    compare.add_argument("a", metavar="A", help=which)
     compare.add_argument("b", metavar="B", help="another; `base` stands for the base of the other model")
     compare.add_argument("--out", default="comparison", help="where to write (default: comparison)")
     compare.add_argument("--lora-scale", type=_number, default=1.0, help="strength of both adapters (default 1)")
@@ -335,22 +337,29 @@ def _add_evaluate(commands) -> None:
     for parser in (evaluate, compare, choose):
         _add_real(parser)
 
+# %% ../nbs/7_doors/03_cli.ipynb #b30ee116
+def cmd_demo(args: argparse.Namespace) -> None:
+    "Run everything on the pictures that ship with the package."
+    from lora_mvp.demo import demo_table, run_demo
 
-def _add_checks(commands) -> None:
-    doctor = _command(commands, "doctor", cmd_doctor)
-    doctor.add_argument("--manifest", help="manifest.json written by prepare-data; without one the data is not checked")
-    again = _command(commands, "reproduce", cmd_reproduce, needs_config=False)
-    again.add_argument("run", help="run.json of a finished run, or its folder")
-    again.add_argument("--out", help="folder of the new run (default: the old one's name with -reproduced)")
-    again.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
-    export = _command(commands, "export", cmd_export, needs_config=False)
-    export.add_argument("adapter", help="output folder of a training, an adapter folder or a .safetensors file")
-    export.add_argument("--to", required=True, choices=["kohya", "diffusers", "fused"], help="the form to write")
-    export.add_argument("--out", required=True, help="file for kohya, folder for the others; must not exist")
-    export.add_argument("--base", help="another base than the one the adapter was trained on")
-    inspect = _command(commands, "inspect", cmd_inspect, needs_config=False)
-    inspect.add_argument("adapter", help="a .safetensors file, also of another trainer, or an adapter folder")
-    inspect.add_argument("--json", action="store_true", help="as JSON")
+    print(demo_table(run_demo(args.out, args.steps)))
+
+# %% ../nbs/7_doors/03_cli.ipynb #e3600657
+def _add_demo(commands) -> None:
+    demo = _command(commands, "demo", cmd_demo, needs_config=False)
+    demo.add_argument("--out", default="demo", help="a new or empty folder (default: demo)")
+    demo.add_argument("--steps", type=_count, help="fewer training steps, for a quick look")
+
+# %% ../nbs/7_doors/03_cli.ipynb #77c76ef5
+def build_parser() -> argparse.ArgumentParser:
+    "The parser of `lora-mvp`."
+    about = "Train Stable Diffusion LoRA adapters whose results you can trust."
+    parser = argparse.ArgumentParser(prog="lora-mvp", description=about)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_config, _add_data, _add_training, _add_adapters, _add_generate, _add_judging, _add_demo):
+        add(commands)
+    add_service(commands)
+    return parser
 
 # %% ../nbs/7_doors/03_cli.ipynb #e6149f48
 def _needs_no_torchvision(record: logging.LogRecord) -> bool:
@@ -366,18 +375,15 @@ def set_up_output() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
-# %% ../nbs/7_doors/03_cli.ipynb #2eb6cadc
+# %% ../nbs/7_doors/03_cli.ipynb #58f015ed
 def refusal(error: Exception) -> str | None:
     "What the system refused, such as space on a full disk; None for any other error."
-    codes = [
-        getattr(error, "errno", None),
-        *map(int, re.findall(r"\(os error (\d+)\)", str(error))),
-    ]  # safetensors' way
+    codes = [getattr(error, "errno", None), *map(int, re.findall(r"\(os error (\d+)\)", str(error)))]  # of safetensors
     found = [os.strerror(c) for c in codes if c in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM)]
     where = getattr(error, "filename", None)
     return f"the system refused to write or read{f' {where}' if where else ''}: {found[0]}." if found else None
 
-
+# %% ../nbs/7_doors/03_cli.ipynb #2af5559d
 def main(argv: list[str] | None = None) -> int:
     "Entry point of the console script `lora-mvp`."
     set_up_output()

@@ -9,22 +9,23 @@ __all__ = ['log', 'add_bad_files', 'demo_folder', 'before_after', 'DemoResult', 
 import json
 import logging
 import shutil
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageFilter
 
-from .config import AppConfig, LoraMvpError, atomic_write, load_config
+from .config import AppConfig, load_config
 from .data.images import open_rgb
 from .data.manifest import Manifest
 from .data.prepare import prepare_data
 from .data.tables import summary
-from .eval.evaluator import Metrics, score, table
+from .errors import LoraMvpError
 from .eval.extractors import scorer_for
-from .files import asset
+from .eval.scores import Metrics, score, table
+from .files import asset, atomic_write, save_png
 from .infer import load_run, render
+from .sheets import Tile, contact_sheet
 from .train.loop import train
 from .train.runs import RunFolder, RunRecord
 
@@ -42,7 +43,7 @@ def add_bad_files(folder: Path) -> list[Path]:
     open_rgb(good[2]).resize((24, 24)).save(files[2])
     return files
 
-
+# %% ../nbs/7_doors/02_demo.ipynb #65ea4229
 def demo_folder(out: str | Path) -> AppConfig:  # the demo's configuration, with paths below `out`
     "Copy the demo's pictures and its config.yaml into `out`, which must be new or empty."
     out = Path(out)
@@ -63,19 +64,8 @@ def before_after(
     side: int = 128,  # pixels of a picture on the sheet
 ) -> Image.Image:
     "A sheet with a row per prompt and a column per model."
-    left, top, gap = 150, 24, 6
-    sheet = Image.new("RGB", (left + len(columns) * (side + gap), top + len(prompts) * (side + gap)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for y, prompt in enumerate(prompts):
-        pen.multiline_text(
-            (6, top + y * (side + gap) + side // 2 - 12), "\n".join(textwrap.wrap(prompt, 22)), fill="black"
-        )
-    for x, (title, pictures) in enumerate(columns.items()):
-        pen.text((left + x * (side + gap) + 4, 6), title, fill="black")
-        for y, picture in enumerate(pictures):
-            place = left + x * (side + gap), top + y * (side + gap)
-            sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), place)
-    return sheet
+    rows = [[Tile(picture) for picture in row] for row in zip(*columns.values(), strict=True)]
+    return contact_sheet(rows, side, heads=list(columns), names=prompts)
 
 # %% ../nbs/7_doors/02_demo.ipynb #0b37f117
 @dataclass
@@ -100,7 +90,7 @@ def evaluate_demo(config: AppConfig, out: Path) -> Metrics:
     lora = render(run, prompts, seeds, 1.0, **options)
     shown = slice(0, n, max(1, n // 8))
     columns = {"base": base[:n][shown], "LoRA": lora[:n][shown]}
-    before_after(e.prompts[shown], columns).save(out / "before_after.png")
+    save_png(before_after(e.prompts[shown], columns), out / "before_after.png")
     held_out = [open_rgb(p) for p in sorted(asset("demo", "heldout").rglob("*.png"))]
     return score(scorer_for("tiny", config), prompts, base, lora, held_out, e.seed)
 

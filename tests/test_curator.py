@@ -179,20 +179,22 @@ def test_of_2000_pictures_a_page_is_opened(tmp_path, monkeypatch):
     curator = Curator(Manifest(config={"raw_data_dir": "raw"}, images=rows, folder=tmp_path))
     steps = [
         lambda: None,
-        lambda: curator.next.click(),
-        lambda: setattr(curator.page, "value", 84),
-        lambda: setattr(curator.label, "value", "l1"),
-        lambda: setattr(curator.part, "value", "number 19"),
+        lambda: curator.pages.next.click(),
+        lambda: setattr(curator.pages.page, "value", 84),
+        lambda: setattr(curator.filters.label, "value", "l1"),
+        lambda: setattr(curator.filters.part, "value", "number 19"),
     ]
     for step in steps:
         step()
-        concurrent.futures.wait(curator.loading)
+        concurrent.futures.wait(curator.pictures.loading)
         assert len(opened) <= PAGE and len(curator.cards) == PAGE
         opened.clear()
-    assert curator.page.value == 1 and len(curator.chosen) == 56  # 19, 190 to 199, 1900 to 1999; the odd ones
-    curator.back.click()
+    assert (
+        curator.pages.page.value == 1 and len(curator.pages.chosen) == 56
+    )  # 19, 190 to 199, 1900 to 1999; the odd ones
+    curator.pages.back.click()
     curator.keep_shown(False)
-    concurrent.futures.wait(curator.loading)
+    concurrent.futures.wait(curator.pictures.loading)
     assert opened == [] and len(curator.curation.unsaved()) == PAGE
 
 

@@ -8,10 +8,11 @@ from PIL import Image
 
 from lora_mvp.config import LoraMvpError, load_config
 from lora_mvp.eval import evaluator as evaluation
-from lora_mvp.eval.evaluator import Metrics, evaluate, find_real, score
+from lora_mvp.eval.copies import find_real
+from lora_mvp.eval.evaluator import evaluate
 from lora_mvp.eval.extractors import ClipExtractor
 from lora_mvp.eval.samples import read_plan
-from lora_mvp.eval.scores import table
+from lora_mvp.eval.scores import Metrics, score, table
 from lora_mvp.infer import LoadedRun
 
 

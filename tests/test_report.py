@@ -16,17 +16,10 @@ import pytest
 from PIL import Image
 
 from lora_mvp.config import LoraMvpError, TrainingConfig
-from lora_mvp.data.report import (
-    METRICS,
-    PER_REASON,
-    POLICY,
-    WIDTH,
-    contact_sheet,
-    histogram,
-    rejected_csv,
-    report_html,
-    write_report,
-)
+from lora_mvp.data.charts import METRICS, WIDTH, histogram
+from lora_mvp.data.galleries import PER_REASON
+from lora_mvp.data.report import rejected_csv, report_html, split_sheet, write_report
+from lora_mvp.html import POLICY
 from lora_mvp.words import as_words
 
 HOSTILE = [
@@ -228,7 +221,7 @@ def test_only_pictures_inside_the_raw_folder_are_shown(raw, tmp_path):
 
 def test_a_file_that_could_not_be_decoded_is_not_opened_again(raw, monkeypatch):
     opened = []
-    monkeypatch.setattr("lora_mvp.data.report.open_rgb", lambda path: opened.append(path))
+    monkeypatch.setattr("lora_mvp.data.galleries.open_rgb", lambda path: opened.append(path))
     assert "cannot be shown" in report_html(manifest_of([], [refused("cat/0.png", reason("unreadable"))]), raw)
     assert opened == []
 
@@ -245,7 +238,7 @@ def test_galleries_are_capped(raw):
 def test_pictures_that_are_gone_leave_a_report(tmp_path):
     found = manifest_of([image_row("cat/0.png"), image_row("cat/1.png", split="val")], folder=tmp_path)
     write_report(found, tmp_path / "raw", tmp_path / "report")
-    assert contact_sheet(found, "train", 4, 32, 10).size == (40, 40)
+    assert split_sheet(found, "train", 4, 32, 10).size == (40, 40)
 
 
 def test_a_report_never_goes_into_the_raw_folder(manifest, raw):

@@ -16,7 +16,7 @@ from lora_mvp.infer import load_run, render
 from lora_mvp.models.adapters import adapter_parameters, add_lora, save_adapter
 from lora_mvp.models.base import load_base
 from lora_mvp.train.loop import train
-from lora_mvp.widgets import Compare, Playground, TrainMonitor, png_bytes
+from lora_mvp.widgets import Compare, Playground, TrainMonitor, enlarged_png
 
 PROMPT, OPTIONS = "penguin, noto style", {"steps": 2, "guidance_scale": 3.0}
 
@@ -40,7 +40,7 @@ def adapters(tmp_path_factory):
 
 
 def drawn(run, seed=1, strength=1.0):
-    return png_bytes(render(run, [PROMPT], [seed], strength, 2, 3.0)[0])
+    return enlarged_png(render(run, [PROMPT], [seed], strength, 2, 3.0)[0])
 
 
 def test_two_runs_side_by_side(adapters):

@@ -41,7 +41,8 @@ from lora_mvp.api.jobs import (
     now,
     transition,
 )
-from ..config import AppConfig, LoraMvpError, atomic_write, load_config
+from ..config import AppConfig, LoraMvpError, load_config
+from ..files import atomic_write
 
 # %% ../../nbs/6_api/10_service.ipynb #7fa2400a
 SIZES = [("data", "image_size"), ("data", "min_resolution"), ("training", "resolution")]

@@ -17,10 +17,10 @@ from collections import defaultdict
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from ..config import LoraMvpError
 from .images import decode, open_header, read_regular
 from .manifest import Manifest, ManifestImage
 from .storage import portable_name, unique_name
+from ..errors import LoraMvpError
 from ..files import png_bytes
 from ..words import as_words
 
@@ -60,7 +60,7 @@ def visible_stem(
     reserved = re.match(r"\.|(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name, re.IGNORECASE)
     return f"image-{name}" if reserved else name
 
-
+# %% ../../nbs/1_data/12_handover.ipynb #371527ed
 def place_of(
     row: ManifestImage,
     to: str,  # `hf` or `kohya`
@@ -134,7 +134,7 @@ def check_target(
     if raw and Path(os.path.realpath(manifest.folder / raw)) in (out, *out.parents):
         raise LoraMvpError("folders_overlap", f"{out} lies in the folder of the raw pictures; choose one outside it")
 
-
+# %% ../../nbs/1_data/12_handover.ipynb #6ba2c4a4
 def export_data(
     manifest: Manifest,
     to: Literal["hf", "kohya"],  # an imagefolder of `datasets`, or folders for kohya's scripts

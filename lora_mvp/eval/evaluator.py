@@ -23,7 +23,7 @@ import torch
 from fastcore.basics import patch
 from PIL import Image
 
-from ..config import AppConfig, LoraMvpError, atomic_write
+from ..config import AppConfig, LoraMvpError
 from ..data.manifest import Manifest, read_manifest
 from lora_mvp.eval.copies import (
     CopyShare,
@@ -64,7 +64,7 @@ from lora_mvp.eval.scores import (
     table,
 )
 from .verdicts import judge, judgement_text
-from ..files import asset, png_bytes
+from ..files import asset, atomic_write, png_bytes
 from ..infer import LoadedRun, find_run, load_run, render
 from ..models.adapters import WEIGHTS
 from ..models.base import weights_hash

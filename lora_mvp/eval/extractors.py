@@ -31,10 +31,10 @@ from safetensors.numpy import save as save_arrays
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer, Dinov2Model, ImageProcessingMixin
 
-from ..config import AppConfig, LoraMvpError, atomic_write
+from ..config import AppConfig, LoraMvpError
 from ..data.looks import pixel_hash
 from .metrics import unit_rows
-from ..files import asset, no_bars
+from ..files import asset, atomic_write, no_bars
 
 # %% ../../nbs/5_eval/03_extractors.ipynb #85dfcdbe
 log = logging.getLogger("lora_mvp")

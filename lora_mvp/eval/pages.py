@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..data.report import POLICY, STYLE, jpeg_uri, section, text, tile
 from .copies import NEAR_BITS, CopyCheck, RealSet
 from .scores import Metrics, Score, shown
 from .verdicts import Comparison
+from ..html import POLICY, STYLE, jpeg_uri, section, text, tile
 
 # %% ../../nbs/5_eval/08_pages.ipynb #bd7226b7
 EXTRA = """

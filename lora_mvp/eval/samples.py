@@ -21,10 +21,10 @@ import yaml
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel, ValidationError
 
-from ..config import LoraMvpError, atomic_write, derive_seed
+from ..config import LoraMvpError, derive_seed
 from ..data.images import open_rgb
 from ..data.looks import pixel_hash
-from ..files import asset
+from ..files import asset, atomic_write
 from ..infer import save_picture
 
 # %% ../../nbs/5_eval/04_samples.ipynb #a4a7c861

@@ -26,8 +26,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file
 from scipy.stats import rankdata
 
-from ..config import AppConfig, LoraMvpError, TrainingConfig, atomic_write, derive_seed
-from ..data.report import section, text
+from ..config import AppConfig, LoraMvpError, TrainingConfig, derive_seed
 from .copies import CopyShare, RealSet
 from lora_mvp.eval.evaluator import (
     Column,
@@ -49,6 +48,8 @@ from .pages import html_page, html_table, png_uri
 from .samples import PLAIN, SamplePlan, contact_sheets, write_plan
 from .scores import Measured, Warned, check_counts, shown
 from .verdicts import Judgement
+from ..files import atomic_write
+from ..html import section, text
 from ..infer import LoadedRun
 from ..models.adapters import adapter_parameters, add_lora, restore_adapter, save_adapter, set_scale
 from ..models.base import load_base

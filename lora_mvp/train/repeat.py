@@ -14,8 +14,9 @@ import numpy as np
 from pydantic import BaseModel
 from safetensors.numpy import load_file
 
-from ..config import AppConfig, LoraMvpError, atomic_write
+from ..config import AppConfig, LoraMvpError
 from ..data.manifest import read_manifest
+from ..files import atomic_write
 from ..models.adapters import WEIGHTS
 from .loop import train
 from .runs import RunFolder, RunRecord, dataset_hash, read_run
