@@ -20,8 +20,9 @@ from .config import AppConfig, LoraMvpError, atomic_write, load_config
 from .data.images import open_rgb
 from .data.manifest import Manifest
 from .data.prepare import prepare_data, summary
-from .eval.evaluator import Metrics, score, table
 from .eval.extractors import scorer_for
+from .eval.records import Metrics, table
+from .eval.scores import score
 from .infer import load_run, render
 from .models.base import asset
 from .train.loop import train

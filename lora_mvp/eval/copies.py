@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEAR_BITS', 'RealSet', 'read_pictures', 'find_real', 'real_of_split', 'scenes', 'Threshold', 'calibrate',
-           'nearest_hash', 'Near', 'CopyShare', 'CopyCheck', 'check_copies', 'nearest_sheet']
+           'nearest_hash', 'Near', 'CopyShare', 'CopyCheck', 'check_copies', 'nearest_sheet', 'CopyEvidence']
 
 # %% ../../nbs/5_eval/06_copies.ipynb #7a2344da
 import glob
@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel
 
-from ..config import LoraMvpError
 from ..data.images import open_rgb, perceptual_hashes, pixel_hash
 from ..data.manifest import Manifest
 from ..data.splits import group, hash_signs, near_duplicates
+from ..errors import LoraMvpError
 from .metrics import nearest, similarity
 from .samples import place_tile
 from ..stats import wilson
@@ -37,7 +37,7 @@ class RealSet(NamedTuple):
         "The identity of each picture."
         return [pixel_hash(image) for image in self.images]
 
-
+# %% ../../nbs/5_eval/06_copies.ipynb #9923a271
 def read_pictures(
     files: list[str],
     names: list[str] | None = None,  # what to call them; default: as they are
@@ -56,7 +56,7 @@ def read_pictures(
         seen.add(key)
     return RealSet([file for file, _ in kept], [image for _, image in kept], refused, copies)
 
-
+# %% ../../nbs/5_eval/06_copies.ipynb #29bdf104
 def find_real(
     pattern: str,  # like "data/processed/val/**/*.png"
 ) -> RealSet:
@@ -69,7 +69,7 @@ def find_real(
         raise LoraMvpError("no_real_images", text)
     return found
 
-
+# %% ../../nbs/5_eval/06_copies.ipynb #c3e4bb31
 def real_of_split(
     manifest: Manifest,
     split: str,  # `train` or `val`
@@ -91,14 +91,14 @@ def scenes(
     groups = group(names, near_duplicates([perceptual_hashes(image) for image in images], NEAR_BITS))
     return [groups[name] for name in names]
 
-
+# %% ../../nbs/5_eval/06_copies.ipynb #5ac0ed8e
 class Threshold(NamedTuple):
     "Above which cosine a sample is too near to a training picture."
 
     cosine: float  # nan: too few different pictures to say
     n: int  # pictures that it rests on
 
-
+# %% ../../nbs/5_eval/06_copies.ipynb #4ca25fc0
 def calibrate(
     train: np.ndarray,  # features of the training pictures (m, d)
     other: np.ndarray,  # of other real pictures (k, d); may be empty
@@ -140,7 +140,7 @@ class Near(BaseModel):
     bits: int  # of 64, to the nearest perceptual hash
     copied: bool
 
-
+# %% ../../nbs/5_eval/06_copies.ipynb #fe953de2
 class CopyShare(BaseModel):
     "How many samples are training pictures come back."
 
@@ -154,13 +154,13 @@ class CopyShare(BaseModel):
     threshold_n: int  # pictures that the threshold rests on: real ones, and the base's where it was drawn
     near_bits: int = NEAR_BITS
 
-
+# %% ../../nbs/5_eval/06_copies.ipynb #de070615
 class CopyCheck(CopyShare):
     "The share with its evidence."
 
     rows: list[Near]  # in the order of the samples
 
-
+# %% ../../nbs/5_eval/06_copies.ipynb #55877d2a
 def check_copies(
     features: np.ndarray,  # of the samples (n, d)
     images: list[Image.Image],  # the samples
@@ -179,17 +179,10 @@ def check_copies(
         Near(sample=k, train_file=train.files[i], cosine=round(float(c), 6), bits=int(b), copied=bool(found))
         for k, i, c, b, found in zip(positions or range(len(images)), index, cosines, bits, copied)
     ]
-    return CopyCheck(
-        n=len(images),
-        n_train=len(train.images),
-        copied=int(copied.sum()),
-        share=share.value,
-        low=share.low,
-        high=share.high,
-        threshold=None if np.isnan(threshold.cosine) else threshold.cosine,
-        threshold_n=threshold.n,
-        rows=rows,
-    )
+    counts = {"n": len(images), "n_train": len(train.images), "copied": int(copied.sum())}
+    interval = {"share": share.value, "low": share.low, "high": share.high}
+    limit = None if np.isnan(threshold.cosine) else threshold.cosine
+    return CopyCheck(**counts, **interval, threshold=limit, threshold_n=threshold.n, rows=rows)
 
 # %% ../../nbs/5_eval/06_copies.ipynb #1049e217
 def nearest_sheet(
@@ -215,3 +208,12 @@ def nearest_sheet(
         place_tile(sheet, images[k], (left, top + 15), tile)
         place_tile(sheet, of_file[row.train_file], (left + tile, top + 15), tile)
     return sheet
+
+# %% ../../nbs/5_eval/06_copies.ipynb #afbf2ae2
+class CopyEvidence(NamedTuple):
+    "What the copy check of one column looked at."
+
+    column: str
+    check: CopyCheck
+    images: list[Image.Image]  # the samples, in the order of its rows
+    train: RealSet

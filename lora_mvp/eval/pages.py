@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['EXTRA', 'html_table', 'png_uri', 'html_page', 'score_table', 'comparison_rows', 'verdict_section', 'extractor_note',
-           'careful_section', 'forgetting_section', 'pair_section', 'CopyEvidence', 'copy_section', 'evaluation_page']
+           'careful_section', 'forgetting_section', 'pair_section', 'copy_tile', 'copy_section', 'evaluation_page']
 
 # %% ../../nbs/5_eval/12_pages.ipynb #c9bcac3a
 import base64
-from typing import NamedTuple
 
 from PIL import Image
 
 from ..data.report import POLICY, STYLE, jpeg_uri, section, text, tile
-from .copies import NEAR_BITS, CopyCheck, RealSet
-from .scores import Metrics, Score, shown
+from .copies import NEAR_BITS, CopyEvidence
+from .records import Metrics, Score, with_interval
 from .verdicts import Comparison
 
 # %% ../../nbs/5_eval/12_pages.ipynb #bd7226b7
@@ -81,12 +80,12 @@ def score_table(
     rows = []
     for name, s in metrics.scores.items():
         form = ".2f" if s.higher_is_better else ".3f"
-        change = shown(s.change, "+.2f" if s.change_is == "difference" else "+.0%")
-        better = "higher" if s.higher_is_better else "lower"
-        rows.append([name, better, shown(s.base, form), shown(s.lora, form), change, f"{s.n} {s.counted}", s.unit])
+        change = with_interval(s.change, "+.2f" if s.change_is == "difference" else "+.0%")
+        better, both = "higher" if s.higher_is_better else "lower", [with_interval(m, form) for m in (s.base, s.lora)]
+        rows.append([name, better, *both, change, f"{s.n} {s.counted}", s.unit])
     return html_table(["score", "better", *metrics.columns, "change", "over", "unit"], rows)
 
-
+# %% ../../nbs/5_eval/12_pages.ipynb #377198fa
 def comparison_rows(
     comparisons: dict[str, Comparison],
 ) -> list[list[str]]:
@@ -101,7 +100,7 @@ def comparison_rows(
         )
     return rows
 
-
+# %% ../../nbs/5_eval/12_pages.ipynb #2aa52740
 def verdict_section(
     metrics: Metrics,
 ) -> str:  # HTML
@@ -117,7 +116,7 @@ def verdict_section(
     content = f'<p class="verdict">{word}</p><p>{text(j.why)}</p>{html_table(head, comparison_rows(j.comparisons))}'
     return section("verdict", "Verdict", content, note)
 
-
+# %% ../../nbs/5_eval/12_pages.ipynb #0c597222
 def extractor_note(
     metrics: Metrics,
 ) -> str:  # HTML
@@ -140,7 +139,7 @@ def careful_section(
     items = "".join(f"<li><b>{text(w.code)}</b>: {text(w.message)}</li>" for w in metrics.warnings)
     return section("careful", "Be careful", f"<ul>{items}</ul>" if items else "")
 
-
+# %% ../../nbs/5_eval/12_pages.ipynb #baace3a5
 def forgetting_section(
     metrics: Metrics,
 ) -> str:  # HTML
@@ -157,7 +156,7 @@ def forgetting_section(
 
 
 def _score_cells(s: Score) -> list[str]:
-    return [shown(s.base), shown(s.lora), shown(s.change, "+.2f"), f"{s.n} {s.counted}"]
+    return [with_interval(s.base), with_interval(s.lora), with_interval(s.change, "+.2f"), f"{s.n} {s.counted}"]
 
 # %% ../../nbs/5_eval/12_pages.ipynb #23222195
 def pair_section(
@@ -169,55 +168,46 @@ def pair_section(
 ) -> str:  # HTML
     "Pictures side by side, those that differ most in their score first."
     gap = [abs(s.lora_score - s.base_score) for s in metrics.samples]
-    order = sorted(range(len(gap)), key=lambda k: -gap[k])[:most]
-    tiles = []
+    order, tiles = sorted(range(len(gap)), key=lambda k: -gap[k])[:most], []
     for k in order:
-        s, names = metrics.samples[k], metrics.columns
-        pictures = "".join(
-            tile(jpeg_uri(image.copy(), side), name, [f"{value:.1f}"])
-            for image, name, value in zip((base[k], lora[k]), names, (s.base_score, s.lora_score))
-        )
+        s = metrics.samples[k]
+        columns = zip((base[k], lora[k]), metrics.columns, (s.base_score, s.lora_score))
+        pictures = "".join(tile(jpeg_uri(image.copy(), side), name, [f"{value:.1f}"]) for image, name, value in columns)
         about = f"<p><bdi>{text(s.prompt)}</bdi> <small>seed {text(s.seed)}</small></p>"
         tiles.append(f'<div>{about}<div class="pair">{pictures}</div></div>')
     more = f'<p class="more">and {len(gap) - len(order):,} more</p>' if len(gap) > len(order) else ""
     note = "The same prompt and seed; below each its match with the prompt. The largest differences come first."
     return section("pairs", "Side by side", f'<div class="pairs">{"".join(tiles)}</div>{more}' if tiles else "", note)
 
+# %% ../../nbs/5_eval/12_pages.ipynb #4f92b758
+def copy_tile(
+    evidence: CopyEvidence,
+    k: int,  # position among the samples
+    of_file: dict[str, Image.Image],  # the training pictures
+    side: int = 160,  # pixels of a picture
+) -> str:  # HTML
+    "One sample beside its nearest training picture."
+    row = evidence.check.rows[k]
+    pair = [("sample", evidence.images[k]), ("training picture", of_file[row.train_file])]
+    pictures = "".join(tile(jpeg_uri(image.copy(), side), name, []) for name, image in pair)
+    about = f"{'copy: ' if row.copied else ''}cosine {row.cosine:.3f}, {row.bits} of 64 bits"
+    return f'<div><p>{about}</p><div class="pair">{pictures}</div></div>'
 
-class CopyEvidence(NamedTuple):
-    "What the copy check of one column looked at."
-
-    column: str
-    check: CopyCheck
-    images: list[Image.Image]  # the samples, in the order of its rows
-    train: RealSet
-
-
+# %% ../../nbs/5_eval/12_pages.ipynb #d6c958ed
 def copy_section(
     evidence: CopyEvidence,
     most: int = 12,  # pairs shown
-    side: int = 160,  # pixels of a picture
 ) -> str:  # HTML
     "The samples that are nearest to a training picture."
     check, of_file = evidence.check, dict(zip(evidence.train.files, evidence.train.images))
     order = sorted(range(check.n), key=lambda k: (check.rows[k].bits > NEAR_BITS, -check.rows[k].cosine))[:most]
-    tiles = []
-    for k in order:
-        row = check.rows[k]
-        pair = [("sample", evidence.images[k]), ("training picture", of_file[row.train_file])]
-        pictures = "".join(tile(jpeg_uri(image.copy(), side), name, []) for name, image in pair)
-        about = f"{'copy: ' if row.copied else ''}cosine {row.cosine:.3f}, {row.bits} of 64 bits"
-        tiles.append(f'<div><p>{about}</p><div class="pair">{pictures}</div></div>')
+    tiles = "".join(copy_tile(evidence, k, of_file) for k in order)
     limit = "There are too few different pictures for a threshold"
     if check.threshold is not None:
         limit = f"Pictures that are no copies ({check.threshold_n}) reach a cosine of {check.threshold:.3f}"
     note = f"{check.copied} of {check.n} samples count as copies, interval {check.low:.0%} to {check.high:.0%}. {limit}; hashes within {check.near_bits} bits are the same picture."
-    return section(
-        f"copies-{text(evidence.column)}",
-        f"Nearest training pictures: {evidence.column}",
-        f'<div class="pairs">{"".join(tiles)}</div>',
-        text(note),
-    )
+    title = f"Nearest training pictures: {evidence.column}"
+    return section(f"copies-{text(evidence.column)}", title, f'<div class="pairs">{tiles}</div>', text(note))
 
 # %% ../../nbs/5_eval/12_pages.ipynb #0c3a4e2a
 def evaluation_page(
