@@ -6,23 +6,23 @@
 __all__ = ['CheckpointScore', 'Confirmation', 'Choice', 'choice_rows', 'confirmation_text', 'choice_text', 'step_series',
            'step_figure', 'growth_sheet', 'choice_page']
 
-# %% ../../nbs/5_eval/16_choice.ipynb #d63a94d6
+# %% ../../nbs/5_eval/16_choice.ipynb #06a2339d
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 from pydantic import BaseModel
 
-from ..data.report import section, text
 from .columns import Column
 from .copies import CopyShare
 from .extractors import ExtractorRecord
-from .pages import html_page, html_table, png_uri
 from .records import Measured, Warned, with_interval
-from .samples import SamplePlan, contact_sheets
+from .samples import SamplePlan
 from .verdicts import Judgement
+from ..html import html_table, page, png_uri, section, text
+from ..sheets import Tile, contact_sheet, text_table
 
-# %% ../../nbs/5_eval/16_choice.ipynb #44196916
+# %% ../../nbs/5_eval/16_choice.ipynb #2408224c
 class CheckpointScore(BaseModel):
     "One candidate in `best.json`."
 
@@ -34,7 +34,7 @@ class CheckpointScore(BaseModel):
     forgetting: Measured | None = None
     out: str | None = None  # why it may not be chosen
 
-# %% ../../nbs/5_eval/16_choice.ipynb #07d6908e
+# %% ../../nbs/5_eval/16_choice.ipynb #23ce1dfa
 class Confirmation(BaseModel):
     "The choice against the base, on fresh seeds."
 
@@ -44,7 +44,7 @@ class Confirmation(BaseModel):
     forgetting: Measured | None = None
     plan_sha256: str
 
-# %% ../../nbs/5_eval/16_choice.ipynb #1a128295
+# %% ../../nbs/5_eval/16_choice.ipynb #3f0c837a
 class Choice(BaseModel):
     "`best.json`."
 
@@ -65,7 +65,7 @@ class Choice(BaseModel):
     confirm: Confirmation | None = None  # None when the base was chosen
     warnings: list[Warned] = []
 
-# %% ../../nbs/5_eval/16_choice.ipynb #a65ba98b
+# %% ../../nbs/5_eval/16_choice.ipynb #b689b4de
 def choice_rows(
     choice: Choice,
 ) -> list[list[str]]:  # the first row is the head
@@ -82,32 +82,28 @@ def choice_rows(
         rows.append([str(s.step) if s.step else "0 (base)", *values, copies, forgetting, "; ".join(marks)])
     return rows
 
-# %% ../../nbs/5_eval/16_choice.ipynb #8b26f102
+# %% ../../nbs/5_eval/16_choice.ipynb #4c5335d8
 def confirmation_text(
     found: Confirmation,
 ) -> str:
     "Whether the choice holds, and why."
-    text = f"{'confirmed' if found.confirmed else 'NOT confirmed'}; {found.judgement.verdict}: {found.judgement.why}"
+    said = f"{'confirmed' if found.confirmed else 'NOT confirmed'}; {found.judgement.verdict}: {found.judgement.why}"
     if found.copies:
         c = found.copies
-        text += f" Copies: {c.copied} of {c.n} [{c.low:.0%}, {c.high:.0%}]."
-    return text
+        said += f" Copies: {c.copied} of {c.n} [{c.low:.0%}, {c.high:.0%}]."
+    return said
 
-# %% ../../nbs/5_eval/16_choice.ipynb #726bda34
+# %% ../../nbs/5_eval/16_choice.ipynb #6651cd16
 def choice_text(
     choice: Choice,
 ) -> str:
     "The choice for a terminal."
-    rows = choice_rows(choice)
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    lines.insert(1, "-" * max(map(len, lines)))
-    lines += ["", f"chosen: {choice.path or 'the base'}: {choice.why}"]
+    lines = [text_table(choice_rows(choice), rule=True), "", f"chosen: {choice.path or 'the base'}: {choice.why}"]
     if choice.confirm:
         lines.append(f"fresh seeds, against the base: {confirmation_text(choice.confirm)}")
     return "\n".join([*lines, *(f"note: {w.message}" for w in choice.warnings)])
 
-# %% ../../nbs/5_eval/16_choice.ipynb #6e513267
+# %% ../../nbs/5_eval/16_choice.ipynb #1842d664
 def step_series(
     choice: Choice,
 ) -> dict[str, list[Measured | None]]:  # one value per candidate
@@ -120,7 +116,7 @@ def step_series(
         series["copied share"] = [Measured(value=c.share, low=c.low, high=c.high) if c else None for c in of]
     return series
 
-# %% ../../nbs/5_eval/16_choice.ipynb #93d2868a
+# %% ../../nbs/5_eval/16_choice.ipynb #d9ba8ca8
 def step_figure(
     choice: Choice,
 ):  # matplotlib Figure
@@ -142,7 +138,7 @@ def step_figure(
         ax.set(xlabel="step", title=name)
     return figure
 
-# %% ../../nbs/5_eval/16_choice.ipynb #e4c890ee
+# %% ../../nbs/5_eval/16_choice.ipynb #195feaa3
 def growth_sheet(
     columns: list[Column],  # in order of step
     plan: SamplePlan,
@@ -153,12 +149,10 @@ def growth_sheet(
     prompts = list(dict.fromkeys(row.prompt for row in plan.rows))
     first = {row.prompt: k for k, row in reversed(list(enumerate(plan.rows)))}
     shown = [prompts[i * len(prompts) // min(most, len(prompts))] for i in range(min(most, len(prompts)))]
-    rows = [plan.rows[first[p]] for p in shown for _ in columns]
-    pictures = [column.pictures[first[p]] for p in shown for column in columns]
-    grid = SamplePlan(**plan.model_dump(exclude={"rows"}), rows=rows)
-    return contact_sheets(grid, pictures, tile, most, len(columns))[0]
+    rows = [[Tile(column.pictures[first[p]], "" if k else p) for k, column in enumerate(columns)] for p in shown]
+    return contact_sheet(rows, tile)
 
-# %% ../../nbs/5_eval/16_choice.ipynb #6536450b
+# %% ../../nbs/5_eval/16_choice.ipynb #fd239e07
 def choice_page(
     choice: Choice,
     plot: bytes,  # PNG
@@ -186,4 +180,4 @@ def choice_page(
     ]
     counts = {"candidates": len(choice.scores), "prompts": choice.n_prompts, "real pictures": choice.n_real}
     numbers = {name: str(count) for name, count in counts.items()}
-    return html_page("Choice of a checkpoint", "The base and every checkpoint on one plan", numbers, parts)
+    return page("Choice of a checkpoint", "The base and every checkpoint on one plan", numbers, parts)

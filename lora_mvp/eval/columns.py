@@ -6,7 +6,7 @@
 __all__ = ['log', 'subjects_of', 'plan_for', 'Data', 'data_of', 'real_for', 'real_warnings', 'Column', 'base_facts',
            'model_facts', 'draw_column', 'draw_columns']
 
-# %% ../../nbs/5_eval/10_columns.ipynb #8e24573b
+# %% ../../nbs/5_eval/10_columns.ipynb #1ba78c4c
 import logging
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -27,7 +27,7 @@ from ..models.adapters import WEIGHTS
 from ..models.base import text_parts, weights_hash
 from ..train.runs import RunFolder, read_run
 
-# %% ../../nbs/5_eval/10_columns.ipynb #d8baa9e6
+# %% ../../nbs/5_eval/10_columns.ipynb #545044b3
 def subjects_of(
     config: AppConfig,
     manifests: list[Manifest],
@@ -39,7 +39,7 @@ def subjects_of(
     found = {f"{trigger} {label}".strip() for trigger, label in named} - {""}
     return sorted(found) or [word for word in [config.data.trigger] if word]
 
-# %% ../../nbs/5_eval/10_columns.ipynb #5d537642
+# %% ../../nbs/5_eval/10_columns.ipynb #72fedfb5
 def plan_for(
     config: AppConfig,
     manifests: list[Manifest] = (),  # name the subjects
@@ -57,7 +57,7 @@ def plan_for(
     how = {"num_inference_steps": e.num_inference_steps, "guidance_scale": e.guidance_scale}
     return make_plan(groups, per_prompt or e.num_samples, e.seed if seed is None else seed, **how)
 
-# %% ../../nbs/5_eval/10_columns.ipynb #8c9084dd
+# %% ../../nbs/5_eval/10_columns.ipynb #51703a15
 @dataclass
 class Data:
     "The pictures around one run."
@@ -66,7 +66,7 @@ class Data:
     train: RealSet | None = None
     problem: str = "it names no manifest"  # why there are none
 
-# %% ../../nbs/5_eval/10_columns.ipynb #895985f4
+# %% ../../nbs/5_eval/10_columns.ipynb #a08d2ae7
 def data_of(
     model: str | Path,  # a run, an adapter or a pipeline
     manifest: str | Path | None = None,  # instead of the one that the run names
@@ -85,7 +85,7 @@ def data_of(
         return Data(problem=str(e).rstrip("."))
     return Data(found, real_of_split(found, "train"), "")
 
-# %% ../../nbs/5_eval/10_columns.ipynb #f3d6a6dd
+# %% ../../nbs/5_eval/10_columns.ipynb #d732b2bc
 def real_for(
     pattern: str | None,  # of the user's own real pictures
     data: list[Data],  # of the runs; their validation splits are taken together
@@ -101,7 +101,7 @@ def real_for(
         raise LoraMvpError("no_real_images", text + "Name them with --real-glob, or the manifest with --manifest.")
     return real
 
-# %% ../../nbs/5_eval/10_columns.ipynb #36d65020
+# %% ../../nbs/5_eval/10_columns.ipynb #a54c7ac7
 def real_warnings(
     real: RealSet,
     train: RealSet | None,
@@ -123,7 +123,7 @@ def real_warnings(
     }
     return [Warned(code=code, message=message) for code, (applies, message) in found.items() if applies]
 
-# %% ../../nbs/5_eval/10_columns.ipynb #4f723552
+# %% ../../nbs/5_eval/10_columns.ipynb #9b079648
 @dataclass
 class Column:
     "One model of a comparison and what it drew."
@@ -141,7 +141,7 @@ class Column:
         "How many samples could not be drawn."
         return sum(picture is None for picture in self.pictures)
 
-# %% ../../nbs/5_eval/10_columns.ipynb #8d3acd8b
+# %% ../../nbs/5_eval/10_columns.ipynb #2512a0ad
 def base_facts(
     run: LoadedRun,
 ) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def base_facts(
     digest = sha256("".join(map(weights_hash, parts)).encode()).hexdigest()
     return {"base": run.base, "base_sha256": digest, "dtype": str(run.pipe.unet.dtype).removeprefix("torch.")}
 
-# %% ../../nbs/5_eval/10_columns.ipynb #d06477a8
+# %% ../../nbs/5_eval/10_columns.ipynb #d1d0a586
 def model_facts(
     run: LoadedRun,
     scale: float,
@@ -160,7 +160,7 @@ def model_facts(
     adapter = sha256((Path(run.adapter) / WEIGHTS).read_bytes()).hexdigest() if acts else None
     return base_facts(run) | {"adapter_sha256": adapter, "lora_scale": scale if acts else 0.0}
 
-# %% ../../nbs/5_eval/10_columns.ipynb #cca2063d
+# %% ../../nbs/5_eval/10_columns.ipynb #f3710e50
 def draw_column(
     column: Column,
     run: LoadedRun,
@@ -178,7 +178,7 @@ def draw_column(
     samples, pictures = draw_plan(plan, draw, folder, facts, batch_size)
     return replace(column, samples=samples, pictures=pictures)
 
-# %% ../../nbs/5_eval/10_columns.ipynb #465ca5f5
+# %% ../../nbs/5_eval/10_columns.ipynb #3bcb7030
 log = logging.getLogger("lora_mvp")
 
 

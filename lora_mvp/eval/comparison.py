@@ -6,7 +6,7 @@
 __all__ = ['see_column', 'evidence_of', 'group_scores', 'forgetting_score', 'drawing_warnings', 'copy_warnings', 'data_warnings',
            'Compared', 'name_pairs', 'compare_columns']
 
-# %% ../../nbs/5_eval/11_comparison.ipynb #e6e32b72
+# %% ../../nbs/5_eval/11_comparison.ipynb #d4a54993
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from .samples import PLAIN, SamplePlan
 from .scores import Side, check_counts, look_at, paired_score, score_sides
 from ..train.runs import dataset_hash
 
-# %% ../../nbs/5_eval/11_comparison.ipynb #d50a8532
+# %% ../../nbs/5_eval/11_comparison.ipynb #1dfdfaa8
 def see_column(
     column: Column,  # drawn
     pairs: list[int],  # positions in the plan that are scored
@@ -36,7 +36,7 @@ def see_column(
     known = features_of(extractors[1], train, cache) if train else None
     return look_at(column.name, [column.pictures[k] for k in pairs], prompts, real, extractors, cache, known)
 
-# %% ../../nbs/5_eval/11_comparison.ipynb #aef95a09
+# %% ../../nbs/5_eval/11_comparison.ipynb #36abd7e8
 def evidence_of(
     column: Column,
     side: Side,  # of the scored pictures
@@ -55,7 +55,7 @@ def evidence_of(
     check = check_copies(side.features, side.images, features, train, threshold, pairs)
     return CopyEvidence(column.name, check, side.images, train)
 
-# %% ../../nbs/5_eval/11_comparison.ipynb #600cecd5
+# %% ../../nbs/5_eval/11_comparison.ipynb #75559ced
 def group_scores(
     plan: SamplePlan,
     pairs: list[int],  # positions in the plan that are scored
@@ -70,7 +70,7 @@ def group_scores(
         found[group] = paired_score(a, b, [plan.rows[pairs[i]].prompt for i in at], seed=seed)
     return found
 
-# %% ../../nbs/5_eval/11_comparison.ipynb #09144eef
+# %% ../../nbs/5_eval/11_comparison.ipynb #afc8c32e
 def forgetting_score(
     plan: SamplePlan,
     columns: list[Column],  # drawn
@@ -87,7 +87,7 @@ def forgetting_score(
     a, b = (alignment(features_of(scorer, [c.pictures[k] for k in plain], cache), texts) for c in columns)
     return paired_score(a, b, prompts, seed=seed)
 
-# %% ../../nbs/5_eval/11_comparison.ipynb #4de8c3de
+# %% ../../nbs/5_eval/11_comparison.ipynb #d8c1434d
 def drawing_warnings(
     plan: SamplePlan,
     columns: list[Column],  # drawn
@@ -107,7 +107,7 @@ def drawing_warnings(
             found.append(("duplicate_samples", text))
     return [Warned(code=code, message=message) for code, message in found]
 
-# %% ../../nbs/5_eval/11_comparison.ipynb #f7765241
+# %% ../../nbs/5_eval/11_comparison.ipynb #152ffa2c
 def copy_warnings(
     columns: list[Column],
     copies: dict[str, CopyShare],  # by column
@@ -123,7 +123,7 @@ def copy_warnings(
             found.append(("copies_uncalibrated", text))
     return [Warned(code=code, message=message) for code, message in found]
 
-# %% ../../nbs/5_eval/11_comparison.ipynb #92a0fb47
+# %% ../../nbs/5_eval/11_comparison.ipynb #8041f028
 def data_warnings(
     columns: list[Column],
     real: RealSet,
@@ -138,7 +138,7 @@ def data_warnings(
         found.append(Warned(code="data_differs", message=text))
     return found
 
-# %% ../../nbs/5_eval/11_comparison.ipynb #72c7914c
+# %% ../../nbs/5_eval/11_comparison.ipynb #35b87e7b
 @dataclass
 class Compared:
     "A comparison with everything that was looked at."
@@ -150,7 +150,7 @@ class Compared:
     sides: list[Side]  # of each column, in the order of `pairs`
     evidence: list[CopyEvidence]
 
-# %% ../../nbs/5_eval/11_comparison.ipynb #ebcffffb
+# %% ../../nbs/5_eval/11_comparison.ipynb #d1d472b7
 def name_pairs(
     samples: list[PairScore],
     plan: SamplePlan,
@@ -165,7 +165,7 @@ def name_pairs(
         named.append(sample.model_copy(update=facts))
     return named
 
-# %% ../../nbs/5_eval/11_comparison.ipynb #96b3d672
+# %% ../../nbs/5_eval/11_comparison.ipynb #1b0941df
 def compare_columns(
     plan: SamplePlan,
     columns: list[Column],  # two, drawn

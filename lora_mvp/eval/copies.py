@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEAR_BITS', 'RealSet', 'read_pictures', 'find_real', 'real_of_split', 'scenes', 'Threshold', 'calibrate',
-           'nearest_hash', 'Near', 'CopyShare', 'CopyCheck', 'check_copies', 'nearest_sheet', 'CopyEvidence']
+           'nearest_hash', 'Near', 'CopyShare', 'CopyCheck', 'check_copies', 'nearest_first', 'nearest_sheet',
+           'CopyEvidence']
 
 # %% ../../nbs/5_eval/06_copies.ipynb #7a2344da
 import glob
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from pydantic import BaseModel
 
 from ..data.images import open_rgb, perceptual_hashes, pixel_hash
@@ -20,7 +21,7 @@ from ..data.manifest import Manifest
 from ..data.splits import group, hash_signs, near_duplicates
 from ..errors import LoraMvpError
 from .metrics import nearest, similarity
-from .samples import place_tile
+from ..sheets import Tile, contact_sheet
 from ..stats import wilson
 
 # %% ../../nbs/5_eval/06_copies.ipynb #be18fa5c
@@ -37,7 +38,7 @@ class RealSet(NamedTuple):
         "The identity of each picture."
         return [pixel_hash(image) for image in self.images]
 
-# %% ../../nbs/5_eval/06_copies.ipynb #9923a271
+# %% ../../nbs/5_eval/06_copies.ipynb #a9581609
 def read_pictures(
     files: list[str],
     names: list[str] | None = None,  # what to call them; default: as they are
@@ -56,7 +57,7 @@ def read_pictures(
         seen.add(key)
     return RealSet([file for file, _ in kept], [image for _, image in kept], refused, copies)
 
-# %% ../../nbs/5_eval/06_copies.ipynb #29bdf104
+# %% ../../nbs/5_eval/06_copies.ipynb #e566ff76
 def find_real(
     pattern: str,  # like "data/processed/val/**/*.png"
 ) -> RealSet:
@@ -69,7 +70,7 @@ def find_real(
         raise LoraMvpError("no_real_images", text)
     return found
 
-# %% ../../nbs/5_eval/06_copies.ipynb #c3e4bb31
+# %% ../../nbs/5_eval/06_copies.ipynb #fbda9e14
 def real_of_split(
     manifest: Manifest,
     split: str,  # `train` or `val`
@@ -91,14 +92,14 @@ def scenes(
     groups = group(names, near_duplicates([perceptual_hashes(image) for image in images], NEAR_BITS))
     return [groups[name] for name in names]
 
-# %% ../../nbs/5_eval/06_copies.ipynb #5ac0ed8e
+# %% ../../nbs/5_eval/06_copies.ipynb #29e6a570
 class Threshold(NamedTuple):
     "Above which cosine a sample is too near to a training picture."
 
     cosine: float  # nan: too few different pictures to say
     n: int  # pictures that it rests on
 
-# %% ../../nbs/5_eval/06_copies.ipynb #4ca25fc0
+# %% ../../nbs/5_eval/06_copies.ipynb #32a00a01
 def calibrate(
     train: np.ndarray,  # features of the training pictures (m, d)
     other: np.ndarray,  # of other real pictures (k, d); may be empty
@@ -140,7 +141,7 @@ class Near(BaseModel):
     bits: int  # of 64, to the nearest perceptual hash
     copied: bool
 
-# %% ../../nbs/5_eval/06_copies.ipynb #fe953de2
+# %% ../../nbs/5_eval/06_copies.ipynb #57534d0c
 class CopyShare(BaseModel):
     "How many samples are training pictures come back."
 
@@ -154,13 +155,13 @@ class CopyShare(BaseModel):
     threshold_n: int  # pictures that the threshold rests on: real ones, and the base's where it was drawn
     near_bits: int = NEAR_BITS
 
-# %% ../../nbs/5_eval/06_copies.ipynb #de070615
+# %% ../../nbs/5_eval/06_copies.ipynb #9a58654b
 class CopyCheck(CopyShare):
     "The share with its evidence."
 
     rows: list[Near]  # in the order of the samples
 
-# %% ../../nbs/5_eval/06_copies.ipynb #55877d2a
+# %% ../../nbs/5_eval/06_copies.ipynb #ed9ebf35
 def check_copies(
     features: np.ndarray,  # of the samples (n, d)
     images: list[Image.Image],  # the samples
@@ -184,6 +185,13 @@ def check_copies(
     limit = None if np.isnan(threshold.cosine) else threshold.cosine
     return CopyCheck(**counts, **interval, threshold=limit, threshold_n=threshold.n, rows=rows)
 
+# %% ../../nbs/5_eval/06_copies.ipynb #c22082a6
+def nearest_first(
+    check: CopyCheck,
+) -> list[int]:  # positions in its rows
+    "The samples in the order in which to look at them: equal pictures, then by cosine."
+    return sorted(range(check.n), key=lambda k: (check.rows[k].bits > NEAR_BITS, -check.rows[k].cosine))
+
 # %% ../../nbs/5_eval/06_copies.ipynb #1049e217
 def nearest_sheet(
     check: CopyCheck,
@@ -193,23 +201,14 @@ def nearest_sheet(
     tile: int = 96,  # side of each picture in pixels
 ) -> Image.Image:
     "Samples and their nearest training pictures, the worst first."
-    of_file = dict(zip(train.files, train.images))
-    order = sorted(range(len(images)), key=lambda k: (check.rows[k].bits > NEAR_BITS, -check.rows[k].cosine))[:most]
-    columns, font = min(4, max(len(order), 1)), ImageFont.load_default(11)
-    wide, high = 2 * tile + 12, tile + 22
-    sheet = Image.new("RGB", (columns * wide + 4, -(-len(order) // columns) * high + 4), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, k in enumerate(order):
-        row, left, top = check.rows[k], 4 + i % columns * wide, 4 + i // columns * high
-        mark = "copy" if row.copied else ""
-        pen.text(
-            (left, top), f"cosine {row.cosine:.3f}, {row.bits} bits  {mark}", "firebrick" if mark else "gray", font
-        )
-        place_tile(sheet, images[k], (left, top + 15), tile)
-        place_tile(sheet, of_file[row.train_file], (left + tile, top + 15), tile)
-    return sheet
+    of_file, tiles = dict(zip(train.files, train.images)), []
+    for k in nearest_first(check)[:most]:
+        row = check.rows[k]
+        note = f"cosine {row.cosine:.3f}, {row.bits} bits{'  copy' if row.copied else ''}"
+        tiles += [Tile(images[k], note, "firebrick" if row.copied else "gray"), Tile(of_file[row.train_file])]
+    return contact_sheet([tiles[k : k + 8] for k in range(0, len(tiles), 8)], tile, gap=12, together=2)
 
-# %% ../../nbs/5_eval/06_copies.ipynb #afbf2ae2
+# %% ../../nbs/5_eval/06_copies.ipynb #774c18fd
 class CopyEvidence(NamedTuple):
     "What the copy check of one column looked at."
 

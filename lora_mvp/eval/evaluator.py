@@ -24,7 +24,7 @@ from .scores import check_counts
 from ..files import make_folder
 from ..infer import find_run
 
-# %% ../../nbs/5_eval/14_evaluator.ipynb #416eda6d
+# %% ../../nbs/5_eval/14_evaluator.ipynb #693e3fd6
 def name_columns(a: str | Path, b: str | Path) -> tuple[str, str]:
     "Short names for two models: the last parts of their paths that differ."
     first, second = Path(a).parts, Path(b).parts
@@ -34,7 +34,7 @@ def name_columns(a: str | Path, b: str | Path) -> tuple[str, str]:
             return one, two
     return f"{Path(a).name} (A)", f"{Path(b).name} (B)"
 
-# %% ../../nbs/5_eval/14_evaluator.ipynb #b2f33aa0
+# %% ../../nbs/5_eval/14_evaluator.ipynb #f1aeebf1
 def check_run(
     model_path: str | Path,
     config: AppConfig,
@@ -50,7 +50,7 @@ def check_run(
         raise LoraMvpError("nothing_to_compare", text)
     return base
 
-# %% ../../nbs/5_eval/14_evaluator.ipynb #de06395f
+# %% ../../nbs/5_eval/14_evaluator.ipynb #855a2614
 def extractors_for(
     config: AppConfig,
     base: str,  # name of the base
@@ -59,7 +59,7 @@ def extractors_for(
     scorer, name = scorer_for(base, config), config.evaluation.extractor
     return scorer, find_extractor(name, config) if name else scorer
 
-# %% ../../nbs/5_eval/14_evaluator.ipynb #ebd76276
+# %% ../../nbs/5_eval/14_evaluator.ipynb #ea0e6431
 def own_columns(
     config: AppConfig,
     model: str | Path,  # a run, an adapter or a pipeline
@@ -73,7 +73,7 @@ def own_columns(
     other = Column("baseline", "base", baseline, 1.0, data_of(baseline, manifest))
     return [other, Column("model", "lora", model, lora_scale, data)]
 
-# %% ../../nbs/5_eval/14_evaluator.ipynb #bfd2154a
+# %% ../../nbs/5_eval/14_evaluator.ipynb #ce57715c
 BASE = "base"  # in place of a path: the base of the other model, without its adapter
 
 
@@ -92,7 +92,7 @@ def ab_columns(
         columns.append(Column(name, folder, path, scale, data_of(path, manifest)))
     return columns
 
-# %% ../../nbs/5_eval/14_evaluator.ipynb #69f3aa6e
+# %% ../../nbs/5_eval/14_evaluator.ipynb #e39b3551
 def settings_of(
     config: AppConfig,
     columns: list[Column],

@@ -42,7 +42,7 @@ class Preprocess(BaseModel):
     std: tuple[float, float, float] = CLIP_STD
     filter: Literal["bicubic"] = "bicubic"  # of Pillow
 
-# %% ../../nbs/5_eval/03_extractors.ipynb #b130bb01
+# %% ../../nbs/5_eval/03_extractors.ipynb #83c59d27
 def read_preprocess(
     notes: dict,  # what preprocessor_config.json holds; may be empty
     image_size: int,  # the model's own input size
@@ -71,7 +71,7 @@ def as_image(
         raise ValueError(f"a picture is (height, width, 3) bytes, not {picture.shape} of {picture.dtype}")
     return Image.fromarray(picture)
 
-# %% ../../nbs/5_eval/03_extractors.ipynb #37234eca
+# %% ../../nbs/5_eval/03_extractors.ipynb #7268b331
 def to_pixels(
     picture: Picture,
     how: Preprocess,
@@ -99,7 +99,7 @@ class ExtractorRecord(BaseModel):
     preprocess: Preprocess
     meaningful: bool = True  # False: random weights
 
-# %% ../../nbs/5_eval/03_extractors.ipynb #db6b58cc
+# %% ../../nbs/5_eval/03_extractors.ipynb #b2b20305
 class Extractor:
     "A network that turns pictures into rows of numbers."
 
@@ -188,7 +188,7 @@ def read_model(
         notes = {}  # no such file
     return model, notes
 
-# %% ../../nbs/5_eval/03_extractors.ipynb #5e22f3a0
+# %% ../../nbs/5_eval/03_extractors.ipynb #7c96dcc6
 def read_anywhere(
     read: Any,  # called with `source` and perhaps `local_files_only`; loads it
     source: str,  # a folder or a hub id
@@ -222,7 +222,7 @@ def read_clip(
         raise OSError(f"its tokenizer has {len(tokenizer)} entries where the model has {words}")
     return model, tokenizer, read_preprocess(notes, model.config.vision_config.image_size)
 
-# %% ../../nbs/5_eval/03_extractors.ipynb #d579ed74
+# %% ../../nbs/5_eval/03_extractors.ipynb #d0f7c64e
 def find_clip(
     source: str,  # a folder or a hub id
 ) -> tuple[CLIPModel, CLIPTokenizer, Preprocess]:
@@ -264,14 +264,14 @@ def name_of(
     last = Path(source).name
     return last if kind in last.lower() else f"{kind}-{last}"
 
-# %% ../../nbs/5_eval/03_extractors.ipynb #620b018c
+# %% ../../nbs/5_eval/03_extractors.ipynb #209f7ed9
 def projected(
     output: Any,  # of get_image_features or get_text_features
 ) -> torch.Tensor:  # (n, d), not normalised
     "The projected features: transformers 4 returns the tensor itself, 5 an object around it."
     return getattr(output, "pooler_output", output)
 
-# %% ../../nbs/5_eval/03_extractors.ipynb #56117f7a
+# %% ../../nbs/5_eval/03_extractors.ipynb #81763ec7
 class ClipExtractor(Extractor):
     "A CLIP model: pictures and texts as comparable unit vectors."
 
@@ -321,7 +321,7 @@ def read_dinov2(
     usual = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
     return model, read_preprocess(usual | notes, min(model.config.image_size, 224))
 
-# %% ../../nbs/5_eval/03_extractors.ipynb #9312c402
+# %% ../../nbs/5_eval/03_extractors.ipynb #d83843f5
 class DinoExtractor(Extractor):
     "A DINOv2 model: pictures only."
 
@@ -393,7 +393,7 @@ def find_extractor(
         return InceptionExtractor(where, **options)
     raise LoraMvpError("extractor_unknown", f"there is no extractor {name!r}; the names are {', '.join(EXTRACTORS)}.")
 
-# %% ../../nbs/5_eval/03_extractors.ipynb #80435a5d
+# %% ../../nbs/5_eval/03_extractors.ipynb #a56f4da9
 def scorer_for(
     base: str,  # name of the base model whose pictures are scored
     config: AppConfig,

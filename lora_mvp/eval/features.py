@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'FeatureCache', 'features_of']
 
-# %% ../../nbs/5_eval/04_features.ipynb #edb3a30c
+# %% ../../nbs/5_eval/04_features.ipynb #e298c4c2
 import hashlib
 import json
 import logging
@@ -20,7 +20,7 @@ from ..data.images import pixel_hash
 from .extractors import Extractor, Picture, as_image
 from ..files import atomic_write
 
-# %% ../../nbs/5_eval/04_features.ipynb #2a094444
+# %% ../../nbs/5_eval/04_features.ipynb #149d66a5
 log = logging.getLogger("lora_mvp")
 
 
@@ -65,7 +65,7 @@ class FeatureCache:
             atomic_write(self.file(extractor), save_arrays({"pixels": pixels, "rows": np.stack(list(kept.values()))}))
         return np.stack([kept[key] for key in hashes]) if hashes else np.zeros((0, extractor.dim))
 
-# %% ../../nbs/5_eval/04_features.ipynb #bb72f223
+# %% ../../nbs/5_eval/04_features.ipynb #9c6acd79
 def features_of(
     extractor: Extractor,
     images: list[Picture],

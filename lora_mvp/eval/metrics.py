@@ -33,7 +33,7 @@ def root_trace_gram(
     "Trace of the root of the covariance product by the nuclear norm of `x @ y.T`; best when n or m is below d."
     return np.linalg.svd(x @ y.T, compute_uv=False).sum() / np.sqrt((len(x) - 1) * (len(y) - 1))
 
-# %% ../../nbs/5_eval/01_metrics.ipynb #495d8566
+# %% ../../nbs/5_eval/01_metrics.ipynb #bce113d0
 def root_trace_eigh(
     x: np.ndarray,  # centred features (n, d)
     y: np.ndarray,  # centred features (m, d)
@@ -65,7 +65,7 @@ def unit_rows(
     x = np.asarray(x, dtype=np.float64)
     return x / np.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12)
 
-# %% ../../nbs/5_eval/01_metrics.ipynb #52274b9c
+# %% ../../nbs/5_eval/01_metrics.ipynb #7d2f563e
 def rbf_kernel(
     x: np.ndarray,  # features (n, d)
     y: np.ndarray,  # features (m, d)
@@ -92,7 +92,7 @@ def weighted_mmd2(
     across = ((wx @ kxy) * wy).sum(1) / (wx.sum(1) * wy.sum(1))
     return within(kxx, wx) + within(kyy, wy) - 2 * across
 
-# %% ../../nbs/5_eval/01_metrics.ipynb #fc9d91d9
+# %% ../../nbs/5_eval/01_metrics.ipynb #becfb9f3
 def mmd2_unbiased(
     x: np.ndarray,  # features (n, d), unit rows for the CMMD form
     y: np.ndarray,  # features (m, d)
@@ -178,7 +178,7 @@ def similarity(
     "Cosine of every row of `x` with every row of `y`."
     return (unit_rows(x) @ unit_rows(y).T).clip(-1, 1)
 
-# %% ../../nbs/5_eval/01_metrics.ipynb #acbf1ce5
+# %% ../../nbs/5_eval/01_metrics.ipynb #3e4f3c1e
 def alignment(
     images: np.ndarray,  # features of pictures (n, d)
     texts: np.ndarray,  # features of their prompts in the same space (n, d)

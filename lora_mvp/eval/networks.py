@@ -6,7 +6,7 @@
 __all__ = ['LITE0_SHA256', 'FID_SHA256', 'read_pickled', 'Lite0Features', 'lite0_module', 'conv_unit', 'Branches', 'edge_average',
            'block_a', 'block_c', 'block_e', 'inception_stem', 'inception_blocks', 'inception_module', 'read_inception']
 
-# %% ../../nbs/5_eval/02_networks.ipynb #6efe740c
+# %% ../../nbs/5_eval/02_networks.ipynb #663cbec9
 import hashlib
 from collections import OrderedDict
 from pathlib import Path
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from ..errors import LoraMvpError
 
-# %% ../../nbs/5_eval/02_networks.ipynb #c5ba7098
+# %% ../../nbs/5_eval/02_networks.ipynb #0f126bf6
 def read_pickled(
     file: Path,
     sha256: str,  # first digits of what its hash must be
@@ -31,7 +31,7 @@ def read_pickled(
         raise LoraMvpError("weights_unknown", text + " Fetch it again from where it was published.")
     return torch.load(file, map_location="cpu", weights_only=True)
 
-# %% ../../nbs/5_eval/02_networks.ipynb #aa1ac5a5
+# %% ../../nbs/5_eval/02_networks.ipynb #1a84e969
 class Lite0Features(torch.nn.Module):
     "EfficientNet-Lite0 without its classifier."
 
@@ -49,7 +49,7 @@ class Lite0Features(torch.nn.Module):
         "The mean over positions of the last convolution."
         return self.net.extract_features(pixels).mean((2, 3))
 
-# %% ../../nbs/5_eval/02_networks.ipynb #f385f9d0
+# %% ../../nbs/5_eval/02_networks.ipynb #531e708b
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"  # of the package's one release
 
 
@@ -66,7 +66,7 @@ def lite0_module() -> Lite0Features:
     net.load_state_dict(read_pickled(file, LITE0_SHA256))
     return Lite0Features(net)
 
-# %% ../../nbs/5_eval/02_networks.ipynb #2ef6b6d6
+# %% ../../nbs/5_eval/02_networks.ipynb #50f48d16
 def conv_unit(
     n_in: int,  # channels
     n_out: int,  # channels
@@ -82,7 +82,7 @@ def conv_unit(
         OrderedDict(conv=conv, bn=torch.nn.BatchNorm2d(n_out, eps=0.001), relu=torch.nn.ReLU(inplace=True))
     )
 
-# %% ../../nbs/5_eval/02_networks.ipynb #7d7a3db0
+# %% ../../nbs/5_eval/02_networks.ipynb #6de76b6f
 class Branches(torch.nn.Module):
     "Chains of convolutions on one input, and a pooled copy of it, their results stacked."
 
@@ -122,12 +122,12 @@ class Branches(torch.nn.Module):
             found += y
         return torch.cat(found, 1)
 
-# %% ../../nbs/5_eval/02_networks.ipynb #6ffc4f43
+# %% ../../nbs/5_eval/02_networks.ipynb #930df4b6
 def edge_average() -> torch.nn.AvgPool2d:
     "The mean of the 3 x 3 neighbours that exist."
     return torch.nn.AvgPool2d(3, 1, 1, count_include_pad=False)
 
-# %% ../../nbs/5_eval/02_networks.ipynb #df20e17f
+# %% ../../nbs/5_eval/02_networks.ipynb #178c0e0a
 def block_a(
     n_in: int,  # channels
     pooled: int,  # channels of the pooled branch
@@ -136,7 +136,7 @@ def block_a(
     chains = {"branch1x1": [(64,)], "branch5x5": [(48,), (64, 5)], "branch3x3dbl": [(64,), (96, 3), (96, 3)]}
     return Branches(n_in, edge_average(), chains | {"branch_pool": [(pooled,)]})
 
-# %% ../../nbs/5_eval/02_networks.ipynb #9947b6bf
+# %% ../../nbs/5_eval/02_networks.ipynb #6de22204
 def block_c(
     n_in: int,  # channels
     n: int,  # channels inside the long branches
@@ -147,7 +147,7 @@ def block_c(
     chains = {"branch1x1": [(192,)], "branch7x7": [(n,), (n, wide), (192, high)], "branch7x7dbl": double}
     return Branches(n_in, edge_average(), chains | {"branch_pool": [(192,)]})
 
-# %% ../../nbs/5_eval/02_networks.ipynb #36f720d8
+# %% ../../nbs/5_eval/02_networks.ipynb #f74c5dc0
 def block_e(
     n_in: int,  # channels
     pool: torch.nn.Module,  # of the pooled branch
@@ -157,7 +157,7 @@ def block_e(
     chains = {"branch1x1": [(320,)], "branch3x3": [(384,), fork], "branch3x3dbl": [(448,), (384, 3), fork]}
     return Branches(n_in, pool, chains | {"branch_pool": [(192,)]})
 
-# %% ../../nbs/5_eval/02_networks.ipynb #8a38f56d
+# %% ../../nbs/5_eval/02_networks.ipynb #c00b7d02
 def inception_stem() -> dict[str, torch.nn.Module]:
     "What comes before the blocks: 299 x 299 pixels to 35 x 35 positions of 192 channels."
     return {
@@ -170,7 +170,7 @@ def inception_stem() -> dict[str, torch.nn.Module]:
         "pool_2": torch.nn.MaxPool2d(3, 2),
     }
 
-# %% ../../nbs/5_eval/02_networks.ipynb #af031503
+# %% ../../nbs/5_eval/02_networks.ipynb #334f94f6
 def inception_blocks() -> dict[str, torch.nn.Module]:
     "The eleven blocks, of which `6a` and `7a` halve the sides."
     pool, halve = torch.nn.MaxPool2d(3, 2), {"branch3x3": [(384, 3, 2)], "branch3x3dbl": [(64,), (96, 3), (96, 3, 2)]}
@@ -189,13 +189,13 @@ def inception_blocks() -> dict[str, torch.nn.Module]:
         "Mixed_7c": block_e(2048, torch.nn.MaxPool2d(3, 1, 1)),
     }
 
-# %% ../../nbs/5_eval/02_networks.ipynb #b6b6dd6a
+# %% ../../nbs/5_eval/02_networks.ipynb #135553f7
 def inception_module() -> torch.nn.Sequential:
     "Inception v3 up to its 2048 pooled features, with the names of the weight file; input 299 x 299, -1 to 1."
     end = {"average": torch.nn.AdaptiveAvgPool2d(1), "flat": torch.nn.Flatten()}
     return torch.nn.Sequential(OrderedDict(inception_stem() | inception_blocks() | end))
 
-# %% ../../nbs/5_eval/02_networks.ipynb #2cb31d89
+# %% ../../nbs/5_eval/02_networks.ipynb #8841f719
 FID_SHA256 = "6726825d"  # how the hash of pt_inception-2015-12-05-6726825d.pth begins
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Measured', 'with_interval', 'Score', 'PairScore', 'Warned', 'Metrics', 'findings', 'table']
 
-# %% ../../nbs/5_eval/08_records.ipynb #0fa7925c
+# %% ../../nbs/5_eval/08_records.ipynb #699b6714
 from typing import Any, Literal
 
 import numpy as np
@@ -14,9 +14,10 @@ from pydantic import BaseModel, Field, field_validator
 from .copies import CopyShare
 from .extractors import ExtractorRecord
 from .verdicts import Judgement
+from ..sheets import text_table
 from ..stats import Estimate
 
-# %% ../../nbs/5_eval/08_records.ipynb #a029b5c7
+# %% ../../nbs/5_eval/08_records.ipynb #461afc12
 class Measured(BaseModel):
     "A number with the ends of its 95 % interval."
 
@@ -35,7 +36,7 @@ class Measured(BaseModel):
         "An `Estimate`, or anything with its three fields, in another unit."
         return cls(value=e.value * factor, low=e.low * factor, high=e.high * factor)
 
-# %% ../../nbs/5_eval/08_records.ipynb #392706ee
+# %% ../../nbs/5_eval/08_records.ipynb #fc599a06
 def with_interval(
     m: Measured,
     form: str = ".2f",  # how each number is written
@@ -46,7 +47,7 @@ def with_interval(
     ends = "" if m.low is None or m.high is None else f" [{m.low:{form}}, {m.high:{form}}]"
     return f"{m.value:{form}}{ends}"
 
-# %% ../../nbs/5_eval/08_records.ipynb #23fc3a0c
+# %% ../../nbs/5_eval/08_records.ipynb #b02944e3
 class Score(BaseModel):
     "One score of both models and the change between them."
 
@@ -61,7 +62,7 @@ class Score(BaseModel):
     counted: Literal["prompts", "pairs"]
     method: str  # how the interval of the change was made
 
-# %% ../../nbs/5_eval/08_records.ipynb #2bc5576f
+# %% ../../nbs/5_eval/08_records.ipynb #bfd73ba9
 class PairScore(BaseModel):
     "One pair of pictures and its scores."
 
@@ -72,14 +73,14 @@ class PairScore(BaseModel):
     base_file: str | None = None  # relative to metrics.json
     lora_file: str | None = None
 
-# %% ../../nbs/5_eval/08_records.ipynb #54a234b2
+# %% ../../nbs/5_eval/08_records.ipynb #ce906011
 class Warned(BaseModel):
     "Something to know before reading the numbers."
 
     code: str
     message: str
 
-# %% ../../nbs/5_eval/08_records.ipynb #dbf42a69
+# %% ../../nbs/5_eval/08_records.ipynb #679660c0
 class Metrics(BaseModel):
     "Everything that one evaluation found."
 
@@ -101,7 +102,7 @@ class Metrics(BaseModel):
     samples: list[PairScore] = Field(default_factory=list)
     settings: dict[str, Any] = Field(default_factory=dict)
 
-# %% ../../nbs/5_eval/08_records.ipynb #afb3493d
+# %% ../../nbs/5_eval/08_records.ipynb #1941e54a
 def findings(
     m: Metrics,
 ) -> list[str]:  # lines
@@ -117,7 +118,7 @@ def findings(
         )
     return found + [f"not drawn, {column}: {n}" for column, n in m.failed.items() if n]
 
-# %% ../../nbs/5_eval/08_records.ipynb #4cd84b0d
+# %% ../../nbs/5_eval/08_records.ipynb #3bb597f8
 def table(
     metrics: Metrics | dict,  # of `score` or `evaluate`
 ) -> str:  # lines of text
@@ -129,8 +130,5 @@ def table(
         change = with_interval(s.change, "+.2f" if s.change_is == "difference" else "+.0%")
         p = "" if s.p is None or s.change.low is None else f"p = {s.p:.2g}, {s.n} {s.counted}"
         rows.append((name, better, with_interval(s.base, form), with_interval(s.lora, form), change, p))
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "-" * max(len(line) for line in lines))
     head = f"{m.n_pairs} pairs of {m.n_prompts} prompts, {m.n_real} real pictures, features of {m.extractor.name}"
-    return "\n".join([head, "", *lines, *findings(m), *(f"note: {w.message}" for w in m.warnings)])
+    return "\n".join([head, "", text_table(rows, rule=True), *findings(m), *(f"note: {w.message}" for w in m.warnings)])

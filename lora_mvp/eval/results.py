@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sample_rows', 'lines_of', 'write_sheets', 'environment', 'write_results']
 
-# %% ../../nbs/5_eval/13_results.ipynb #83faa936
+# %% ../../nbs/5_eval/13_results.ipynb #bfae7bfd
 import json
 import platform
 from importlib.metadata import version
@@ -21,7 +21,7 @@ from .samples import contact_sheets
 from .scores import comparison_sheet
 from ..files import atomic_write, save_png
 
-# %% ../../nbs/5_eval/13_results.ipynb #d5cc16a6
+# %% ../../nbs/5_eval/13_results.ipynb #bf068185
 def sample_rows(
     done: Compared,
 ) -> list[dict[str, Any]]:  # one per picture, of all columns
@@ -39,12 +39,12 @@ def sample_rows(
             rows.append(facts)
     return rows
 
-# %% ../../nbs/5_eval/13_results.ipynb #85d080aa
+# %% ../../nbs/5_eval/13_results.ipynb #92c9ae0a
 def lines_of(rows: list[dict[str, Any]]) -> str:
     "Records as a .jsonl file holds them."
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-# %% ../../nbs/5_eval/13_results.ipynb #e10751d2
+# %% ../../nbs/5_eval/13_results.ipynb #1aa00f22
 def write_sheets(
     done: Compared,
     out: Path,
@@ -62,14 +62,14 @@ def write_sheets(
         name = f"_{adapted[proof.column]}" if len(adapted) > 1 else ""
         save_png(nearest_sheet(proof.check, proof.images, proof.train), out / f"nearest_train{name}.png")
 
-# %% ../../nbs/5_eval/13_results.ipynb #63f1cf1e
+# %% ../../nbs/5_eval/13_results.ipynb #0bbcc239
 def environment() -> dict[str, Any]:
     "Versions and machine."
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {"versions": versions, "device": device, "machine": f"{platform.system()} {platform.machine()}"}
 
-# %% ../../nbs/5_eval/13_results.ipynb #27db9398
+# %% ../../nbs/5_eval/13_results.ipynb #447f236d
 def write_results(
     done: Compared,
     out: Path,

@@ -6,7 +6,7 @@
 __all__ = ['MAX_COPIED', 'MAX_FORGOTTEN', 'Candidate', 'keep_comparable', 'objection', 'mean_ranks', 'behind', 'Ruling',
            'apply_rule']
 
-# %% ../../nbs/5_eval/15_rule.ipynb #b4ee2daf
+# %% ../../nbs/5_eval/15_rule.ipynb #864ee6f5
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..errors import LoraMvpError
 from .copies import CopyShare
 from .records import Measured, with_interval
 
-# %% ../../nbs/5_eval/15_rule.ipynb #ec45f036
+# %% ../../nbs/5_eval/15_rule.ipynb #c0c5d095
 @dataclass
 class Candidate:
     "The base or a checkpoint, with what the rule looks at."
@@ -26,7 +26,7 @@ class Candidate:
     copies: CopyShare | None = None
     forgetting: Measured | None = None  # change against the base
 
-# %% ../../nbs/5_eval/15_rule.ipynb #534adab5
+# %% ../../nbs/5_eval/15_rule.ipynb #448e762f
 def keep_comparable(
     candidates: list[Candidate],
 ) -> tuple[list[Candidate], list[str]]:  # with the criteria that can be compared, and the names of the others
@@ -40,7 +40,7 @@ def keep_comparable(
     found = [replace(c, criteria={name: c.criteria[name] for name in kept}) for c in candidates]
     return found, [name for name in names if name not in kept]
 
-# %% ../../nbs/5_eval/15_rule.ipynb #9655c419
+# %% ../../nbs/5_eval/15_rule.ipynb #aefe8077
 MAX_COPIED = 0.05  # share of copies that the interval must not lie above
 MAX_FORGOTTEN = 1.0  # points of match with the prompt that the interval must not lie below
 
@@ -58,7 +58,7 @@ def objection(
         return f"it has forgotten: prompts without the new thing changed by {with_interval(forgetting, '+.1f')}"
     return None
 
-# %% ../../nbs/5_eval/15_rule.ipynb #b5863e72
+# %% ../../nbs/5_eval/15_rule.ipynb #edcb426d
 def mean_ranks(
     candidates: list[Candidate],
 ) -> np.ndarray:  # (n,), 1 is best
@@ -67,7 +67,7 @@ def mean_ranks(
     means = np.array([[c.criteria[name].mean() for c in candidates] for name in names])
     return np.mean([rankdata(-row) for row in means], axis=0)
 
-# %% ../../nbs/5_eval/15_rule.ipynb #90e73e44
+# %% ../../nbs/5_eval/15_rule.ipynb #a897457f
 def behind(
     candidate: Candidate,
     leader: Candidate,
@@ -80,7 +80,7 @@ def behind(
             found.append(name)
     return found
 
-# %% ../../nbs/5_eval/15_rule.ipynb #3503bb5c
+# %% ../../nbs/5_eval/15_rule.ipynb #b40d7018
 @dataclass
 class Ruling:
     "What the rule says."
@@ -91,7 +91,7 @@ class Ruling:
     why: str
     out: dict[int, str]  # step to the reason why it is out
 
-# %% ../../nbs/5_eval/15_rule.ipynb #8455871d
+# %% ../../nbs/5_eval/15_rule.ipynb #ef4405bd
 def apply_rule(
     candidates: list[Candidate],  # in order of step
     max_copied: float = MAX_COPIED,

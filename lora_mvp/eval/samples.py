@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLAIN', 'OWN', 'Draw', 'log', 'read_prompts', 'fill', 'fill_all', 'PlanRow', 'SamplePlan', 'prompt_id', 'make_plan',
            'write_plan', 'read_plan', 'params_hash', 'kept_picture', 'out_of_memory', 'draw_batch', 'save_sample',
-           'Sample', 'draw_plan', 'contact_sheets', 'place_tile']
+           'Sample', 'draw_plan', 'contact_sheets']
 
 # %% ../../nbs/5_eval/05_samples.ipynb #d052c37c
 import json
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from ..config import derive_seed
@@ -26,6 +26,7 @@ from ..data.images import open_rgb, pixel_hash
 from ..errors import LoraMvpError
 from ..files import atomic_write
 from ..infer import save_picture
+from ..sheets import Tile, contact_sheet
 
 # %% ../../nbs/5_eval/05_samples.ipynb #a4a7c861
 PLAIN = "without_trigger"  # the group of prompts that do not call the new thing
@@ -67,7 +68,7 @@ def fill(
     except (ValueError, IndexError, KeyError) as e:
         raise LoraMvpError("prompts_invalid", f"the prompt {template!r} cannot be filled in: {e}.") from e
 
-# %% ../../nbs/5_eval/05_samples.ipynb #2096ded7
+# %% ../../nbs/5_eval/05_samples.ipynb #8a60543a
 def fill_all(
     groups: dict[str, list[str]],
     subjects: list[str],  # take turns; may be empty
@@ -90,7 +91,7 @@ class PlanRow(BaseModel):
     prompt: str
     seed: int
 
-# %% ../../nbs/5_eval/05_samples.ipynb #83dc7fea
+# %% ../../nbs/5_eval/05_samples.ipynb #a4005a90
 class SamplePlan(BaseModel):
     "All pictures to draw and how."
 
@@ -115,7 +116,7 @@ class SamplePlan(BaseModel):
         "The positions of the rows of some groups."
         return [k for k, row in enumerate(self.rows) if row.group in groups]
 
-# %% ../../nbs/5_eval/05_samples.ipynb #16d00723
+# %% ../../nbs/5_eval/05_samples.ipynb #35161b2c
 def prompt_id(prompt: str) -> str:
     "A name for files: some of the prompt's words and a few digits of its hash."
     words = "".join(c if c.isascii() and c.isalnum() else "-" for c in prompt.lower())[:32].strip("-")
@@ -155,7 +156,7 @@ def write_plan(
     content = {"sha256": plan.sha256} | plan.model_dump(mode="json")
     atomic_write(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
-# %% ../../nbs/5_eval/05_samples.ipynb #070be573
+# %% ../../nbs/5_eval/05_samples.ipynb #595d07db
 def read_plan(
     file: str | Path,  # plan.json
 ) -> SamplePlan:
@@ -181,7 +182,7 @@ def params_hash(
     how = plan.model_dump(mode="json", exclude={"rows", "schema_version"})
     return sha256(json.dumps([row.prompt, row.seed, how, model], sort_keys=True).encode()).hexdigest()
 
-# %% ../../nbs/5_eval/05_samples.ipynb #da23df85
+# %% ../../nbs/5_eval/05_samples.ipynb #c489c415
 def kept_picture(
     file: Path,
     params: str,  # of `params_hash`
@@ -198,7 +199,7 @@ def out_of_memory(error: Exception) -> bool:
     "Whether a smaller batch might do."
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in str(error).lower()
 
-# %% ../../nbs/5_eval/05_samples.ipynb #c598e284
+# %% ../../nbs/5_eval/05_samples.ipynb #961b3b13
 Draw = Callable[[list[str], list[int]], list[Image.Image]]  # prompts and seeds to pictures
 
 
@@ -217,7 +218,7 @@ def draw_batch(
         parts = (rows[: len(rows) // 2], rows[len(rows) // 2 :])
         return [picture for part in parts for picture in draw_batch(draw, part)]
 
-# %% ../../nbs/5_eval/05_samples.ipynb #eed0a509
+# %% ../../nbs/5_eval/05_samples.ipynb #0f4aadc0
 def save_sample(
     found: Image.Image | str,  # of `draw_batch`
     plan: SamplePlan,
@@ -236,7 +237,7 @@ def save_sample(
     save_picture(found, file, facts)
     return found.convert("RGB"), None
 
-# %% ../../nbs/5_eval/05_samples.ipynb #1e1603de
+# %% ../../nbs/5_eval/05_samples.ipynb #7459df62
 class Sample(BaseModel):
     "One row of the plan, drawn or not."
 
@@ -282,35 +283,9 @@ def contact_sheets(
     columns: int = 6,  # of a page; later seeds of a prompt are left to the folder
 ) -> list[Image.Image]:  # pages
     "The pictures side by side, with their prompts."
-    of_prompt: dict[str, list[int]] = {}
-    for k, row in enumerate(plan.rows):
-        of_prompt.setdefault(row.prompt, []).append(k)
-    prompts, font, pages = list(of_prompt), ImageFont.load_default(13), []
-    wide = max(min(len(ks), columns) for ks in of_prompt.values()) * (tile + 4) + 4
-    for first in range(0, len(prompts), rows):
-        part = prompts[first : first + rows]
-        page = Image.new("RGB", (max(wide, 200), len(part) * (tile + 24)), "white")
-        pen = ImageDraw.Draw(page)
-        for i, prompt in enumerate(part):
-            pen.text((4, i * (tile + 24) + 2), " ".join(prompt.split()), "black", font)
-            for j, k in enumerate(of_prompt[prompt][:columns]):
-                place_tile(page, pictures[k], (4 + j * (tile + 4), i * (tile + 24) + 20), tile)
-        pages.append(page)
-    return pages
-
-
-def place_tile(
-    page: Image.Image,
-    picture: Image.Image | None,  # None: a crossed field
-    at: tuple[int, int],  # left and top
-    tile: int,  # side in pixels
-) -> None:
-    "Put a picture on a page, whatever its shape."
-    if picture is None:
-        pen = ImageDraw.Draw(page)
-        pen.rectangle([at, (at[0] + tile, at[1] + tile)], fill="#dddddd")
-        pen.line([at, (at[0] + tile, at[1] + tile)], fill="#888888", width=2)
-        return
-    scale = tile / max(picture.size)
-    small = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
-    page.paste(small, (at[0] + (tile - small.width) // 2, at[1] + (tile - small.height) // 2))
+    of_prompt: dict[str, list[Tile]] = {}
+    for row, picture in zip(plan.rows, pictures, strict=True):
+        before = of_prompt.setdefault(row.prompt, [])
+        before.append(Tile(picture, "" if before else row.prompt))
+    lines = [tiles[:columns] for tiles in of_prompt.values()]
+    return [contact_sheet(lines[first : first + rows], tile) for first in range(0, len(lines), rows)]

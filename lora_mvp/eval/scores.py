@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from pydantic import BaseModel
 
 from ..errors import LoraMvpError
@@ -30,8 +30,8 @@ from lora_mvp.eval.metrics import (
     unit_rows,
 )
 from .records import Measured, Metrics, PairScore, Score, Warned
-from .samples import place_tile
 from .verdicts import Comparison, compare_scores, judge_scores
+from ..sheets import Tile, contact_sheet
 from ..stats import MIN_PAIRS, group_means, mean_interval, paired_test
 
 # %% ../../nbs/5_eval/09_scores.ipynb #1685d18f
@@ -71,7 +71,7 @@ def sample_scores(
         found["nearest_train"] = 100 * nearest(features, train)[1]
     return found
 
-# %% ../../nbs/5_eval/09_scores.ipynb #240b56f2
+# %% ../../nbs/5_eval/09_scores.ipynb #3bd9160d
 class Kind(BaseModel):
     "What a score of single pictures means."
 
@@ -79,7 +79,7 @@ class Kind(BaseModel):
     higher_is_better: bool
     declared: bool  # whether it takes part in the verdict
 
-# %% ../../nbs/5_eval/09_scores.ipynb #d803f870
+# %% ../../nbs/5_eval/09_scores.ipynb #834a4272
 KINDS = {
     "clip_score": Kind(unit=MATCH, higher_is_better=True, declared=True),
     "likeness": Kind(unit=LIKENESS, higher_is_better=True, declared=True),
@@ -129,7 +129,7 @@ def set_scores(
     )
     return {"frechet": frechet, "mmd": mmd}
 
-# %% ../../nbs/5_eval/09_scores.ipynb #04f30261
+# %% ../../nbs/5_eval/09_scores.ipynb #368b161c
 def diversity_score(
     base: np.ndarray,  # features of the first model's pictures (n, d)
     lora: np.ndarray,  # of the second, paired (n, d)
@@ -184,7 +184,7 @@ def check_counts(
         text = f"scores need at least two pairs and two real pictures, not {pairs} and {real}."
         raise LoraMvpError("too_few_images", text)
 
-# %% ../../nbs/5_eval/09_scores.ipynb #0dd47887
+# %% ../../nbs/5_eval/09_scores.ipynb #b6cc0703
 @dataclass
 class Side:
     "The pictures of one model, and what the extractors see in them."
@@ -194,7 +194,7 @@ class Side:
     features: np.ndarray  # of the extractor for pictures (n, d)
     values: dict[str, np.ndarray]  # of `sample_scores`
 
-# %% ../../nbs/5_eval/09_scores.ipynb #93cbfd99
+# %% ../../nbs/5_eval/09_scores.ipynb #f5a23eb7
 def look_at(
     name: str,  # as results call the model
     images: list[Image.Image],
@@ -210,7 +210,7 @@ def look_at(
     features = features_of(look, images, cache)
     return Side(name, images, features, sample_scores(match, features, real, train))
 
-# %% ../../nbs/5_eval/09_scores.ipynb #14a446c4
+# %% ../../nbs/5_eval/09_scores.ipynb #38f3ea7d
 def name_scores(
     a: Side,
     b: Side,
@@ -229,7 +229,7 @@ def name_scores(
     found |= {f"likeness[{look.name}]": likeness} | ({f"diversity[{look.name}]": varied} if varied else {})
     return found | {look.frechet_name: sets["frechet"], f"mmd[{look.name}]": sets["mmd"]}
 
-# %% ../../nbs/5_eval/09_scores.ipynb #91947663
+# %% ../../nbs/5_eval/09_scores.ipynb #1eed3cc7
 def score_sides(
     a: Side,
     b: Side,  # the same prompts and seeds
@@ -288,19 +288,10 @@ def comparison_sheet(
     most: tuple[int, int] = (24, 4),  # rows and pairs in a row; what is beyond is left out
 ) -> Image.Image:
     "Pairs of pictures side by side, one row for each prompt."
-    rows = [[k for k, other in enumerate(prompts) if other == p][: most[1]] for p in dict.fromkeys(prompts)][: most[0]]
-    gap, line, font = 8, 18, ImageFont.load_default(13)
-    wide, high = 2 * tile + gap, tile + line + gap
-    sheet = Image.new("RGB", (gap + wide * max(map(len, rows)), line + high * len(rows)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for j in range(max(map(len, rows))):
-        for side, name in enumerate(columns):
-            pen.text((gap + wide * j + tile * side + 2, 2), name, "gray", font)
-    for i, pairs in enumerate(rows):
-        top = line + high * i
-        pen.text((gap, top), prompts[pairs[0]].replace("\n", " "), "black", font)
-        for j, k in enumerate(pairs):
-            for side, picture in enumerate((base[k], lora[k])):
-                at = gap + wide * j + tile * side, top + line
-                place_tile(sheet, picture.convert("RGB"), at, tile)
-    return sheet
+    of_prompt: dict[str, list[Tile]] = {}
+    for prompt, first, second in zip(prompts, base, lora, strict=True):
+        before = of_prompt.setdefault(prompt, [])
+        before += [Tile(first, "" if before else prompt), Tile(second)]
+    rows = [tiles[: 2 * most[1]] for tiles in of_prompt.values()][: most[0]]
+    heads = list(columns) * (max(map(len, rows)) // 2)
+    return contact_sheet(rows, tile, gap=8, together=2, heads=heads)

@@ -64,7 +64,7 @@ def training_of(
     known = {k: json.loads(v) for k, v in identity.items() if k in TrainingConfig.model_fields}
     return TrainingConfig.model_validate(known)
 
-# %% ../../nbs/5_eval/17_selection.ipynb #cbda0a35
+# %% ../../nbs/5_eval/17_selection.ipynb #d93ab029
 def whole_checkpoints(
     root: Path,
 ) -> tuple[list[Path], list[Warned]]:  # in order of step
@@ -85,12 +85,12 @@ def whole_checkpoints(
         warned.append(Warned(code="few_checkpoints", message=text))
     return found, warned
 
-# %% ../../nbs/5_eval/17_selection.ipynb #9598576a
+# %% ../../nbs/5_eval/17_selection.ipynb #d1f2c095
 def step_of(folder: Path) -> int:
     "The step that a checkpoint's name says."
     return int(folder.name.split("-", 1)[1])
 
-# %% ../../nbs/5_eval/17_selection.ipynb #3f06b4b4
+# %% ../../nbs/5_eval/17_selection.ipynb #17829b68
 class Drawer:
     "The base with an adapter into which any checkpoint can be put."
 
@@ -129,7 +129,7 @@ def small_plan(
     seed = derive_seed(config.evaluation.seed, purpose) % 2**32
     return plan_for(config, manifests, seed, ceil(PAIRS / len(one.main)))
 
-# %% ../../nbs/5_eval/17_selection.ipynb #5f43aa01
+# %% ../../nbs/5_eval/17_selection.ipynb #e7a70a99
 def validation_losses(
     newest: Path,  # checkpoint
 ) -> dict[int, np.ndarray]:  # step to losses (n,), one per validation picture; empty without validation
@@ -183,7 +183,7 @@ class Chooser:
         seed = self.config.evaluation.seed
         return compare_columns(plan, [base, other], self.real, self.extractors, self.cache, seed)
 
-# %% ../../nbs/5_eval/17_selection.ipynb #e3add401
+# %% ../../nbs/5_eval/17_selection.ipynb #e66d0299
 def candidate_of(
     step: int,  # 0 is the base
     done: Compared,  # with the base
@@ -198,7 +198,7 @@ def candidate_of(
     forgetting = done.metrics.forgetting.change if done.metrics.forgetting and k else None
     return Candidate(step, criteria, done.metrics.copies.get(done.columns[k].name), forgetting)
 
-# %% ../../nbs/5_eval/17_selection.ipynb #6aabde40
+# %% ../../nbs/5_eval/17_selection.ipynb #335bc9dd
 def checkpoint_score(
     candidate: Candidate,
     compared: dict[int, Compared],  # step to its comparison with the base
@@ -245,7 +245,7 @@ def make_choice(
         warnings=list(known.values()),
     )
 
-# %% ../../nbs/5_eval/17_selection.ipynb #79290279
+# %% ../../nbs/5_eval/17_selection.ipynb #7b036e2a
 def confirm(
     chooser: Chooser,
     step: int,
@@ -266,7 +266,7 @@ def confirm(
         plan_sha256=plan.sha256,
     )
 
-# %% ../../nbs/5_eval/17_selection.ipynb #60a4f91a
+# %% ../../nbs/5_eval/17_selection.ipynb #f494c4e2
 def write_choice(
     chooser: Chooser,
     choice: Choice,

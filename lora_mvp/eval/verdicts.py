@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, field_validator
 
+from ..sheets import text_table
 from ..stats import MIN_PAIRS, PairedTest, group_means, holm, paired_test
 
 # %% ../../nbs/5_eval/07_verdicts.ipynb #f33a1610
@@ -49,7 +50,7 @@ class Comparison(BaseModel):
         ahead = self.difference if self.higher_is_better else -self.difference
         return "b" if ahead > 0 else "a" if ahead < 0 else None
 
-# %% ../../nbs/5_eval/07_verdicts.ipynb #ada27a3e
+# %% ../../nbs/5_eval/07_verdicts.ipynb #c1bf9e59
 def compare_scores(
     a: np.ndarray,  # scores of A (n,)
     b: np.ndarray,  # of B, same prompts and seeds (n,)
@@ -82,7 +83,7 @@ class Judgement(BaseModel):
     trade_off: bool  # declared scores that differ in opposite directions
     comparisons: dict[str, Comparison]
 
-# %% ../../nbs/5_eval/07_verdicts.ipynb #3a5bb834
+# %% ../../nbs/5_eval/07_verdicts.ipynb #ccf3ce85
 def adjust(
     comparisons: dict[str, Comparison],
 ) -> dict[str, Comparison]:  # with the adjusted p values of the declared scores
@@ -91,7 +92,7 @@ def adjust(
     p_holm = dict(zip(declared, holm([comparisons[name].p for name in declared])))
     return comparisons | {name: comparisons[name].model_copy(update={"p_holm": float(p)}) for name, p in p_holm.items()}
 
-# %% ../../nbs/5_eval/07_verdicts.ipynb #8629b20e
+# %% ../../nbs/5_eval/07_verdicts.ipynb #511519f2
 def decide(
     declared: dict[str, Comparison],
     ahead: dict[str, list[str]],  # `a` and `b`: the declared scores in which each is better
@@ -117,7 +118,7 @@ def decide(
     least = "; ".join(f"{k} of {c.detectable:.2g}" for k, c in declared.items())
     return "no_evidence", f"nothing found. A difference would probably have been found from: {least}."
 
-# %% ../../nbs/5_eval/07_verdicts.ipynb #bc66136e
+# %% ../../nbs/5_eval/07_verdicts.ipynb #a61d2eb1
 def judge_scores(
     comparisons: dict[str, Comparison],
     alpha: float = 0.05,  # level of all declared tests together
@@ -148,6 +149,4 @@ def judgement_text(
         wins = f"{c.wins_a} / {c.ties} / {c.wins_b}"
         better = "higher" if c.higher_is_better else "lower"
         rows.append((name, better, f"{c.a:.2f}", f"{c.b:.2f}", f"{c.difference:+.2f}{ends}", p, wins, least))
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([f"{found.verdict}: {found.why}", "", lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    return f"{found.verdict}: {found.why}\n\n{text_table(rows, rule=True)}"
