@@ -23,8 +23,8 @@ from .data.prepare import prepare_data, summary
 from .eval.extractors import scorer_for
 from .eval.records import Metrics, table
 from .eval.scores import score
+from .files import asset
 from .infer import load_run, render
-from .models.base import asset
 from .train.loop import train
 from .train.runs import RunFolder, RunRecord
 

@@ -24,7 +24,8 @@ from .samples import OWN, Sample, SamplePlan, draw_plan, fill_all, make_plan, re
 from ..files import asset
 from ..infer import LoadedRun, load_run, render
 from ..models.adapters import WEIGHTS
-from ..models.base import text_parts, weights_hash
+from ..models.base import weights_hash
+from ..models.families import text_parts
 from ..train.runs import RunFolder, read_run
 
 # %% ../../nbs/5_eval/10_columns.ipynb #545044b3
