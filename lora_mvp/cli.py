@@ -268,7 +268,8 @@ def _add_generate(commands) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #96043b7a
 def _choose(config: AppConfig, root: str, args: argparse.Namespace) -> None:
-    from lora_mvp.eval.selection import choice_text, choose
+    from lora_mvp.eval.choice import choice_text
+    from lora_mvp.eval.selection import choose
 
     limits = {key: value for key in ("max_copied", "max_forgotten") if (value := getattr(args, key, None)) is not None}
     print(choice_text(choose(config, root, args.real_glob, _manifest(args), **limits)))
@@ -287,7 +288,7 @@ def cmd_evaluate(args: argparse.Namespace) -> None:
         _choose(config, path, args)
         return
     from lora_mvp.eval.evaluator import evaluate
-    from lora_mvp.eval.scores import table
+    from lora_mvp.eval.records import table
 
     print(table(evaluate(config, path, args.real_glob, args.out, args.lora_scale, _manifest(args))))
     print(f"wrote {args.out or Path(path) / 'evaluation'}: report.html, metrics.json, samples.png")
@@ -297,7 +298,7 @@ def cmd_compare(args: argparse.Namespace) -> None:
     "Say which of two models is better, if pictures can tell."
     config = _config(args)
     from lora_mvp.eval.evaluator import Evaluator
-    from lora_mvp.eval.scores import findings
+    from lora_mvp.eval.records import findings
     from lora_mvp.eval.verdicts import judgement_text
 
     evaluator = Evaluator(config, args.real_glob, _manifest(args))

@@ -22,7 +22,8 @@ from .data.prepare import prepare_data
 from .data.tables import summary
 from .errors import LoraMvpError
 from .eval.extractors import scorer_for
-from .eval.scores import Metrics, score, table
+from .eval.records import Metrics, table
+from .eval.scores import score
 from .files import asset, atomic_write, save_png
 from .infer import load_run, render
 from .sheets import Tile, contact_sheet

@@ -9,8 +9,9 @@ import yaml
 from evaluation_runs import CALLED, HELD_OUT, prepare, run, settings
 
 from lora_mvp.config import LoraMvpError
-from lora_mvp.eval.evaluator import data_of
-from lora_mvp.eval.selection import Choice, choice_text, choose
+from lora_mvp.eval.choice import Choice, choice_text
+from lora_mvp.eval.columns import data_of
+from lora_mvp.eval.selection import choose
 from lora_mvp.infer import load_run, render
 
 LAST = 48

@@ -7,12 +7,14 @@ import pytest
 from PIL import Image
 
 from lora_mvp.config import LoraMvpError, load_config
+from lora_mvp.eval import columns as drawn_columns
 from lora_mvp.eval import evaluator as evaluation
 from lora_mvp.eval.copies import find_real
 from lora_mvp.eval.evaluator import evaluate
 from lora_mvp.eval.extractors import ClipExtractor
+from lora_mvp.eval.records import Metrics, table
 from lora_mvp.eval.samples import read_plan
-from lora_mvp.eval.scores import Metrics, score, table
+from lora_mvp.eval.scores import score
 from lora_mvp.infer import LoadedRun
 
 
@@ -84,11 +86,11 @@ def drawing(monkeypatch, scorer):
         bright = int(50 * lora_scale) if "baseline" not in str(run.adapter) else 20
         return [noise_pictures(1, s + len(p), bright=bright)[0] for p, s in zip(prompts, seeds, strict=True)]
 
-    monkeypatch.setattr(evaluation, "load_run", load)
-    monkeypatch.setattr(evaluation, "render", render)
+    monkeypatch.setattr(drawn_columns, "load_run", load)
+    monkeypatch.setattr(drawn_columns, "render", render)
     monkeypatch.setattr(evaluation, "find_run", lambda path: ("tiny", path))
     monkeypatch.setattr(evaluation, "scorer_for", lambda base, config: scorer)
-    monkeypatch.setattr(evaluation, "model_facts", lambda run, scale: {"base": f"{run.adapter} at {scale}"})
+    monkeypatch.setattr(drawn_columns, "model_facts", lambda run, scale: {"base": f"{run.adapter} at {scale}"})
     return loaded
 
 

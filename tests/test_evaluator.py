@@ -12,13 +12,14 @@ from PIL import Image
 
 from lora_mvp.cli import main
 from lora_mvp.config import LoraMvpError
-from lora_mvp.eval import evaluator as evaluation
+from lora_mvp.eval import columns as drawing
 from lora_mvp.eval.copies import find_real
 from lora_mvp.eval.evaluator import Evaluator
 from lora_mvp.eval.extractors import find_extractor
 from lora_mvp.eval.metrics import alignment
-from lora_mvp.eval.scores import Metrics, compare_samples, sample_scores
-from lora_mvp.eval.verdicts import judge
+from lora_mvp.eval.records import Metrics
+from lora_mvp.eval.scores import compare_samples, sample_scores
+from lora_mvp.eval.verdicts import judge_scores
 from lora_mvp.infer import load_run, render
 
 STEPS = 32
@@ -106,7 +107,7 @@ def test_two_sets_of_one_model_are_called_different_no_more_often_than_the_level
             sample_scores(alignment(f.reshape(-1, f.shape[-1]), texts.repeat(2, 0)), f.reshape(-1, f.shape[-1]), real)
             for f in sides
         ]
-        found = judge(compare_samples(*values, [p for p in prompts for _ in range(2)], repeat), alpha=0.05)
+        found = judge_scores(compare_samples(*values, [p for p in prompts for _ in range(2)], repeat), alpha=0.05)
         verdicts.append(found.verdict in ("a_better", "b_better"))
     assert sum(verdicts[:20]) <= 3, "of 20, at a level of 0.05, 4 or more have a probability of 0.016"
     assert sum(verdicts) <= 11, "of 100, 5 are expected and 12 or more have a probability of 0.004"
@@ -148,7 +149,7 @@ def test_a_second_evaluation_draws_nothing_and_writes_the_same(root, evaluator, 
     def refuse(*args, **options):
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr(evaluation, "render", refuse)
+    monkeypatch.setattr(drawing, "render", refuse)
     assert evaluator.evaluate(root / "good") == good
     assert {name: (out / name).read_bytes() for name in before} == before
 
@@ -176,7 +177,7 @@ def test_every_picture_has_a_row_and_every_number_its_extractor(root, good):
 def test_markup_in_a_prompt_stays_text(root, tmp_path, monkeypatch):
     prompts = tmp_path / "p.yaml"
     prompts.write_text(yaml.safe_dump([f"<img src=x onerror=alert({k})> " + "long " * 40 for k in range(6)]))
-    monkeypatch.setattr(evaluation, "render", lambda run, prompts, seeds, scale, **how: noise(seeds))
+    monkeypatch.setattr(drawing, "render", lambda run, prompts, seeds, scale, **how: noise(seeds))
     found = Evaluator(settings(prompts), HELD_OUT).evaluate(root / "good", tmp_path / "out")
     assert "prompt_truncated" in [w.code for w in found.warnings]
     assert "<img src=x" not in (tmp_path / "out" / "report.html").read_text()
@@ -198,7 +199,7 @@ def test_what_cannot_be_drawn_is_counted_and_left_out_of_both(root, tmp_path, mo
             for p, picture in zip(prompts, noise(seeds))
         ]
 
-    monkeypatch.setattr(evaluation, "render", draw)
+    monkeypatch.setattr(drawing, "render", draw)
     found = Evaluator(settings(root / "few.yaml"), HELD_OUT).evaluate(root / "good", tmp_path / "out")
     assert (found.n_pairs, found.failed) == (8 - 2, {"base": 0, "LoRA": 2})
     assert {"samples_missing", "n_mismatch_between_runs"} <= {w.code for w in found.warnings}
@@ -217,7 +218,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(root, tmp_path, monkeypa
         drawn.extend(prompts[: 8 - len(drawn)] if None not in drawn else prompts)
         return noise(seeds)
 
-    monkeypatch.setattr(evaluation, "render", draw)
+    monkeypatch.setattr(drawing, "render", draw)
     once = Evaluator(settings(root / "few.yaml", fid_batch_size=4), HELD_OUT)
     with pytest.raises(KeyboardInterrupt):
         once.evaluate(root / "good", tmp_path / "out")
@@ -230,7 +231,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(root, tmp_path, monkeypa
 
 
 def test_training_pictures_as_real_ones_are_called_what_they_are(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "render", lambda run, prompts, seeds, scale, **how: noise(seeds))
+    monkeypatch.setattr(drawing, "render", lambda run, prompts, seeds, scale, **how: noise(seeds))
     pattern = str(root / "data" / "train" / "**" / "*.png")
     found = Evaluator(settings(root / "few.yaml"), pattern).evaluate(root / "good", tmp_path / "out")
     assert "real_equals_train" in [w.code for w in found.warnings]

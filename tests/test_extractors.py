@@ -14,20 +14,20 @@ from transformers import CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
 from lora_mvp.config import LoraMvpError, load_config
 from lora_mvp.data.images import open_rgb
-from lora_mvp.eval import extractors
+from lora_mvp.eval import extractors, networks
 from lora_mvp.eval.extractors import (
     ClipExtractor,
     DinoExtractor,
-    FeatureCache,
+    Extractor,
     Preprocess,
     find_clip,
     find_extractor,
-    inception_module,
     scorer_for,
     to_pixels,
-    wrap_module,
 )
+from lora_mvp.eval.features import FeatureCache
 from lora_mvp.eval.metrics import alignment, frechet_distance, similarity
+from lora_mvp.eval.networks import inception_module
 from lora_mvp.files import asset
 
 
@@ -135,7 +135,7 @@ def test_texts_over_the_limit_are_cut_and_reported(clip):
 
 def test_a_module_that_drops_out_is_put_into_evaluation_mode():
     module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5)).train()
-    extractor = wrap_module(module, Preprocess(edge=None, size=(8, 8)), "rows", meaningful=False)
+    extractor = Extractor(module, Preprocess(edge=None, size=(8, 8)), "rows", meaningful=False)
     pictures = noise_pictures(4, 1)
     np.testing.assert_array_equal(extractor.image_features(pictures), extractor.image_features(pictures))
     assert frechet_distance(*[extractor.image_features(pictures)] * 2) == pytest.approx(0, abs=1e-9)
@@ -244,7 +244,7 @@ def test_inception_is_the_network_of_fid(inception_weights, tmp_path, monkeypatc
     with pytest.raises(LoraMvpError, match="a pickle can run code"):
         find_extractor(f"inception:{file}")
     # The published weights cannot be had here; their hash is replaced by that of these, to see what follows from it.
-    monkeypatch.setattr(extractors, "FID_SHA256", hashlib.sha256(file.read_bytes()).hexdigest()[:8])
+    monkeypatch.setattr(networks, "FID_SHA256", hashlib.sha256(file.read_bytes()).hexdigest()[:8])
     inception = find_extractor(f"inception:{file}")
     assert (inception.name, inception.frechet_name, inception.dim) == ("inception", "fid", 2048)
     y, x = np.mgrid[:299, :299]

@@ -11,23 +11,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time a door opens when it is first used
+    from lora_mvp.eval.choice import choice_text
     from lora_mvp.eval.evaluator import Evaluator, evaluate
-    from lora_mvp.eval.scores import Metrics, findings, score, table
-    from lora_mvp.eval.selection import choice_text, choose
+    from lora_mvp.eval.records import Metrics, findings, table
+    from lora_mvp.eval.scores import score
+    from lora_mvp.eval.selection import choose
     from lora_mvp.eval.verdicts import Judgement, judgement_text
 
 # %% ../../nbs/5_eval/00_index.ipynb #e99f3bd4
 _DOORS = {
     "Evaluator": "lora_mvp.eval.evaluator",
     "Judgement": "lora_mvp.eval.verdicts",
-    "Metrics": "lora_mvp.eval.scores",
-    "choice_text": "lora_mvp.eval.selection",
+    "Metrics": "lora_mvp.eval.records",
+    "choice_text": "lora_mvp.eval.choice",
     "choose": "lora_mvp.eval.selection",
     "evaluate": "lora_mvp.eval.evaluator",
-    "findings": "lora_mvp.eval.scores",
+    "findings": "lora_mvp.eval.records",
     "judgement_text": "lora_mvp.eval.verdicts",
     "score": "lora_mvp.eval.scores",
-    "table": "lora_mvp.eval.scores",
+    "table": "lora_mvp.eval.records",
 }
 _all_ = [
     "Evaluator",

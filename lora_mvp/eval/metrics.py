@@ -4,14 +4,10 @@
 
 # %% auto #0
 __all__ = ['as_sets', 'root_trace_gram', 'root_trace_eigh', 'frechet_distance', 'unit_rows', 'rbf_kernel', 'weighted_mmd2',
-           'mmd2_of', 'mmd2_unbiased', 'cubic_kernel', 'kid', 'mmd2_interval_of', 'mmd2_interval', 'kid_interval',
-           'permutation_p', 'relative_change', 'mmd2_relative_change', 'frechet_relative_change', 'similarity',
-           'alignment', 'diversity', 'nearest']
+           'mmd2_unbiased', 'mmd2_interval', 'relative_change', 'mmd2_relative_change', 'frechet_relative_change',
+           'similarity', 'alignment', 'diversity', 'nearest']
 
 # %% ../../nbs/5_eval/01_metrics.ipynb #65991dfa
-from collections.abc import Callable
-from functools import partial
-
 import numpy as np
 
 from ..stats import Estimate, bootstrap_weights, group_members, percentile_interval
@@ -37,7 +33,7 @@ def root_trace_gram(
     "Trace of the root of the covariance product by the nuclear norm of `x @ y.T`; best when n or m is below d."
     return np.linalg.svd(x @ y.T, compute_uv=False).sum() / np.sqrt((len(x) - 1) * (len(y) - 1))
 
-
+# %% ../../nbs/5_eval/01_metrics.ipynb #bce113d0
 def root_trace_eigh(
     x: np.ndarray,  # centred features (n, d)
     y: np.ndarray,  # centred features (m, d)
@@ -69,7 +65,7 @@ def unit_rows(
     x = np.asarray(x, dtype=np.float64)
     return x / np.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12)
 
-
+# %% ../../nbs/5_eval/01_metrics.ipynb #7d2f563e
 def rbf_kernel(
     x: np.ndarray,  # features (n, d)
     y: np.ndarray,  # features (m, d)
@@ -96,47 +92,22 @@ def weighted_mmd2(
     across = ((wx @ kxy) * wy).sum(1) / (wx.sum(1) * wy.sum(1))
     return within(kxx, wx) + within(kyy, wy) - 2 * across
 
-
-def mmd2_of(
-    x: np.ndarray,  # features (n, d)
-    y: np.ndarray,  # features (m, d)
-    kernel: Callable,  # of two feature arrays: the (n, m) similarities of their rows
-) -> float:
-    "Squared MMD with any kernel as a U-statistic; `ValueError` for sets of less than two pictures."
-    x, y = as_sets(x, y)
-    ones = np.ones((1, len(x))), np.ones((1, len(y)))
-    return float(weighted_mmd2(kernel(x, x), kernel(y, y), kernel(x, y), *ones)[0])
-
-
+# %% ../../nbs/5_eval/01_metrics.ipynb #becfb9f3
 def mmd2_unbiased(
     x: np.ndarray,  # features (n, d), unit rows for the CMMD form
     y: np.ndarray,  # features (m, d)
     sigma: float = 10.0,  # width of the kernel
 ) -> float:  # can be slightly negative when the sets are alike
     "Squared MMD with an RBF kernel as a U-statistic (Gretton et al. 2012, eq. 3)."
-    return mmd2_of(x, y, partial(rbf_kernel, sigma=sigma))
-
-# %% ../../nbs/5_eval/01_metrics.ipynb #dfd7f134
-def cubic_kernel(
-    x: np.ndarray,  # features (n, d), as the network gives them
-    y: np.ndarray,  # features (m, d)
-) -> np.ndarray:  # (n, m)
-    "Cubic similarity of every row of `x` with every row of `y`."
-    return (x @ y.T / x.shape[1] + 1) ** 3
-
-
-def kid(
-    x: np.ndarray,  # features (n, d)
-    y: np.ndarray,  # features (m, d)
-) -> float:  # can be slightly negative when the sets are alike
-    "Squared MMD with the cubic kernel over all pictures, a U-statistic (Bińkowski et al. 2018, section 4)."
-    return mmd2_of(x, y, cubic_kernel)
+    x, y = as_sets(x, y)
+    kernels = rbf_kernel(x, x, sigma), rbf_kernel(y, y, sigma), rbf_kernel(x, y, sigma)
+    return float(weighted_mmd2(*kernels, np.ones((1, len(x))), np.ones((1, len(y))))[0])
 
 # %% ../../nbs/5_eval/01_metrics.ipynb #89519be9
-def mmd2_interval_of(
-    x: np.ndarray,  # features (n, d)
+def mmd2_interval(
+    x: np.ndarray,  # features (n, d), unit rows for the CMMD form
     y: np.ndarray,  # features (m, d)
-    kernel: Callable,  # of two feature arrays: the similarities of their rows
+    sigma: float = 10.0,  # width of the kernel
     repeats: int = 1000,  # bootstrap resamples
     seed: int = 0,  # of the resampling
 ) -> Estimate:  # unbiased squared MMD with its interval
@@ -144,45 +115,8 @@ def mmd2_interval_of(
     x, y = as_sets(x, y)
     rng = np.random.default_rng([seed, 1])
     weights = bootstrap_weights(rng, len(x), repeats), bootstrap_weights(rng, len(y), repeats)
-    draws = weighted_mmd2(kernel(x, x), kernel(y, y), kernel(x, y), *weights)
-    return percentile_interval(mmd2_of(x, y, kernel), draws)
-
-# %% ../../nbs/5_eval/01_metrics.ipynb #b9264409
-def mmd2_interval(
-    x: np.ndarray,  # features (n, d), unit rows for the CMMD form
-    y: np.ndarray,  # features (m, d)
-    sigma: float = 10.0,  # width of the kernel
-    repeats: int = 1000,  # bootstrap resamples
-    seed: int = 0,  # of the resampling
-) -> Estimate:
-    "`mmd2_unbiased` with its 95 % interval."
-    return mmd2_interval_of(x, y, partial(rbf_kernel, sigma=sigma), repeats, seed)
-
-
-def kid_interval(
-    x: np.ndarray,  # features (n, d)
-    y: np.ndarray,  # features (m, d)
-    repeats: int = 1000,  # bootstrap resamples
-    seed: int = 0,  # of the resampling
-) -> Estimate:
-    "`kid` with its 95 % interval."
-    return mmd2_interval_of(x, y, cubic_kernel, repeats, seed)
-
-# %% ../../nbs/5_eval/01_metrics.ipynb #245f879b
-def permutation_p(
-    x: np.ndarray,  # features (n, d)
-    y: np.ndarray,  # features (m, d)
-    kernel: Callable = rbf_kernel,  # of two feature arrays: the similarities of their rows
-    repeats: int = 1000,  # random deals
-    seed: int = 0,  # of the deals
-) -> float:  # p value, at least 1 / (repeats + 1)
-    "Permutation test that two sets come from one distribution, by their squared MMD."
-    x, y = as_sets(x, y)
-    k = kernel(both := np.concatenate([x, y]), both)
-    rng, in_x = np.random.default_rng([seed, 6]), np.arange(len(both)) < len(x)
-    deals = np.stack([in_x, *(rng.permutation(in_x) for _ in range(repeats))]).astype(np.float64)
-    found = weighted_mmd2(k, k, k, deals, 1 - deals)
-    return float((found >= found[0] - 1e-12 * np.abs(found[0])).sum() / (repeats + 1))
+    kernels = rbf_kernel(x, x, sigma), rbf_kernel(y, y, sigma), rbf_kernel(x, y, sigma)
+    return percentile_interval(mmd2_unbiased(x, y, sigma), weighted_mmd2(*kernels, *weights))
 
 # %% ../../nbs/5_eval/01_metrics.ipynb #ee6c8126
 def relative_change(
@@ -244,7 +178,7 @@ def similarity(
     "Cosine of every row of `x` with every row of `y`."
     return (unit_rows(x) @ unit_rows(y).T).clip(-1, 1)
 
-
+# %% ../../nbs/5_eval/01_metrics.ipynb #3e4f3c1e
 def alignment(
     images: np.ndarray,  # features of pictures (n, d)
     texts: np.ndarray,  # features of their prompts in the same space (n, d)
