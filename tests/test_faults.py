@@ -23,7 +23,7 @@ from stand_in import HERE, final, service_of
 from lora_mvp.api.engines import Gpu
 from lora_mvp.api.folders import JobFolder
 from lora_mvp.api.jobs import TERMINAL, JobSpec
-from lora_mvp.api.runner import MARK, end_all, mark_of, marked, ref_of
+from lora_mvp.api.processes import MARK, end_all, mark_of, marked, ref_of
 from lora_mvp.config import LoraMvpError, config_yaml, load_config
 
 LIMIT = 120  # seconds that anything here may take on a busy machine
