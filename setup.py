@@ -24,7 +24,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[package, f"{package}.*"]),
-    package_data={package: ["assets/**"]},
+    package_data={package: ["assets/**", "py.typed"]},
     install_requires=cfg["requirements"].split(),
     extras_require={
         "dev": cfg["dev_requirements"].split(),

@@ -46,7 +46,12 @@ def _told(work):
 def _report(config: AppConfig, manifest, folder: Path) -> None:
     from lora_mvp.data.report import write_report
 
-    print(f"wrote {write_report(manifest, Path(config.data.raw_data_dir), folder, config.training)}")
+    raw, training, more = Path(config.data.raw_data_dir), config.training, {}
+    if training.aspect_buckets:  # which buckets there are follows from the base, and it takes torch to ask it
+        from lora_mvp.train.diagnosis import base_multiple
+
+        more["multiple"] = base_multiple(training)
+    print(f"wrote {write_report(manifest, raw, folder, training, **more)}")
 
 
 def cmd_prepare_data(args: argparse.Namespace) -> None:

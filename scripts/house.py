@@ -2,6 +2,7 @@
 
 python scripts/house.py              a table of all chapters
 python scripts/house.py 3_train      of the chapters whose path begins so
+python scripts/house.py --write      a table of the parts into CONTRIBUTING.md; --check says whether it is up to date
 """
 
 import argparse
@@ -9,6 +10,7 @@ import ast
 import json
 import re
 import statistics
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,12 +77,18 @@ def chapters() -> list[Path]:
     return [path for folder in folders for path in sorted(folder.glob("[0-9]*.ipynb")) if path.stem != "00_index"]
 
 
+def module_of(path: Path) -> str | None:
+    """The module that a notebook exports, without the package's name."""
+    found = (re.search(r"#\| *default_exp +(\S+)", cell.source) for cell in read_cells(path))
+    return next((match[1] for match in found if match), None)
+
+
 def figures(path: Path) -> Figures:
     """The figures of the chapter in one notebook."""
     cells = read_cells(path)
     defining = [cell for cell in cells if cell.exported and cell.definitions]
-    exported = next((re.search(r"#\| *default_exp +(\S+)", cell.source) for cell in cells), None)
-    module = ROOT / "lora_mvp" / (exported[1].replace(".", "/") + ".py") if exported else None
+    exported = module_of(path)
+    module = ROOT / "lora_mvp" / (exported.replace(".", "/") + ".py") if exported else None
     return Figures(
         name=path.relative_to(ROOT / "nbs").with_suffix("").as_posix(),
         module_lines=len(module.read_text(encoding="utf-8").splitlines()) if module else 0,
@@ -96,25 +104,41 @@ def tenth(lengths: list[int]) -> int:
     return sorted(lengths)[max(0, -(-9 * len(lengths) // 10) - 1)]
 
 
-def row(name: str, modules: list[int], lengths: list[int], counts: list[int], shown: list[int | None]) -> str:
-    """One line of the table."""
-    single = round(100 * sum(count == 1 for count in counts) / len(counts)) if counts else 0
+HEAD = """| {what} | module lines | cell lines: median / 9 of 10 / longest | one definition | first output in cell |
+|---|---|---|---|---|"""
+
+
+def row(name: str, items: list[Figures]) -> str:
+    """One line of the table; of several chapters the medians."""
+    lengths, counts = ([n for item in items for n in getattr(item, key)] for key in ("lengths", "definitions"))
+    shown = [item.shown for item in items if item.shown is not None]
     length = f"{statistics.median(lengths):g} / {tenth(lengths)} / {max(lengths)}" if lengths else ""
-    early = "" if None in shown else f"{statistics.median(shown):g}"
-    return f"| {name} | {statistics.median(modules):g} | {length} | {single} % | {early} |"
+    single = f"{round(100 * counts.count(1) / len(counts))} %" if counts else ""
+    early = f"{statistics.median(shown):g}" if shown else "none"
+    return f"| {name} | {statistics.median(i.module_lines for i in items):g} | {length} | {single} | {early} |"
 
 
-def table(all_figures: list[Figures]) -> str:
-    """The figures as a Markdown table, with a last line over all."""
-    lines = [
-        "| chapter | module lines | cell lines: median / 9 of 10 / longest | one definition | first output in cell |"
-    ]
-    lines += ["|---|---|---|---|---|"]
-    used = [item for item in all_figures if item.module_lines]
-    lines += [row(i.name, [i.module_lines], i.lengths, i.definitions, [i.shown]) for i in used]
-    lengths, counts = ([n for item in used for n in getattr(item, key)] for key in ("lengths", "definitions"))
-    shown = [item.shown for item in used if item.shown is not None]
-    return "\n".join([*lines, row("**all** (median)", [i.module_lines for i in used], lengths, counts, shown)])
+def table(items: list[Figures]) -> str:
+    """The figures of chapters as a Markdown table, with a last line over all."""
+    used = [item for item in items if item.module_lines]
+    return "\n".join([HEAD.format(what="chapter"), *(row(i.name, [i]) for i in used), row("**all** (median)", used)])
+
+
+def table_of_parts(items: list[Figures]) -> str:
+    """The same, a line for each part of the book."""
+    parts = defaultdict(list)
+    for item in items:
+        if item.module_lines:
+            parts[item.name.split("/")[0] if "/" in item.name else "(root)"].append(item)
+    lines = [row(f"{part}, {len(found)} chapters", found) for part, found in parts.items()]
+    return "\n".join([HEAD.format(what="part"), *lines, row("**all** (median)", sum(parts.values(), []))])
+
+
+def in_text(text: str, new: str) -> str:
+    """`text` with the table of parts between its marks."""
+    begin, end = "<!-- figures of the house -->\n", "\n<!-- end of figures -->"
+    head, rest = text.split(begin)
+    return head + begin + new + end + rest.split(end)[1]
 
 
 def names_defined_twice() -> dict[str, list[str]]:
@@ -162,7 +186,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("start", nargs="?", default="", help="only chapters whose path begins so")
     parser.add_argument("--flaws", action="store_true", help="also list what the house test would name")
+    parser.add_argument("--write", action="store_true", help="write the table of parts into CONTRIBUTING.md")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if CONTRIBUTING.md is not up to date")
     args = parser.parse_args()
+    if args.write or args.check:
+        file = ROOT / "CONTRIBUTING.md"
+        old = file.read_text(encoding="utf-8")
+        new = in_text(old, table_of_parts([figures(path) for path in chapters()]))
+        if args.write:
+            file.write_text(new, encoding="utf-8")
+        elif new != old:
+            sys.exit("CONTRIBUTING.md is out of date; run: python scripts/house.py --write")
+        return
     chosen = [path for path in chapters() if path.relative_to(ROOT / "nbs").as_posix().startswith(args.start)]
     print(table([figures(path) for path in chosen]))
     if args.flaws:

@@ -13,7 +13,8 @@ from lora_mvp.config import TrainingConfig, load_config
 from lora_mvp.data.prepare import prepare_data
 from lora_mvp.models.adapters import add_lora
 from lora_mvp.models.base import asset, encode_text, family_of, load_base, random_base, text_parts, unet_arguments
-from lora_mvp.train.diagnosis import Estimate, LiveBytes, advice, doctor, doctor_text, full_bytes, skeleton, step_bytes
+from lora_mvp.train.diagnosis import doctor, doctor_text
+from lora_mvp.train.memory import LiveBytes, MemoryEstimate, advice, full_bytes, skeleton, step_bytes
 from lora_mvp.train.objectives import image_losses
 
 PLENTY = 64e9
@@ -46,8 +47,8 @@ def estimates():
 
     def estimate(folder, device="cpu", variants=2):
         if folder != asset("tiny"):
-            return Estimate(folder, device, variants)
-        return known.setdefault((device, variants), Estimate(folder, device, variants))
+            return MemoryEstimate(folder, device, variants)
+        return known.setdefault((device, variants), MemoryEstimate(folder, device, variants))
 
     return estimate
 
@@ -55,7 +56,7 @@ def estimates():
 @pytest.fixture
 def look(tmp_path, monkeypatch, estimates):
     """The doctor on `tiny` with some settings changed; findings of a level as text."""
-    monkeypatch.setattr("lora_mvp.train.diagnosis.Estimate", estimates)
+    monkeypatch.setattr("lora_mvp.train.diagnosis.MemoryEstimate", estimates)
 
     def run(manifest=None, memory=PLENTY, device="cpu", **training):
         training = {"pretrained_model": "tiny", "output_dir": tmp_path / "run", "resolution": 64, **training}
@@ -80,7 +81,7 @@ def only(findings, topic, *words):
 
 
 def test_a_good_run_has_no_errors_and_is_quick(look, manifest, monkeypatch):
-    monkeypatch.setattr("lora_mvp.train.diagnosis.Estimate", Estimate)  # with nothing known beforehand
+    monkeypatch.setattr("lora_mvp.train.diagnosis.MemoryEstimate", MemoryEstimate)  # with nothing known beforehand
     start = time.process_time()
     found = look(manifest, max_train_steps=60, lr_warmup_steps=5, checkpointing_steps=20)
     assert time.process_time() - start < 10
@@ -208,7 +209,10 @@ def test_too_little_memory_names_settings_in_order(look):
 
 
 def test_advice_keeps_the_effective_batch_and_ends_where_it_fits():
-    estimate, training = Estimate(asset("tiny"), "cuda"), TrainingConfig(resolution=64, batch_size=64, lora_rank=64)
+    estimate, training = (
+        MemoryEstimate(asset("tiny"), "cuda"),
+        TrainingConfig(resolution=64, batch_size=64, lora_rank=64),
+    )
     whole = max(p.total for p in estimate.phases(training))
     for share in (0.9, 0.3):
         memory = 1e9 + share * (whole - 1e9)  # 1e9 is the program
@@ -265,7 +269,7 @@ def test_meta_keeps_what_the_cpu_keeps(bases, family, changes):
 def test_weights_and_adapter_are_counted_exactly(bases):
     for family in ("sd2", "sdxl"):
         folder, training = bases[family], TrainingConfig(resolution=64, lora_rank=4, text_encoder_learning_rate=1e-4)
-        estimate, pipe = Estimate(folder), load_base(str(folder))
+        estimate, pipe = MemoryEstimate(folder), load_base(str(folder))
         weights = sum(p.numel() * 4 for m in (pipe.unet, pipe.vae, *text_parts(pipe).values()) for p in m.parameters())
         adapter = sum(p.numel() for part in add_lora(pipe, training).values() for p in part)
         phase = next(p for p in estimate.phases(training) if p.name == "train")

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +20,15 @@ from PIL import Image
 
 from lora_mvp.config import LoraMvpError, load_config
 from lora_mvp.data.prepare import prepare_data
+from lora_mvp.data.steps import Plan
 from lora_mvp.data.storage import OBLONG, bucket_of
 from lora_mvp.models.base import encode_text, granularity, load_base, random_base, unet_arguments
 from lora_mvp.train.latents import (
-    Plan,
     Source,
     TextTable,
     cache_folder,
     caption_variants,
     encode_images,
-    plan_arithmetic,
     regularization_sources,
     sources,
     unpack,
@@ -414,50 +412,6 @@ def test_bucket_is_the_nearest_that_the_picture_fills(width, height, base):
                 assert abs(math.log(a * height / (b * width))) >= error - 1e-6
 
 
-@settings(deadline=None, max_examples=80)
-@given(
-    st.lists(st.sampled_from([(8, 8), (6, 10), (10, 6), (4, 16)]), min_size=1, max_size=40),
-    st.integers(1, 12),
-    st.integers(0, 2**32 - 1),
-    st.integers(0, 50),
-)
-def test_every_picture_once_per_epoch(shapes, batch_size, seed, epoch):
-    plan = Plan(shapes, batch_size, seed)
-    n = plan.batches_per_epoch
-    batches = [plan.batch(i) for i in range(epoch * n, (epoch + 1) * n)]
-    assert sorted(i for batch in batches for i in batch) == list(range(len(shapes)))
-    assert all(len({shapes[i] for i in batch}) == 1 for batch in batches)
-    sizes = Counter((shapes[batch[0]], len(batch)) for batch in batches)
-    for shape, count in Counter(shapes).items():  # full batches and at most one smaller
-        assert sizes[shape, batch_size] == count // batch_size
-        assert count % batch_size == 0 or sizes[shape, count % batch_size] == 1
-    assert {plan.epoch_of(i) for i in range(epoch * n, (epoch + 1) * n)} == {epoch}
-    k = epoch * n + seed % n
-    assert Plan(shapes, batch_size, seed).batch(k) == batches[k - epoch * n]  # from anywhere, without state
-
-
-def test_order_differs_between_epochs_and_seeds():
-    plan, other = Plan([(8, 8)] * 20, 3, 1), Plan([(8, 8)] * 20, 3, 2)
-    orders = {str([p.batch(7 * e + k) for k in range(7)]) for p in (plan, other) for e in range(10)}
-    assert len(orders) == 20
-    first = Counter(plan.batch(7 * e)[0] for e in range(400))
-    assert len(first) == 20 and max(first.values()) < 50  # no picture is always first
-    assert {len(plan.batch(7 * e)) for e in range(60)} == {2, 3}  # nor is the smaller batch always last
-
-
-def test_arithmetic():
-    plan = Plan([(8, 8)] * 5 + [(6, 10)] * 4, 2, 42)
-    numbers = plan_arithmetic(plan, accumulation=2, processes=1, steps=10)
-    assert (numbers.batches_per_epoch, numbers.smaller_batches, numbers.steps_per_epoch) == (5, 1, 2.5)
-    assert numbers.epochs == 4 and "9 images in 2 buckets, 2 per batch: 5 batches an epoch" in str(numbers)
-    with pytest.raises(LoraMvpError, match="9 images // 10 per batch = 0") as e:
-        plan_arithmetic(Plan(plan.shapes, 10, 42), 1, 1, 10)
-    assert e.value.code == "batch_larger_than_data"
-    plan_arithmetic(Plan(plan.shapes, 9, 42), 1, 1, 10)  # more than any bucket has, but not more than there are
-    with pytest.raises(LoraMvpError, match="there are no pictures"):
-        Plan([], 1, 42)
-
-
 def test_buckets_of_squares_say_that_they_do_nothing(pipe, training, tmp_path, caplog):
     folder = tmp_path / "class"
     folder.mkdir()
@@ -465,11 +419,6 @@ def test_buckets_of_squares_say_that_they_do_nothing(pipe, training, tmp_path, c
     with caplog.at_level(logging.WARNING, "lora_mvp"):
         encode_images(pipe, regularization_sources(folder, "x"), training, [], None)
     assert "prepare-data --no-copy" in caplog.text and granularity(pipe) == 16
-
-
-def test_example_of_the_golden_order():
-    "The order is a promise: a checkpoint of one version goes on in the next with the same data."
-    assert [Plan([(8, 8)] * 5, 2, 42).batch(i) for i in range(3)] == [[0], [4, 3], [1, 2]]
 
 
 def test_work_stays_in_the_cache_folder(config, manifest, pipe, train, training, tmp_path):

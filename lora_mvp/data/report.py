@@ -7,7 +7,7 @@ __all__ = ['PER_REASON', 'ALIKE', 'METRICS', 'WIDTH', 'HEIGHT', 'BINS', 'LEFT', 
            'INK', 'SOFT', 'ADVICE', 'STYLE', 'POLICY', 'Entry', 'entries', 'spread', 'text', 'number', 'count',
            'Thumbnails', 'jpeg_uri', 'tile', 'gallery', 'section', 'by_reason', 'measured', 'reason_galleries',
            'named_path', 'alike', 'group_galleries', 'Metric', 'setting', 'thresholds', 'round_ticks', 'axis', 'bars',
-           'histogram', 'balance', 'Steps', 'count_steps', 'arithmetic', 'on_amounts', 'on_rejected', 'on_variety',
+           'histogram', 'balance', 'step_rows', 'arithmetic', 'on_amounts', 'on_rejected', 'enlarged', 'on_variety',
            'suggestions', 'contact_sheet', 'split_gallery', 'ignored_list', 'headline', 'charts', 'key', 'cards',
            'report_html', 'cell', 'rejected_csv', 'write_report']
 
@@ -29,7 +29,8 @@ from ..config import LoraMvpError, TrainingConfig, atomic_write
 from .captions import as_words
 from .images import REASONS, open_rgb
 from .manifest import Manifest, ManifestImage, leaves_folder
-from .storage import png_bytes
+from .steps import MULTIPLE, Plan, is_enlarged, plan_arithmetic, plan_of
+from .storage import png_bytes, target_size
 
 # %% ../../nbs/1_data/16_report.ipynb #a1b02c45
 class Entry(NamedTuple):
@@ -428,53 +429,38 @@ def balance(
     return "".join(parts) + more
 
 # %% ../../nbs/1_data/16_report.ipynb #3f10dea4
-class Steps(NamedTuple):
-    "The arithmetic of one run on one process."
-
-    images: int  # to train on
-    shapes: dict[tuple[int, int], int]  # width and height -> images
-    batches: int  # per epoch
-    steps_per_epoch: float  # optimiser steps
-    epochs: float
-
-
-def count_steps(
-    manifest: Manifest,
+def step_rows(
+    plan: Plan,
     training: TrainingConfig,
-) -> Steps:
-    "How often a run sees each image."
-    rows, square = manifest.rows("train"), (training.resolution, training.resolution)
-    shapes = Counter((row.width, row.height) if training.aspect_buckets else square for row in rows)
-    batches = sum(math.ceil(n / training.batch_size) for n in shapes.values())
-    per_epoch = batches / training.gradient_accumulation
-    epochs = training.max_train_steps / per_epoch if per_epoch else 0.0
-    return Steps(len(rows), dict(shapes.most_common()), batches, per_epoch, epochs)
+    most: int = 12,  # frames shown
+) -> list[tuple[str, str, str]]:  # what, how it comes about, the number
+    "The arithmetic of a run on one process, line by line; raises `LoraMvpError` where it is refused."
+    sums = plan_arithmetic(plan, training.gradient_accumulation, 1, training.max_train_steps)
+    ranked = sorted(plan.buckets.items(), key=lambda pair: -pair[1])
+    shown, rest = [(shape, n, plan.batches[shape]) for shape, n in ranked[:most]], ranked[most:]
+    rows = [(f"{count(n, 'image')} of {w} × {h}", f"batches of {plan.batch_size}", b) for (h, w), n, b in shown]
+    if rest:
+        what = f"{count(sum(n for _, n in rest), 'image')} of {count(len(rest), 'other shape')}"
+        rows.append((what, "", sum(plan.batches[shape] for shape, _ in rest)))
+    batches, per_epoch = f"{sums.batches_per_epoch:,} batches", number(sums.steps_per_epoch)
+    rows.append(("Optimiser steps per epoch", f"{batches} / {sums.batches_per_step}", sums.steps_per_epoch))
+    rows.append(("Epochs", f"{sums.steps:,} steps / {per_epoch}", sums.epochs))
+    return [(what, how, number(value)) for what, how, value in rows]
 
 
 def arithmetic(
     manifest: Manifest,
     training: TrainingConfig,
-    most: int = 12,  # shapes shown
+    multiple: int = MULTIPLE,  # `granularity` of the base
 ) -> str:  # HTML
-    "The steps of a run as a small table."
-    steps = count_steps(manifest, training)
-    rows = [
-        (f"{count(n, 'image')} of {w} × {h}", f"batches of {training.batch_size}", math.ceil(n / training.batch_size))
-        for (w, h), n in list(steps.shapes.items())[:most]
-    ]
-    if len(steps.shapes) > most:
-        rest = list(steps.shapes.values())[most:]
-        many = sum(math.ceil(n / training.batch_size) for n in rest)
-        rows.append((f"{count(sum(rest), 'image')} of {count(len(rest), 'other shape')}", "", many))
-    accumulation = training.gradient_accumulation
-    rows += [
-        ("Optimiser steps per epoch", f"{steps.batches:,} batches / {accumulation}", number(steps.steps_per_epoch)),
-        ("Epochs", f"{training.max_train_steps:,} steps / {number(steps.steps_per_epoch)}", number(steps.epochs)),
-    ]
-    cells = "".join(
-        f"<tr><th>{a}</th><td>{b}</td><td>{number(c) if isinstance(c, int) else c}</td></tr>" for a, b, c in rows
-    )
-    return f"<table>{cells}</table>" if steps.images else ""
+    "The steps of a run as a small table, or why there are none."
+    rows = manifest.rows("train")
+    try:
+        lines = step_rows(plan_of(rows, training, multiple), training) if rows else []
+    except LoraMvpError as e:
+        return f"<p>{text(e.message)}</p>"
+    cells = "".join(f"<tr><th>{what}</th><td>{how}</td><td>{value}</td></tr>" for what, how, value in lines)
+    return f"<table>{cells}</table>" if rows else ""
 
 # %% ../../nbs/1_data/16_report.ipynb #b2ee18d5
 ADVICE = {  # reason -> what helps; a setting is named with its value
@@ -533,6 +519,17 @@ def on_rejected(
     return found
 
 
+def enlarged(
+    manifest: Manifest,
+) -> int:  # images
+    "How many images `prepare_data` enlarges; those it only copies or links are as they were."
+    side, buckets = int(setting(manifest, "image_size")), bool(manifest.config.get("aspect_buckets"))
+    if not side or manifest.config.get("materialise", "process") != "process":
+        return 0
+    facts = [row.facts for row in manifest.images if row.facts is not None]
+    return sum(is_enlarged((f.width, f.height), target_size(f, side, buckets)[::-1]) for f in facts)
+
+
 def on_variety(
     manifest: Manifest,
 ) -> list[str]:  # sentences
@@ -544,11 +541,11 @@ def on_variety(
         n = max(Counter(row.group for row in rows if row.group).values(), default=0)
         if n >= 3 and n > len(rows) / 2:
             found.append(f"{n} of {len(rows)} images of {label} are the same scene. Add other scenes, or remove some.")
-    size = setting(manifest, "image_size")
-    small = sum(row.facts is not None and min(row.facts.width, row.facts.height) < size for row in manifest.images)
-    if small:
-        how = f"a side shorter than data.image_size ({number(size)}): enlarged, they look soft"
-        found.append(f"{count(small, 'image')} with {how}. Use larger originals, or lower the setting.")
+    if small := enlarged(manifest):
+        how = f"fewer pixels than data.image_size ({number(setting(manifest, 'image_size'))}) asks for"
+        found.append(
+            f"{count(small, 'image')} with {how}: enlarged, they look soft. Use larger originals, or lower it."
+        )
     alone = all(len({row.caption for row in rows}) == 1 for rows in of_label.values())
     if alone and len(manifest.images) >= 4:
         same = f"All images of a label have the same caption, such as “{manifest.images[0].caption}”"
@@ -712,6 +709,7 @@ def cards(
     manifest: Manifest,
     raw: Path,  # the raw folder
     training: TrainingConfig | None,
+    multiple: int,  # `granularity` of the base
 ) -> dict[str, str]:  # anchor and title -> HTML of the card, only those with content
     "The parts of the page."
     thumbs = Thumbnails(manifest, raw)
@@ -723,7 +721,7 @@ def cards(
         ("suggestions", "Suggestions", f"<ul>{said}</ul>" if said else "<p>Nothing stands out.</p>", ""),
         ("labels", "Labels", balance(manifest), three),
         ("measurements", "Measurements", charts(manifest), two),
-        ("steps", "Steps and epochs", arithmetic(manifest, training) if training else "", ""),
+        ("steps", "Steps and epochs", arithmetic(manifest, training, multiple) if training else "", ""),
         ("reasons", "Reasons", reason_galleries(manifest, thumbs), "What was left out or warned about, and why."),
         ("alike", "Alike", group_galleries(manifest, thumbs), "Near-duplicates and copies, side by side."),
         ("train", "Training images", split_gallery(manifest, thumbs, "train"), seen),
@@ -739,9 +737,10 @@ def report_html(
     manifest: Manifest,
     raw: Path,  # the raw folder
     training: TrainingConfig | None = None,  # for the arithmetic of steps
+    multiple: int = MULTIPLE,  # of which the base wants sides to be multiples; counts with aspect buckets
 ) -> str:  # one HTML file
     "The whole report as a page that needs nothing beside it."
-    parts = cards(manifest, raw, training)
+    parts = cards(manifest, raw, training, multiple)
     links = [name.partition(" ") for name in parts]
     nav = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, _, title in links)
     labels = sorted({row.label for row in manifest.images})
@@ -798,6 +797,7 @@ def write_report(
     raw: Path,  # the raw folder
     folder: Path,  # where the files go
     training: TrainingConfig | None = None,  # for the arithmetic of steps
+    multiple: int = MULTIPLE,  # of which the base wants sides to be multiples; counts with aspect buckets
 ) -> Path:  # report.html
     "Write report.html, contact_train.png, contact_val.png and rejected.csv; raises `LoraMvpError` where it cannot."
     folder, inside = Path(folder), Path(raw).resolve()
@@ -807,4 +807,4 @@ def write_report(
     for split in ("train", "val"):
         atomic_write(folder / f"contact_{split}.png", png_bytes(contact_sheet(manifest, split, raw=raw)))
     atomic_write(folder / "rejected.csv", rejected_csv(manifest))
-    return atomic_write(folder / "report.html", report_html(manifest, raw, training))
+    return atomic_write(folder / "report.html", report_html(manifest, raw, training, multiple))

@@ -19,8 +19,9 @@ from ..config import LoraMvpError
 from ..data.images import open_rgb, perceptual_hashes, pixel_hash
 from ..data.manifest import Manifest
 from ..data.splits import group, hash_signs, near_duplicates
-from .metrics import nearest, similarity, wilson
+from .metrics import nearest, similarity
 from .samples import place_tile
+from ..stats import wilson
 
 # %% ../../nbs/5_eval/05_copies.ipynb #be18fa5c
 class RealSet(NamedTuple):

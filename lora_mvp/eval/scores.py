@@ -18,23 +18,19 @@ from ..config import LoraMvpError
 from .copies import CopyShare
 from .extractors import Extractor, ExtractorRecord, FeatureCache
 from lora_mvp.eval.metrics import (
-    MIN_PAIRS,
-    Estimate,
     alignment,
     diversity,
     frechet_distance,
     frechet_relative_change,
-    group_means,
-    mean_interval,
     mmd2_interval,
     mmd2_relative_change,
     nearest,
-    paired_test,
     similarity,
     unit_rows,
 )
 from .samples import place_tile
 from .verdicts import Comparison, Judgement, compare_scores, judge
+from ..stats import MIN_PAIRS, Estimate, group_means, mean_interval, paired_test
 
 # %% ../../nbs/5_eval/07_scores.ipynb #5c732255
 class Measured(BaseModel):

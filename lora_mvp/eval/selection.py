@@ -45,7 +45,6 @@ from lora_mvp.eval.evaluator import (
     score_columns,
 )
 from .extractors import ExtractorRecord, FeatureCache
-from .metrics import group_means
 from .pages import html_page, html_table, png_uri
 from .samples import PLAIN, SamplePlan, contact_sheets, write_plan
 from .scores import Measured, Warned, check_counts, shown
@@ -53,6 +52,7 @@ from .verdicts import Judgement
 from ..infer import LoadedRun
 from ..models.adapters import adapter_parameters, add_lora, restore_adapter, save_adapter, set_scale
 from ..models.base import load_base
+from ..stats import group_means
 from ..train.checkpoints import MANIFEST, checkpoints, damage
 from ..train.objectives import sampling_scheduler
 from ..train.runs import RunFolder, read_run

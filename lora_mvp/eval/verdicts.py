@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, field_validator
 
-from .metrics import MIN_PAIRS, PairedTest, group_means, holm, paired_test
+from ..stats import MIN_PAIRS, PairedTest, group_means, holm, paired_test
 
 # %% ../../nbs/5_eval/06_verdicts.ipynb #f33a1610
 class Comparison(BaseModel):

@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['log', 'VARIANTS', 'CACHE_FORMAT', 'ORDERS', 'Source', 'sources', 'regularization_sources', 'read_picture',
-           'decode_picture', 'frame_of', 'is_random', 'picture_variants', 'checksum', 'unpack', 'TensorCache',
-           'cache_folder', 'tag_orders', 'caption_variants', 'draw_caption', 'Batch', 'LatentSet', 'checked_bytes',
-           'encode_one', 'plain_config', 'vae_facts', 'image_facts', 'picture_time_ids', 'encode_images',
-           'tokenizer_hash', 'text_facts', 'TextTable', 'embed', 'Plan', 'Arithmetic', 'plan_arithmetic']
+           'decode_picture', 'is_random', 'picture_variants', 'checksum', 'unpack', 'TensorCache', 'cache_folder',
+           'tag_orders', 'caption_variants', 'draw_caption', 'Batch', 'LatentSet', 'checked_bytes', 'encode_one',
+           'plain_config', 'vae_facts', 'image_facts', 'picture_time_ids', 'encode_images', 'tokenizer_hash',
+           'text_facts', 'TextTable', 'embed']
 
 # %% ../../nbs/3_train/02_latents.ipynb #3532f85d
 import hashlib
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,7 +29,8 @@ from ..data.captions import caption_of
 from ..data.images import claimed_format, decode, printable, read_regular
 from ..data.manifest import Manifest
 from ..data.prepare import as_array, augment, walk
-from ..data.storage import bucket_of, crop_box, crop_to
+from ..data.steps import frame_of
+from ..data.storage import crop_box, crop_to
 from ..models.base import encode_text, family_of, granularity, text_parts, time_ids, weights_hash
 
 # %% ../../nbs/3_train/02_latents.ipynb #81311544
@@ -96,18 +96,6 @@ def decode_picture(data: bytes, path: Path):  # an upright RGB Pillow image
         return decode(data)[0]
     except LoraMvpError as e:
         raise LoraMvpError(e.code, f"{path} cannot be used as an image: {e}") from e
-
-# %% ../../nbs/3_train/02_latents.ipynb #ca710ea5
-def frame_of(
-    width: int,  # of the picture, pixels
-    height: int,
-    training: TrainingConfig,
-    multiple: int,  # `granularity` of the base
-) -> tuple[int, int]:  # height, width; pixels
-    "The rectangle that the model sees of a picture: its bucket, or the square."
-    if training.aspect_buckets:
-        return bucket_of(width, height, training.resolution, multiple)
-    return training.resolution, training.resolution
 
 # %% ../../nbs/3_train/02_latents.ipynb #45d5a5e0
 VARIANTS = 8  # of each picture, where an augmentation has endless outcomes
@@ -472,97 +460,3 @@ class TextTable:
 def embed(pipe: DiffusionPipeline, caption: str) -> dict[str, torch.Tensor]:  # float32, without the batch dimension
     "The embeddings of one caption."
     return {name: tensor[0].float().cpu() for name, tensor in encode_text(pipe, [caption]).items()}
-
-# %% ../../nbs/3_train/02_latents.ipynb #cd7f7f0e
-class Plan:
-    "Which pictures form batch 0, 1, 2, ... of a run without end."
-
-    def __init__(
-        self,
-        shapes: list[tuple[int, int]],  # of each picture; a batch holds one shape
-        batch_size: int,
-        seed: int,
-    ):
-        if not shapes:
-            raise LoraMvpError("no_images", "there are no pictures to train on: 0 pictures are 0 batches")
-        self.shapes, self.batch_size, self.seed = shapes, batch_size, seed
-        self.buckets: dict[tuple[int, int], int] = {}  # shape -> number of pictures
-        for shape in shapes:
-            self.buckets[shape] = self.buckets.get(shape, 0) + 1
-        self.batches_per_epoch = sum(math.ceil(n / batch_size) for n in self.buckets.values())
-        self._dealt = (-1, [])  # the latest epoch and its batches, so as not to deal it for each batch
-
-    def epoch_of(self, i: int) -> int:
-        "The epoch that batch i belongs to, counted from 0."
-        return i // self.batches_per_epoch
-
-    def batch(self, i: int) -> list[int]:
-        "The pictures of batch i."
-        epoch = self.epoch_of(i)
-        if self._dealt[0] != epoch:
-            self._dealt = (epoch, self.deal(epoch))
-        return list(self._dealt[1][i % self.batches_per_epoch])
-
-    def deal(self, epoch: int) -> list[list[int]]:
-        "All batches of one epoch."
-        rng = np.random.default_rng(derive_seed(self.seed, "order", epoch))
-        stacks: dict[tuple[int, int], list[int]] = {shape: [] for shape in self.buckets}
-        for i in rng.permutation(len(self.shapes)).tolist():
-            stacks[self.shapes[i]].append(i)
-        size = self.batch_size
-        batches = [stack[k : k + size] for stack in stacks.values() for k in range(0, len(stack), size)]
-        return [batches[k] for k in rng.permutation(len(batches))]
-
-# %% ../../nbs/3_train/02_latents.ipynb #1a54c633
-@dataclass(frozen=True)
-class Arithmetic:
-    "How pictures become batches, steps and epochs."
-
-    images: int
-    buckets: int
-    batch_size: int
-    batches_per_epoch: int
-    smaller_batches: int  # of them
-    batches_per_step: int  # accumulation x processes
-    steps: int  # training.max_train_steps
-
-    @property
-    def steps_per_epoch(self) -> float:
-        "Optimiser steps in which every picture is seen once."
-        return self.batches_per_epoch / self.batches_per_step
-
-    @property
-    def epochs(self) -> float:
-        "How often the run sees every picture."
-        return self.steps / self.steps_per_epoch
-
-    def __str__(self) -> str:
-        smaller = f" ({self.smaller_batches} of them smaller)" if self.smaller_batches else ""
-        return (
-            f"{_count(self.images, 'image')} in {_count(self.buckets, 'bucket')}, {self.batch_size} per batch: "
-            f"{_count(self.batches_per_epoch, 'batch')} an epoch{smaller}; {self.batches_per_step} per step: "
-            f"{self.steps_per_epoch:.4g} steps an epoch, {_count(self.steps, 'step')} are {self.epochs:.4g} epochs"
-        )
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}{'es' if what.endswith('h') else 's'}"
-
-# %% ../../nbs/3_train/02_latents.ipynb #a5be5960
-def plan_arithmetic(
-    plan: Plan,
-    accumulation: int,  # training.gradient_accumulation
-    processes: int,
-    steps: int,  # training.max_train_steps
-) -> Arithmetic:
-    "The numbers of a run; `LoraMvpError` (`batch_larger_than_data`, `no_steps`) for settings that train nothing sensible."
-    images, size = len(plan.shapes), plan.batch_size
-    if size > images:
-        sum_ = f"{images} images // {size} per batch = 0 full batches"
-        text = f"training.batch_size is {size} but there are {_count(images, 'image')} ({sum_}); use at most {images}"
-        raise LoraMvpError("batch_larger_than_data", text)
-    if min(accumulation, processes, steps) < 1:
-        sum_ = f"gradient_accumulation {accumulation}, processes {processes}, max_train_steps {steps}"
-        raise LoraMvpError("no_steps", f"these settings make no optimiser step: {sum_}; each must be at least 1")
-    smaller = sum(n % size > 0 for n in plan.buckets.values())
-    return Arithmetic(images, len(plan.buckets), size, plan.batches_per_epoch, smaller, accumulation * processes, steps)

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..config import AppConfig, LoraMvpError, atomic_write, derive_seed
 from ..data.manifest import Manifest, read_manifest
+from ..data.steps import Plan, refuse_large_batch
 from ..models.adapters import WEIGHTS, adapter_state, add_lora, restore_adapter, save_adapter
 from lora_mvp.models.base import (
     base_revision,
@@ -58,7 +59,6 @@ from lora_mvp.train.checkpoints import (
 )
 from lora_mvp.train.latents import (
     LatentSet,
-    Plan,
     TextTable,
     cache_folder,
     caption_variants,
@@ -105,9 +105,7 @@ def check_settings(config: AppConfig, manifest: Manifest) -> None:
     if Path(find_base(t.pretrained_model)) == Path(t.output_dir):
         text = f"training.output_dir and training.pretrained_model are the same folder {t.output_dir}; choose another output_dir."
         raise LoraMvpError("output_is_base", text)
-    if n < t.batch_size:
-        text = f"training.batch_size is {t.batch_size} but the manifest has {n} training images; use at most {n}."
-        raise LoraMvpError("batch_larger_than_data", text)
+    refuse_large_batch(n, t.batch_size)
     if t.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise LoraMvpError(
             "fp16_needs_gpu", "training.mixed_precision: fp16 needs a CUDA GPU; use no or bf16 on this machine."

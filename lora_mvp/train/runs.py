@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FREE', 'ImageLosses', 'RunFolder', 'prepare_folder', 'clear_folder', 'RunStart', 'RunRecord', 'read_run',
-           'dataset_hash', 'run_identity', 'StepReport', 'table_csv', 'append_row', 'read_table', 'mean_interval',
-           'ValidationRow', 'validation_rows', 'best_step', 'loss_figure', 'sample_files', 'sample_sheet', 'Progress',
-           'Look', 'pace', 'changed', 'RunWatch']
+           'dataset_hash', 'run_identity', 'StepReport', 'table_csv', 'append_row', 'read_table', 'ValidationRow',
+           'validation_rows', 'best_step', 'loss_figure', 'sample_files', 'sample_sheet', 'Progress', 'Look', 'pace',
+           'changed', 'RunWatch']
 
 # %% ../../nbs/3_train/05_runs.ipynb #b9a9c9f9
 import csv
@@ -17,6 +17,7 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from math import isnan
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,8 +25,9 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from ..config import AppConfig, LoraMvpError, atomic_write, derive_seed
+from ..config import AppConfig, LoraMvpError, atomic_write
 from ..data.manifest import Manifest
+from ..stats import mean_interval
 from .checkpoints import checkpoints
 
 # %% ../../nbs/3_train/05_runs.ipynb #98b7e68b
@@ -219,17 +221,6 @@ def read_table(
         what = f"{file} is not a table with the columns {', '.join(kind.__dataclass_fields__)}, or has changed since it was written."
         raise LoraMvpError("table_unreadable", what) from e
 
-# %% ../../nbs/3_train/05_runs.ipynb #bf478d29
-def mean_interval(values: list[float], seed: int = 0) -> tuple[float, float | None, float | None]:  # mean, low, high
-    "Mean and 95 % percentile bootstrap interval; no interval for a single value."
-    x = np.asarray(values, dtype=np.float64)
-    if len(x) < 2:
-        return float(x.mean()), None, None
-    rng = np.random.default_rng(derive_seed(seed, "interval", len(x)))
-    means = x[rng.integers(len(x), size=(2000, len(x)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(x.mean()), float(low), float(high)
-
 # %% ../../nbs/3_train/05_runs.ipynb #362d4a47
 @dataclass
 class ValidationRow:
@@ -239,7 +230,7 @@ class ValidationRow:
     split: str  # val or train
     images: int
     loss: float
-    loss_low: float | None
+    loss_low: float | None  # no ends, and empty cells, below six images
     loss_high: float | None
     change: float  # against step 0, image by image
     change_low: float | None
@@ -249,13 +240,17 @@ class ValidationRow:
 ImageLosses = dict[str, dict[int, list[float]]]  # split -> step -> one loss per image
 
 
+def _mean_and_ends(values: list[float]) -> list[float | None]:
+    return [None if isnan(x) else x for x in mean_interval(values)]
+
+
 def validation_rows(losses: ImageLosses) -> list[ValidationRow]:
     "Means with their intervals, in order of step."
     rows = []
     for split, by_step in losses.items():
         for step, values in by_step.items():
             paired = [a - b for a, b in zip(values, by_step[0])]
-            rows.append(ValidationRow(step, split, len(values), *mean_interval(values), *mean_interval(paired)))
+            rows.append(ValidationRow(step, split, len(values), *_mean_and_ends(values), *_mean_and_ends(paired)))
     return sorted(rows, key=lambda row: (row.step, row.split))
 
 
@@ -289,8 +284,9 @@ def _changes(ax, rows: list[ValidationRow]) -> None:
         part = [row for row in rows if row.split == split]
         x = [row.step for row in part]
         ax.plot(x, [row.change for row in part], "o-", color=colour, label=f"{split}, {part[0].images} images")
-        low, high = ([getattr(row, f"change_{end}") or row.change for row in part] for end in ("low", "high"))
-        ax.fill_between(x, low, high, color=colour, alpha=0.2)
+        band = [(row.step, row.change_low, row.change_high) for row in part if row.change_low is not None]
+        if band:
+            ax.fill_between(*zip(*band), color=colour, alpha=0.2)
     ax.axhline(0, color="0.6", linewidth=0.8)
     if best is not None:
         ax.axvline(best, color="C1", linestyle=":", label=f"best step {best}")
