@@ -18,7 +18,9 @@ from .engines import Engine
 from .jobs import TERMINAL, Job, JobSpec, Kind
 from .records import Records
 from .work import write_settings
-from ..config import ApiConfig, AppConfig, LoraMvpError, atomic_write, load_config
+from ..config import ApiConfig, AppConfig, load_config
+from ..errors import LoraMvpError
+from ..files import atomic_write
 
 # %% ../../nbs/6_api/12_admission.ipynb #b5475d25
 SIZES = [("data", "image_size"), ("data", "min_resolution"), ("training", "resolution")]

@@ -17,7 +17,8 @@ from .engines import Engine, Life
 from .folders import Result
 from .jobs import ACTIVE, RETRIED, Job, JobError
 from .records import Records
-from ..config import ApiConfig, LoraMvpError
+from ..config import ApiConfig
+from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/13_attempts.ipynb #c46ba58d
 class Silence:

@@ -31,7 +31,7 @@ from .jobs import TERMINAL
 from .routes import JobId, folder_of
 from .service import Service
 from .views import ArtifactPage, CheckpointPage, CheckpointView, EventPage, artifact_view
-from ..config import LoraMvpError
+from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/20_downloads.ipynb #1077a26b
 def wanted_range(

@@ -30,7 +30,7 @@ from starlette.types import Scope as Connection
 
 from .access import Scope, Token, Tokens, is_loopback, known_secrets, redact
 from .problems import CODE_OF, PROBLEM_TYPE, STATUS_OF, problem
-from ..config import LoraMvpError
+from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/16_edge.ipynb #36dec359
 _logger = logging.getLogger("lora_mvp.api")

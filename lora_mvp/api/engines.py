@@ -21,7 +21,8 @@ import psutil
 from .folders import JobFolder
 from .jobs import Job
 from .processes import MARK, end_all, is_alive, ref_of
-from ..config import ApiConfig, LoraMvpError
+from ..config import ApiConfig
+from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/10_engines.ipynb #29541660
 Life = Literal["alive", "exited", "gone", "unknown"]

@@ -24,7 +24,8 @@ from .backend import Backend
 from .edge import Edge, Gate, log_as_json
 from .engines import Engine
 from .problems import ERRORS, on_error, on_http_error, on_invalid, with_problems
-from ..config import AppConfig, LoraMvpError, load_config
+from ..config import AppConfig, load_config
+from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/22_main.ipynb #f531ac05
 def server_config(

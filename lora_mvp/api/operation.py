@@ -19,7 +19,7 @@ from fastapi import APIRouter, Request, Response
 from .edge import READ
 from .problems import ProblemPart, problem, without_paths
 from .views import Health, Ready
-from ..config import LoraMvpError
+from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/21_operation.ipynb #ca44e898
 router = APIRouter()

@@ -18,7 +18,8 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from .access import known_secrets, redact
-from ..config import AppConfig, LoraMvpError
+from ..config import AppConfig
+from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/15_problems.ipynb #310edd06
 class ProblemPart(BaseModel):

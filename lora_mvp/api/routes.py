@@ -20,7 +20,7 @@ from .folders import JobFolder
 from .jobs import ALPHABET, TERMINAL, Job, JobSpec, Kind, Status
 from .service import Service
 from .views import EvaluateRequest, IdempotencyKey, JobPage, JobView, RetryRequest, TrainRequest, view
-from ..config import LoraMvpError
+from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/19_routes.ipynb #37a8dba9
 router = APIRouter()

@@ -27,7 +27,7 @@ from .folders import Heartbeat, JobFolder, Result
 from .jobs import Job, JobError, now
 from .processes import MARK, adopt_orphans, end_all, marked, ref_of, send_signal
 from .work import FENCED, FULL, die_with_parent, read_settings
-from ..config import LoraMvpError
+from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/09_runner.ipynb #1df37bfb
 class JobLog:
