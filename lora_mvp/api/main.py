@@ -108,8 +108,7 @@ def create_app(
         app.add_exception_handler(error, handler)
     app.add_middleware(Gate)
     app.add_middleware(Edge)  # the outermost
-    document = app.openapi
-    app.openapi = lambda: with_problems(document())
+    app.openapi = lambda build=app.openapi: with_problems(build())
     return app
 
 # %% ../../nbs/6_api/22_main.ipynb #beba6ec3

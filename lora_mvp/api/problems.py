@@ -62,32 +62,19 @@ def problem(
     return Response(body.model_dump_json(), status, later | late | asked | (headers or {}), PROBLEM_TYPE)
 
 # %% ../../nbs/6_api/15_problems.ipynb #4939ce7b
-STATUS_OF = {  # code of a LoraMvpError -> HTTP status; 422 for all others
-    "token_missing": 401,
-    "scope_missing": 403,
-    "not_yours": 403,
-    "token_required": 403,
-    "origin_forbidden": 403,
-    "path_forbidden": 403,
-    "model_forbidden": 403,
-    "unsafe_weights": 403,
-    "job_not_found": 404,
-    "artifact_not_found": 404,
-    "page_not_found": 404,
-    "job_not_terminal": 409,
-    "job_not_succeeded": 409,
-    "artifact_gone": 410,
-    "range_not_satisfiable": 416,
-    "queue_full": 429,
-    "store_full": 429,
-    "rate_limited": 429,
-    "disk_low": 503,
-    "draining": 503,
-    "not_ready": 503,
-    "engine_unavailable": 503,
-    "store_failed": 503,
-    "not_writable": 503,
+_CODES = {
+    401: "token_missing",
+    403: "scope_missing not_yours token_required origin_forbidden path_forbidden model_forbidden unsafe_weights",
+    404: "job_not_found artifact_not_found page_not_found",
+    409: "job_not_terminal job_not_succeeded",
+    410: "artifact_gone",
+    416: "range_not_satisfiable",
+    429: "queue_full store_full rate_limited",
+    503: "disk_low draining not_ready engine_unavailable store_failed not_writable",
 }
+STATUS_OF = {code: status for status, codes in _CODES.items() for code in codes.split()}  # 422 for all others
+
+# %% ../../nbs/6_api/15_problems.ipynb #4b03936f
 CODE_OF = {  # of errors that have no name but their status
     400: "bad_request",
     404: "not_found",

@@ -31,7 +31,7 @@ IdempotencyKey = Annotated[str | None, _KEY]
 class _Asked(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-
+# %% ../../nbs/6_api/17_views.ipynb #c5f155df
 class TrainRequest(_Asked):
     "A training."
 
