@@ -722,3 +722,18 @@ def over(client, job):
     """The job, once it has ended."""
     found = client.get(f"/status/{job}").json()
     return found["status"] in TERMINAL and found
+
+
+@pytest.mark.parametrize(
+    "module, name, methods",
+    [
+        ("service", "Service", {"submit", "cancel", "retry", "delete", "tick", "start", "drain", "ready"}),
+        ("client", "Client", {"train", "evaluate", "status", "events", "logs", "wait", "download"}),
+        ("runner", "Runner", {"run", "start", "beat", "look", "press", "conclude"}),
+        ("engines", "LocalEngine", {"capacity", "start", "poll", "stop", "describe"}),
+    ],
+)
+def test_an_editor_completes_the_methods(module, name, methods):
+    jedi = pytest.importorskip("jedi")
+    code = f"from lora_mvp.api.{module} import {name}\ndef f(it: {name}):\n    it."
+    assert methods <= {found.name for found in jedi.Script(code).complete(3, 7)}

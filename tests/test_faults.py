@@ -1,4 +1,4 @@
-"""The promise of chapters 13b to 14a: whatever dies, every job that was taken ends once, with nothing left behind.
+"""The promise of the service: whatever dies, every job that was taken ends once, with nothing left behind.
 
 Processes are real and really killed. The training in them is a stand-in (stand_in.py), but for the one in
 test_resume.py; rows are those of the fault table that the service was designed with.
