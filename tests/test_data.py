@@ -956,7 +956,7 @@ def test_a_plain_list_is_a_manifest(tmp_path):
 
 def test_stopped_in_the_middle(tmp_path, monkeypatch):
     "An error while writing leaves the earlier manifest and its files; the next run completes."
-    from lora_mvp.data.prepare import storage
+    from lora_mvp.data import storage
 
     raw = fill(tmp_path / "raw", cat=4)
     first = prepare_data(settings(tmp_path))

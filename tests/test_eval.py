@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from lora_mvp.config import LoraMvpError, load_config
+from lora_mvp.eval import evaluator as evaluation
 from lora_mvp.eval.evaluator import Metrics, evaluate, find_real, score
-from lora_mvp.eval.evaluator import evaluator as evaluation
 from lora_mvp.eval.extractors import ClipExtractor
 from lora_mvp.eval.samples import read_plan
 from lora_mvp.eval.scores import table

@@ -12,9 +12,9 @@ from PIL import Image
 
 from lora_mvp.cli import main
 from lora_mvp.config import LoraMvpError
+from lora_mvp.eval import evaluator as evaluation
 from lora_mvp.eval.copies import find_real
 from lora_mvp.eval.evaluator import Evaluator
-from lora_mvp.eval.evaluator import evaluator as evaluation
 from lora_mvp.eval.extractors import find_extractor
 from lora_mvp.eval.metrics import alignment
 from lora_mvp.eval.scores import Metrics, compare_samples, sample_scores

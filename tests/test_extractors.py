@@ -14,7 +14,7 @@ from transformers import CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
 from lora_mvp.config import LoraMvpError, load_config
 from lora_mvp.data.images import open_rgb
-from lora_mvp.eval.evaluator import extractors
+from lora_mvp.eval import extractors
 from lora_mvp.eval.extractors import (
     ClipExtractor,
     DinoExtractor,
