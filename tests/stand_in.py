@@ -21,8 +21,9 @@ import time
 from pathlib import Path
 
 from lora_mvp.api.folders import JobFolder, jobs_in
+from lora_mvp.api.job_settings import read_settings
 from lora_mvp.api.jobs import Job, JobSpec
-from lora_mvp.api.work import Reporter, read_settings
+from lora_mvp.api.reporter import Reporter
 from lora_mvp.config import AppConfig, LoraMvpError, load_config
 
 HERE = [sys.executable, os.path.abspath(__file__)]
@@ -167,5 +168,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "work":
         from lora_mvp.api import work
 
-        sys.exit(work.main(sys.argv[2:], do))
+        sys.exit(work.do_attempt(sys.argv[2:], do))
     serve(sys.argv[2])

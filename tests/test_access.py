@@ -9,7 +9,8 @@ import threading
 
 import pytest
 
-from lora_mvp.api import access
+from lora_mvp.api import access, paths
+from lora_mvp.api.tokens import Tokens, new_token
 from lora_mvp.config import ApiConfig, LoraMvpError
 
 
@@ -23,7 +24,7 @@ def api(tmp_path):
 
 
 def read(root, name):
-    with open(access.open_confined(root, name)) as file:
+    with open(paths.open_confined(root, name)) as file:
         return file.read()
 
 
@@ -60,12 +61,12 @@ def test_pipes_and_devices_do_not_hold_the_reader_up(api, tmp_path):
     os.symlink("/dev/zero", tmp_path / "data/zero")
     for name in ("pipe", "zero"):
         with pytest.raises(LoraMvpError, match="regular file|link"):
-            access.confined(tmp_path / "data", name)
+            paths.confined(tmp_path / "data", name)
     with pytest.raises(LoraMvpError) as error:
         access.check_model("pipe.safetensors", None, api)
     assert error.value.code == "path_forbidden"
     with pytest.raises(LoraMvpError) as error:  # a device as the root itself, and a file in place of a folder
-        access.confined(tmp_path / "data/cats/file", "x")
+        paths.confined(tmp_path / "data/cats/file", "x")
     assert error.value.code == "path_missing"
 
 
@@ -165,8 +166,8 @@ def test_a_manifest_with_a_picture_elsewhere_is_refused(api, tmp_path):
 
 def test_a_token_is_worth_nothing_once_its_line_is_gone(tmp_path):
     file = tmp_path / "tokens"
-    secrets = {name: access.new_token(file, name, "submit") for name in ("ana", "bob")}
-    tokens = access.Tokens(file)
+    secrets = {name: new_token(file, name, "submit") for name in ("ana", "bob")}
+    tokens = Tokens(file)
     assert {name: tokens.check(f"Bearer {secret}").id for name, secret in secrets.items()} == {n: n for n in secrets}
     lines = file.read_text().splitlines(keepends=True)
     file.write_text(lines[1])

@@ -27,8 +27,8 @@ from PIL import Image
 from test_access import Canary
 
 from lora_mvp.api import downloads, edge, main
-from lora_mvp.api.access import SCOPES, new_token
 from lora_mvp.api.jobs import TERMINAL
+from lora_mvp.api.tokens import SCOPES, new_token
 from lora_mvp.config import AppConfig
 
 ASKED = {"manifest": "cats/manifest.json", "config": {"training.max_train_steps": 20}}

@@ -1,4 +1,4 @@
-"""The promise of chapter 13a: a store that has answered has it on the disk, whatever happens next.
+"""The promise of `Store` in lora_mvp.api.jobs: a store that has answered has it on the disk, whatever happens next.
 
 One suite of what every store must do runs over the JSON file, SQLite and a real PostgreSQL server. What can only happen
 to files is done to files: processes are killed, disks are full, files are cut off.
@@ -29,7 +29,10 @@ from postgres import over_tcp, postgres
 from store_clients import example, new_id, open_and_say, submit_until_killed
 
 from lora_mvp.api.jobs import Job, JobSpec, moved, noted, now, transition
-from lora_mvp.api.stores import JsonStore, SqlStore, StateFile, open_store, pack, unpack
+from lora_mvp.api.json_store import JsonStore
+from lora_mvp.api.sql_store import SqlStore
+from lora_mvp.api.state_file import StateFile, pack_jobs, unpack_jobs
+from lora_mvp.api.stores import open_store
 from lora_mvp.config import ApiConfig, LoraMvpError
 
 STRANGE = {"a": 'quote " slash \\ line\nend', "nul": "\0", "smile": "\U0001f600", "big": 2**70, "list": [None, 1.5, []]}
@@ -550,12 +553,12 @@ def test_a_broken_state_file_is_moved_aside_and_its_jobs_come_back(tmp_path, how
 
 
 def test_the_checksum_covers_every_byte_of_the_jobs():
-    raw = pack(1, [example().model_dump_json().encode() for _ in range(3)])
+    raw = pack_jobs(1, [example().model_dump_json().encode() for _ in range(3)])
     start = raw.index(b"[\n") + 2
     for k in range(start, len(raw), 97):
         changed = raw[:k] + bytes([raw[k] ^ 1]) + raw[k + 1 :]
         with pytest.raises(ValueError):
-            unpack(changed)
+            unpack_jobs(changed)
 
 
 @pytest.mark.parametrize("ending, how", [(".json", how) for how in DAMAGE] + [(".db", how) for how in SQLITE_DAMAGE])
@@ -751,7 +754,7 @@ def test_a_connection_that_is_reset_is_made_anew(server, request, caplog):
         assert store.problem is None and store.page() == [job] and store.create(example())[1]
         store.close()
     told = [record for record in caplog.records if record.levelname != "DEBUG"]
-    assert told and all(record.name == "lora_mvp.api.stores" and not record.exc_info for record in told)
+    assert told and all(record.name == "lora_mvp.api.sql_store" and not record.exc_info for record in told)
     assert "geheim" not in caplog.text
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from .access import check_manifest, check_overrides
 from .engines import Engine
+from .job_settings import write_settings
 from .jobs import TERMINAL, Job, JobSpec, Kind
 from .records import Records
-from .work import write_settings
 from ..config import ApiConfig, AppConfig, load_config
 from ..errors import LoraMvpError
 from ..files import atomic_write

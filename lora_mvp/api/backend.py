@@ -14,13 +14,13 @@ from typing import get_args
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from .access import Tokens
 from .edge import Buckets
 from .engines import Engine, LocalEngine
 from .folders import jobs_in
 from .jobs import Kind, Status
 from .service import Service
 from .stores import open_store
+from .tokens import Tokens
 from ..config import AppConfig
 
 # %% ../../nbs/6_api/18_backend.ipynb #98823bd9

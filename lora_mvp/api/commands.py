@@ -58,8 +58,8 @@ def cmd_serve(args: argparse.Namespace) -> None:
     "Run the job service until Ctrl-C or SIGTERM; its jobs go on and are found again."
     import uvicorn
 
-    from lora_mvp.api.access import Tokens, check_listen
     from lora_mvp.api.main import create_app, server_config
+    from lora_mvp.api.tokens import Tokens, check_listen
 
     config = server_config(args.config, args.set or [])
     check_listen(args.host, Tokens(config.api.tokens_file))
@@ -82,8 +82,8 @@ def cmd_serve(args: argparse.Namespace) -> None:
 # %% ../../nbs/6_api/26_commands.ipynb #8b1341b5
 def cmd_token(args: argparse.Namespace) -> None:
     "Make an access token; its secret is shown once and kept nowhere."
-    from lora_mvp.api.access import new_token
     from lora_mvp.api.main import server_config
+    from lora_mvp.api.tokens import new_token
 
     file = server_config(args.config, args.set or []).api.tokens_file
     if file is None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from .access import is_loopback
+from .tokens import is_loopback
 from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/23_connection.ipynb #7ca261af

@@ -23,11 +23,12 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 
-from .access import open_confined
+from .artifacts import Artifact
 from .backend import Backend
 from .edge import READ
-from .folders import Artifact, JobFolder
+from .folders import JobFolder
 from .jobs import TERMINAL
+from .paths import open_confined
 from .routes import JobId, folder_of
 from .service import Service
 from .views import ArtifactPage, CheckpointPage, CheckpointView, EventPage, artifact_view

@@ -28,8 +28,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as Connection
 
-from .access import Scope, Token, Tokens, is_loopback, known_secrets, redact
 from .problems import CODE_OF, PROBLEM_TYPE, STATUS_OF, problem
+from .redaction import known_secrets, redact
+from .tokens import Scope, Token, Tokens, is_loopback
 from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/16_edge.ipynb #36dec359

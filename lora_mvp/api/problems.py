@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from .access import known_secrets, redact
+from .redaction import known_secrets, redact
 from ..config import AppConfig
 from ..errors import LoraMvpError
 

@@ -14,11 +14,11 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import Field
 
-from .access import Token
 from .edge import READ, SUBMIT
 from .folders import JobFolder
 from .jobs import ALPHABET, TERMINAL, Job, JobSpec, Kind, Status
 from .service import Service
+from .tokens import Token
 from .views import EvaluateRequest, IdempotencyKey, JobPage, JobView, RetryRequest, TrainRequest, view
 from ..errors import LoraMvpError
 

@@ -22,11 +22,13 @@ from pathlib import Path
 
 import psutil
 
-from .access import known_secrets, redact
 from .folders import Heartbeat, JobFolder, Result
+from .job_settings import read_settings
 from .jobs import Job, JobError, now
 from .processes import MARK, adopt_orphans, end_all, marked, ref_of, send_signal
-from .work import FENCED, FULL, die_with_parent, read_settings
+from .redaction import known_secrets, redact
+from .reporter import FENCED
+from .work import FULL, die_with_parent
 from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/09_runner.ipynb #1df37bfb

@@ -15,9 +15,9 @@ from urllib.parse import quote
 from fastapi import Header
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from .access import plain
-from .folders import Artifact
+from .artifacts import Artifact
 from .jobs import TERMINAL, Job, JobError, JobSpec, Kind, Status
+from .plain import plain
 from .service import Service
 
 # %% ../../nbs/6_api/17_views.ipynb #63b90ca9
