@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .client import Client
-from .watching import Bar, job_line, job_paragraph, leaving, watch
+from .watching import Bar, job_paragraph, jobs_table, leaving, watch
 from ..config import override_values
 from ..errors import LoraMvpError
 
@@ -129,8 +129,10 @@ def jobs_retry(args: argparse.Namespace) -> None:
 def jobs_list(args: argparse.Namespace) -> None:
     "List jobs, the newest first."
     with client_for(args) as client:
-        for job in client.jobs(args.status, args.kind, args.limit):
-            print(json.dumps(job) if args.json else job_line(job))
+        jobs = list(client.jobs(args.status, args.kind, args.limit))
+    lines = [json.dumps(job) for job in jobs] if args.json else [jobs_table(jobs)]
+    if jobs:
+        print(*lines, sep="\n")
 
 # %% ../../nbs/6_api/26_commands.ipynb #47aee6c0
 def jobs_status(args: argparse.Namespace) -> None:
