@@ -20,7 +20,7 @@ from ..errors import LoraMvpError
 # %% ../../nbs/6_api/25_watching.ipynb #41eca35d
 def terminal_text(text: Any) -> str:
     "Text that a terminal shows and does not obey."
-    return "".join(c if c.isterminal_text() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
 
 # %% ../../nbs/6_api/25_watching.ipynb #7e0f1868
 def duration(seconds: float) -> str:
