@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BODY_SECONDS', 'SEND_SECONDS', 'MAX_BODY', 'READ', 'SUBMIT', 'JsonLines', 'log_as_json', 'Buckets', 'request_id',
-           'facts_of', 'Exchange', 'plain_failure', 'Edge', 'admitted', 'Gate', 'needs']
+           'request_facts', 'Exchange', 'plain_failure', 'Edge', 'admitted', 'Gate', 'needs']
 
 # %% ../../nbs/6_api/16_edge.ipynb #39868d3a
 import json
@@ -100,7 +100,7 @@ def request_id(
     return given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else secrets.token_hex(8)
 
 # %% ../../nbs/6_api/16_edge.ipynb #c9e58089
-def facts_of(
+def request_facts(
     scope: Connection,
     status: int,
     seconds: float,
@@ -180,7 +180,7 @@ class Exchange:
     def log(self, broken: Exception | None) -> None:
         "Write a line for this request, and count it."
         seconds, method = time.monotonic() - self.began, self.scope["method"]
-        facts = {"facts": facts_of(self.scope, self.status, seconds)}
+        facts = {"facts": request_facts(self.scope, self.status, seconds)}
         if broken is None:
             _logger.info("request", extra=facts)
         else:
