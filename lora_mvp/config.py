@@ -39,11 +39,11 @@ def derive_seed(
 def _absolute(path: str | os.PathLike, base: Path) -> Path:
     return Path(os.path.abspath(base / os.path.expanduser(path)))
 
-
+# %% ../nbs/08_config.ipynb #16fa9a1f
 def _anchor_path(path: Path, info) -> Path:
     return _absolute(path, info.context["base"]) if info.context else path
 
-
+# %% ../nbs/08_config.ipynb #e07fb2f1
 def _anchor_model(name: str, info) -> str:
     "A model name stays as it is; what is a folder becomes an absolute path."
     if not info.context or name == "tiny":
@@ -52,7 +52,7 @@ def _anchor_model(name: str, info) -> str:
     looks_local = name.startswith((".", "~", "/", "\\")) or os.path.isabs(name) or name.count("/") > 1
     return str(folder) if looks_local or folder.exists() else name
 
-
+# %% ../nbs/08_config.ipynb #d42fa7bd
 def _anchor_extractor(name: str, info) -> str:
     "`kind:place`, in which the place is treated as the name of a model."
     kind, colon, place = name.partition(":")
@@ -77,12 +77,12 @@ def _not_empty(value: Any) -> Any:
         raise ValueError("must not be empty")
     return value
 
-
+# %% ../nbs/08_config.ipynb #c9437768
 def _as_text(value: Any) -> Any:
     "A path given from Python becomes its text."
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
-
+# %% ../nbs/08_config.ipynb #3486f495
 def _known_fields(template: str) -> str:
     try:
         fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
@@ -93,7 +93,7 @@ def _known_fields(template: str) -> str:
         raise ValueError(f"has the placeholder {names}; there are {{label}}, {{trigger}} and {{stem}}")
     return template
 
-
+# %% ../nbs/08_config.ipynb #1b8ed440
 def _plain_fields(template: str) -> str:
     template.format(label="x", trigger="x", stem="x")  # refuses what only looks right, such as {label!z} or {label:d}
     return template
@@ -135,11 +135,11 @@ CHECKS: dict[str, Severity] = {
     "caption_too_long": "warn",
 }
 
-
+# %% ../nbs/08_config.ipynb #533cea1c
 def _all_checks(given: dict[str, Severity]) -> dict[str, Severity]:
     return {code: given.get(code, severity) for code, severity in CHECKS.items()}
 
-
+# %% ../nbs/08_config.ipynb #3cb38792
 def _colour(text: str) -> str:
     if not re.fullmatch("#[0-9a-fA-F]{6}", text):
         raise ValueError("is no colour; write it as #rrggbb, for example #ffffff")
@@ -220,7 +220,7 @@ def _targets(value: str) -> str:
         raise ValueError(f"is neither attention, attention_ff, all nor a regular expression ({error})") from None
     return value
 
-
+# %% ../nbs/08_config.ipynb #cf3e5afe
 class _AdapterKeys(_LoopKeys):
     lora_rank: Count = Field(8, description="inner size of the adapter; more learns more and weighs more")
     lora_alpha: Count = Field(16, description="strength of the adapter; it acts with alpha / rank")

@@ -22,8 +22,8 @@ from .data.manifest import Manifest
 from .data.prepare import prepare_data, summary
 from .eval.evaluator import Metrics, score, table
 from .eval.extractors import scorer_for
+from .files import asset
 from .infer import load_run, render
-from .models.base import asset
 from .train.loop import train
 from .train.runs import RunFolder, RunRecord
 

@@ -66,7 +66,7 @@ _SCALARS = {
     "tag:yaml.org,2002:str": str,
 }
 
-
+# %% ../nbs/06_yaml.ipynb #4990611e
 def _values(node: yaml.Node, at: tuple, lines: dict, problems: list) -> Any:
     "The value of a YAML node; the line of each key goes into `lines`, what is wrong into `problems`."
     line = lines[at] = node.start_mark.line + 1
@@ -83,7 +83,7 @@ def _values(node: yaml.Node, at: tuple, lines: dict, problems: list) -> Any:
     else:
         return _pairs(node, at, lines, problems)
 
-
+# %% ../nbs/06_yaml.ipynb #f017ab38
 def _pairs(node: yaml.MappingNode, at: tuple, lines: dict, problems: list) -> dict:
     found = {}
     for key, value in node.value:

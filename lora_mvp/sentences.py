@@ -38,7 +38,7 @@ _KINDS = {
     "null": "null",
 }
 
-
+# %% ../nbs/07_sentences.ipynb #6fbb4f74
 def allowed(
     schema: dict,  # the JSON Schema of one key
 ) -> str:

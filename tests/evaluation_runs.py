@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lora_mvp.config import load_config
 from lora_mvp.data.prepare import prepare_data
-from lora_mvp.models.base import asset
+from lora_mvp.files import asset
 from lora_mvp.train.loop import train
 
 HELD_OUT = str(asset("demo", "heldout") / "**" / "*.png")

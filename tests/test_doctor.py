@@ -11,8 +11,11 @@ from PIL import Image
 
 from lora_mvp.config import TrainingConfig, load_config
 from lora_mvp.data.prepare import prepare_data
+from lora_mvp.files import asset
 from lora_mvp.models.adapters import add_lora
-from lora_mvp.models.base import asset, encode_text, family_of, load_base, random_base, text_parts, unet_arguments
+from lora_mvp.models.base import load_base
+from lora_mvp.models.families import encode_text, family_of, text_parts, unet_arguments
+from lora_mvp.models.miniatures import random_base
 from lora_mvp.train.diagnosis import doctor, doctor_text
 from lora_mvp.train.memory import LiveBytes, MemoryEstimate, advice, full_bytes, skeleton, step_bytes
 from lora_mvp.train.objectives import image_losses

@@ -8,23 +8,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_mvp.config import LoraMvpError, TrainingConfig
-from lora_mvp.models.adapters import WEIGHTS, adapter_layers, adapter_parameters, add_lora, save_adapter, set_scale
-from lora_mvp.models.base import load_base, random_base
-from lora_mvp.models.exports import (
-    KOHYA_WEIGHTS,
-    certify,
-    differences,
-    export_adapter,
-    export_fused,
-    kohya_state,
-    load_kohya,
+from lora_mvp.config import TrainingConfig
+from lora_mvp.errors import LoraMvpError
+from lora_mvp.models.adapters import (
+    WEIGHTS,
+    adapter_layers,
+    adapter_parameters,
+    add_lora,
     load_public,
-    probe,
-    write_kohya,
+    save_adapter,
+    set_scale,
 )
+from lora_mvp.models.base import load_base
+from lora_mvp.models.exports import export_adapter, export_fused
 from lora_mvp.models.inspection import describe, inspect_adapter
+from lora_mvp.models.kohya import kohya_state, load_kohya, write_kohya
+from lora_mvp.models.miniatures import random_base
+from lora_mvp.models.proof import certify, differences, probe
 
+KOHYA_WEIGHTS = "lora_kohya.safetensors"
 SGM = {  # SDXL's blocks in Stability's code and in diffusers, written down one by one
     "input_blocks_1_0": "down_blocks.0.resnets.0",
     "input_blocks_2_0": "down_blocks.0.resnets.1",

@@ -28,7 +28,7 @@ from lora_mvp.eval.extractors import (
     wrap_module,
 )
 from lora_mvp.eval.metrics import alignment, frechet_distance, similarity
-from lora_mvp.models.base import asset
+from lora_mvp.files import asset
 
 
 def noise_pictures(n, seed, size=(40, 32)):

@@ -22,7 +22,9 @@ from lora_mvp.config import LoraMvpError, load_config
 from lora_mvp.data.prepare import prepare_data
 from lora_mvp.data.steps import Plan
 from lora_mvp.data.storage import OBLONG, bucket_of
-from lora_mvp.models.base import encode_text, granularity, load_base, random_base, unet_arguments
+from lora_mvp.models.base import load_base
+from lora_mvp.models.families import encode_text, granularity, unet_arguments
+from lora_mvp.models.miniatures import random_base
 from lora_mvp.train.latents import (
     Source,
     TextTable,

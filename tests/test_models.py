@@ -14,25 +14,22 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from lora_mvp.config import LoraMvpError
-from lora_mvp.models.base import (
+from lora_mvp.errors import LoraMvpError
+from lora_mvp.files import asset
+from lora_mvp.models.base import base_revision, find_base, load_base, weights_hash
+from lora_mvp.models.drawing import sample
+from lora_mvp.models.families import (
     FAMILIES,
-    asset,
-    base_revision,
-    check_folder,
     encode_text,
     family_of,
-    find_base,
     granularity,
-    load_base,
     native_size,
-    random_base,
-    sample,
     text_parts,
     time_ids,
     unet_arguments,
-    weights_hash,
 )
+from lora_mvp.models.layouts import check_folder
+from lora_mvp.models.miniatures import random_base
 
 SINGLE = ("sd1", "sd2", "sdxl")
 
@@ -368,6 +365,7 @@ def test_a_hub_model_comes_from_the_cache_with_its_commit(bases, tmp_path):
     one_file(bases["sd1"], "sd1", tmp_path / "alone.safetensors")
     code = f"""
 from lora_mvp.models.base import *
+from lora_mvp.models.families import family_of
 for revision in (None, "main", "{commit}"):
     pipe = load_base("me/small-xl", revision=revision)
     assert base_revision(pipe) == base_revision("me/small-xl", revision) == "{commit}", base_revision(pipe)

@@ -31,7 +31,7 @@ EVERYTHING = {"text_encoder_learning_rate": 1e-4, "snr_gamma": 5.0, "caption_dro
     ids=["sd1", "sd2", "sdxl", "sdxl-bf16"],
 )
 def test_every_family_trains_resumes_and_exports(drawings, small_run, tmp_path, family, changes):
-    from lora_mvp.models.base import random_base
+    from lora_mvp.models.miniatures import random_base
     from lora_mvp.train.loop import train
 
     base = random_base(family, tmp_path / "base")

@@ -55,9 +55,10 @@ def plain(
 
 # %% ../../nbs/6_api/06_plain.ipynb #54d18e91
 def _no_number(word: str) -> None:
+    "Python's parser takes `NaN` and `Infinity`; JSON has neither."
     raise ValueError(f"{word} is no number in JSON")
 
-
+# %% ../../nbs/6_api/06_plain.ipynb #d17982ed
 def read_plain(
     data: bytes,  # JSON in UTF-8
     what: str = "the body",  # for the sentence

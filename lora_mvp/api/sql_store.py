@@ -203,6 +203,19 @@ def _reason(error: Exception) -> str:
     system = next((link.strerror for link in chain if isinstance(link, OSError) and link.strerror), "")
     return said if not system or system in said else f"{said}: {system}"
 
+# %% ../../nbs/6_api/04_sql_store.ipynb #b516854c
+def _connection(engine: sa.Engine) -> sa.Connection:
+    "One of the pool that answers, or a new one."
+    try:
+        return engine.connect()
+    except SQLAlchemyError:
+        raise
+    except OSError:  # of a connection that was reset: neither pg8000 nor the pool's own test sees to it
+        engine.dispose()
+        return engine.connect()
+    except Exception as error:  # such as TypeError for a part of the address that the driver has no use for
+        raise ArgumentError(f"no connection can be made with this address: {error}") from error
+
 # %% ../../nbs/6_api/04_sql_store.ipynb #2077588f
 class _Database:
     "The connections of a `SqlStore`."
@@ -229,22 +242,10 @@ class _Database:
 
     def rows(self, query) -> list:
         try:
-            with self._connect() as connection:
+            with _connection(self.engine) as connection:
                 return list(connection.execute(query))
         except (SQLAlchemyError, OSError) as error:
             raise store_failed(f"{self.where}: {_reason(error)}.") from error
-
-    def _connect(self) -> sa.Connection:
-        "One of the pool that answers, or a new one."
-        try:
-            return self.engine.connect()
-        except SQLAlchemyError:
-            raise
-        except OSError:  # of a connection that was reset: neither pg8000 nor the pool's own test sees to it
-            self.engine.dispose()
-            return self.engine.connect()
-        except Exception as error:  # such as TypeError for a part of the address that the driver has no use for
-            raise ArgumentError(f"no connection can be made with this address: {error}") from error
 
     def _living(self) -> sa.Connection:
         "The writing connection, in working order and, for PostgreSQL, with the lock."
@@ -258,7 +259,7 @@ class _Database:
         except (SQLAlchemyError, OSError):
             _logger.warning("%s: the connection was lost; making another", self.where)
         self._drop_writer()
-        connection = self._connect()
+        connection = _connection(self.engine)
         if not self.path and (error := _hold_tables(connection, self.where)):
             connection.close()
             self.failure = error.message
@@ -286,6 +287,31 @@ def _parsed(record: str) -> Job:
         return Job.model_validate_json(record)
     except ValueError as error:
         raise store_failed(f"A record of a job cannot be read: {record[:60]}...") from error
+
+# %% ../../nbs/6_api/04_sql_store.ipynb #f22d29f3
+def _with_key(connection: sa.Connection, job: Job) -> Job | None:
+    "The newest job of the same owner that came with the same key."
+    same = sa.select(_jobs.c.record).where(_jobs.c.owner == job.owner, _jobs.c.key == job.key)
+    record = connection.execute(same.order_by(_jobs.c.id.desc()).limit(1)).scalar()
+    return _parsed(record) if record else None
+
+# %% ../../nbs/6_api/04_sql_store.ipynb #af8b810e
+def _page_query(
+    status: set[str] | None,
+    kind: str | None,
+    after: str | None,
+    limit: int,
+    oldest_first: bool,
+) -> sa.Select:
+    "The records of a page, as `Store.page` describes it."
+    query = sa.select(_jobs.c.record).order_by(_jobs.c.id if oldest_first else _jobs.c.id.desc()).limit(limit)
+    if status is not None:
+        query = query.where(_jobs.c.status.in_(sorted(status)))
+    if kind is not None:
+        query = query.where(_jobs.c.kind == kind)
+    if after is not None:
+        query = query.where(_jobs.c.id > after if oldest_first else _jobs.c.id < after)
+    return query
 
 # %% ../../nbs/6_api/04_sql_store.ipynb #931087c1
 class SqlStore:
@@ -316,18 +342,13 @@ class SqlStore:
 
     def create(self, job: Job) -> tuple[Job, bool]:
         with self._database.change() as connection:
-            old = self._with_key(connection, job) if job.key is not None else None
+            old = _with_key(connection, job) if job.key is not None else None
             if replayed(old, job):
                 return old, False
             if connection.execute(sa.select(_jobs.c.id).where(_jobs.c.id == job.id)).first():
                 raise ValueError(f"job {job.id} is there already")
             connection.execute(sa.insert(_jobs), _row(job))
         return job, True
-
-    def _with_key(self, connection: sa.Connection, job: Job) -> Job | None:
-        same = sa.select(_jobs.c.record).where(_jobs.c.owner == job.owner, _jobs.c.key == job.key)
-        record = connection.execute(same.order_by(_jobs.c.id.desc()).limit(1)).scalar()
-        return _parsed(record) if record else None
 
     def swap(self, old: Job, new: Job) -> bool:
         check_swap(old, new)
@@ -347,13 +368,7 @@ class SqlStore:
         return _parsed(rows[0].record)
 
     def page(self, status=None, kind=None, after=None, limit=50, oldest_first=False) -> list[Job]:
-        query = sa.select(_jobs.c.record).order_by(_jobs.c.id if oldest_first else _jobs.c.id.desc()).limit(limit)
-        if status is not None:
-            query = query.where(_jobs.c.status.in_(sorted(status)))
-        if kind is not None:
-            query = query.where(_jobs.c.kind == kind)
-        if (name := page_cursor(after)) is not None:
-            query = query.where(_jobs.c.id > name if oldest_first else _jobs.c.id < name)
+        query = _page_query(status, kind, page_cursor(after), limit, oldest_first)
         return [_parsed(row.record) for row in self._database.rows(query)]
 
     def counts(self) -> dict[tuple[str, str], int]:

@@ -65,9 +65,11 @@ from lora_mvp.eval.scores import (
     table,
 )
 from .verdicts import judge, judgement_text
+from ..files import asset
 from ..infer import LoadedRun, find_run, load_run, render
 from ..models.adapters import WEIGHTS
-from ..models.base import asset, text_parts, weights_hash
+from ..models.base import weights_hash
+from ..models.families import text_parts
 from ..train.runs import RunFolder, dataset_hash, read_run
 
 # %% ../../nbs/5_eval/09_evaluator.ipynb #b7a07312

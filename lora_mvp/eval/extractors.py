@@ -34,7 +34,7 @@ from transformers import CLIPModel, CLIPTokenizer, Dinov2Model, ImageProcessingM
 from ..config import AppConfig, LoraMvpError, atomic_write
 from ..data.images import pixel_hash
 from .metrics import unit_rows
-from ..models.base import asset, no_bars
+from ..files import asset, no_bars
 
 # %% ../../nbs/5_eval/03_extractors.ipynb #85dfcdbe
 log = logging.getLogger("lora_mvp")

@@ -23,8 +23,8 @@ from pydantic import BaseModel, ValidationError
 
 from ..config import LoraMvpError, atomic_write, derive_seed
 from ..data.images import open_rgb, pixel_hash
+from ..files import asset
 from ..infer import save_picture
-from ..models.base import asset
 
 # %% ../../nbs/5_eval/04_samples.ipynb #a4a7c861
 log = logging.getLogger("lora_mvp")

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time a door opens when it is first used
     from lora_mvp.models.adapters import add_lora, load_adapter, save_adapter
-    from lora_mvp.models.base import load_base, random_base, sample
+    from lora_mvp.models.base import load_base
+    from lora_mvp.models.drawing import sample
     from lora_mvp.models.exports import export_adapter
     from lora_mvp.models.inspection import inspect_adapter
+    from lora_mvp.models.miniatures import random_base
 
 # %% ../../nbs/2_models/00_index.ipynb #6244a270
 _DOORS = {
@@ -22,8 +24,8 @@ _DOORS = {
     "inspect_adapter": "lora_mvp.models.inspection",
     "load_adapter": "lora_mvp.models.adapters",
     "load_base": "lora_mvp.models.base",
-    "random_base": "lora_mvp.models.base",
-    "sample": "lora_mvp.models.base",
+    "random_base": "lora_mvp.models.miniatures",
+    "sample": "lora_mvp.models.drawing",
     "save_adapter": "lora_mvp.models.adapters",
 }
 _all_ = [

@@ -28,7 +28,9 @@ from ..config import AppConfig, LoraMvpError, TrainingConfig
 from ..data.manifest import Manifest, ManifestImage, read_manifest
 from ..data.steps import MULTIPLE, count_steps, frame_of, is_enlarged
 from ..models.adapters import add_lora
-from ..models.base import check_file, config_folder, family_of, find_base, granularity, native_size, text_parts
+from ..models.base import find_base
+from ..models.families import family_of, granularity, native_size, text_parts
+from ..models.layouts import check_file, config_folder
 from .latents import picture_variants, regularization_sources
 from .memory import MemoryEstimate, advice, amount, full_bytes, largest, skeleton
 from .objectives import noise_schedule

@@ -31,7 +31,8 @@ from ..data.manifest import Manifest
 from ..data.prepare import as_array, augment, walk
 from ..data.steps import frame_of
 from ..data.storage import crop_box, crop_to
-from ..models.base import encode_text, family_of, granularity, text_parts, time_ids, weights_hash
+from ..models.base import weights_hash
+from ..models.families import encode_text, family_of, granularity, text_parts, time_ids
 
 # %% ../../nbs/3_train/02_latents.ipynb #81311544
 log = logging.getLogger("lora_mvp")

@@ -29,8 +29,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import LoraMvpError, TrainingConfig
 from ..models.adapters import add_lora
-from ..models.base import FAMILIES, check_folder, encode_text, family_of, granularity, text_parts, unet_arguments
-from .loop import DTYPES
+from ..models.base import DTYPES
+from ..models.families import FAMILIES, encode_text, family_of, granularity, text_parts, unet_arguments
+from ..models.layouts import check_folder
 from .objectives import image_losses
 
 # %% ../../nbs/3_train/10_memory.ipynb #2c3270e9
