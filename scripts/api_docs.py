@@ -8,7 +8,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lora_mvp.api.main import STATUS_OF, create_app  # noqa: E402
+from lora_mvp.api.main import create_app  # noqa: E402
+from lora_mvp.api.problems import STATUS_OF  # noqa: E402
 
 FILE = ROOT / "docs" / "API.md"
 HEAD = """# The job service over HTTP

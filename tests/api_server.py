@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 from browser import process, wait_for
 
-from lora_mvp.api import main
+from lora_mvp.api import edge, main
 
 
 class Resting:
@@ -88,5 +88,5 @@ def raw(port: int, *parts: bytes, patience=60.0) -> bytes:
 if __name__ == "__main__":
     import uvicorn
 
-    main.BODY_SECONDS = float(os.environ.get("TEST_BODY_SECONDS", main.BODY_SECONDS))
+    edge.BODY_SECONDS = float(os.environ.get("TEST_BODY_SECONDS", edge.BODY_SECONDS))
     uvicorn.run(main.create_app(engine=Resting()), port=0, timeout_graceful_shutdown=20)

@@ -164,7 +164,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "runner":
         from lora_mvp.api import runner
 
-        sys.exit(runner.main(sys.argv[2:], [*HERE, "work"], patience=0.5))
+        sys.exit(runner.run_attempt(sys.argv[2:], [*HERE, "work"], patience=0.5))
     if sys.argv[1] == "work":
         from lora_mvp.api import work
 

@@ -26,7 +26,7 @@ from hypothesis.strategies import booleans
 from PIL import Image
 from test_access import Canary
 
-from lora_mvp.api import main
+from lora_mvp.api import downloads, edge, main
 from lora_mvp.api.jobs import TERMINAL
 from lora_mvp.api.tokens import SCOPES, new_token
 from lora_mvp.config import AppConfig
@@ -319,7 +319,7 @@ def test_a_file_that_goes_or_changes_is_not_sent_as_if_it_had_not(client, job, m
     (folder.run / "samples.png").write_bytes(b"another")  # as long, and its time is put back
     monkeypatch.setattr(type(folder), "artifacts", lambda self: listed)
     with pytest.raises(EOFError):  # through a server the connection breaks; here is the reason
-        list(main.pieces(open(folder.run / "samples.png", "rb"), 0, 7, listed[0].sha256))
+        list(downloads.pieces(open(folder.run / "samples.png", "rb"), 0, 7, listed[0].sha256))
     os.unlink(folder.run / "samples.png")
     problem(client.get(f"/v1/jobs/{job}/artifacts/samples.png"), 410, "artifact_gone")
     os.symlink("/etc/passwd", folder.run / "samples.png")
@@ -349,7 +349,7 @@ def logged(monkeypatch):
             lines.append(self.format(record))
 
     handler = Kept()
-    handler.setFormatter(main.JsonLines())
+    handler.setFormatter(edge.JsonLines())
     monkeypatch.setattr(logging.getLogger("lora_mvp.api"), "handlers", [handler])
     return lines
 
@@ -477,7 +477,7 @@ def test_schemathesis_finds_no_500(client, job, monkeypatch, examples):
     from schemathesis.specs.openapi import checks as openapi
 
     monkeypatch.setattr(logging.getLogger("lora_mvp.api"), "handlers", [logging.NullHandler()])
-    monkeypatch.setattr(main, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(downloads, "LOOK_SECONDS", 0.01)
     client.post(f"/v1/jobs/{job}/cancel")
     folder_of(client, job).run.mkdir(parents=True, exist_ok=True)
     (folder_of(client, job).run / "x").write_bytes(b"0123456789")
@@ -722,3 +722,18 @@ def over(client, job):
     """The job, once it has ended."""
     found = client.get(f"/status/{job}").json()
     return found["status"] in TERMINAL and found
+
+
+@pytest.mark.parametrize(
+    "module, name, methods",
+    [
+        ("service", "Service", {"submit", "cancel", "retry", "delete", "tick", "start", "drain", "ready"}),
+        ("client", "Client", {"train", "evaluate", "status", "events", "logs", "wait", "download"}),
+        ("runner", "Runner", {"run", "start", "beat", "look", "press", "conclude"}),
+        ("engines", "LocalEngine", {"capacity", "start", "poll", "stop", "describe"}),
+    ],
+)
+def test_an_editor_completes_the_methods(module, name, methods):
+    jedi = pytest.importorskip("jedi")
+    code = f"from lora_mvp.api.{module} import {name}\ndef f(it: {name}):\n    it."
+    assert methods <= {found.name for found in jedi.Script(code).complete(3, 7)}

@@ -1,4 +1,4 @@
-"""The promise of chapters 13b to 14a: whatever dies, every job that was taken ends once, with nothing left behind.
+"""The promise of the service: whatever dies, every job that was taken ends once, with nothing left behind.
 
 Processes are real and really killed. The training in them is a stand-in (stand_in.py), but for the one in
 test_resume.py; rows are those of the fault table that the service was designed with.
@@ -23,7 +23,7 @@ from stand_in import HERE, final, service_of
 from lora_mvp.api.engines import Gpu
 from lora_mvp.api.folders import JobFolder
 from lora_mvp.api.jobs import TERMINAL, JobSpec
-from lora_mvp.api.runner import MARK, end_all, mark_of, marked, ref_of
+from lora_mvp.api.processes import MARK, end_all, mark_of, marked, ref_of
 from lora_mvp.config import LoraMvpError, config_yaml, load_config
 
 LIMIT = 120  # seconds that anything here may take on a busy machine

@@ -208,7 +208,7 @@ def test_the_service_ends_in_the_same_bytes_as_the_command_line(left_alone, tmp_
     """Chapter 14a: server, trainer and runner are killed in turn and a checkpoint is damaged, and it does not show."""
     from lora_mvp.api.folders import JobFolder
     from lora_mvp.api.jobs import JobSpec
-    from lora_mvp.api.runner import end_all, marked
+    from lora_mvp.api.processes import end_all, marked
     from lora_mvp.config import config_yaml, load_config
 
     api = {"db_path": tmp_path / "jobs.json", "jobs_dir": tmp_path / "jobs", "data_dir": left_alone.manifest.parent}
@@ -269,7 +269,7 @@ def test_two_processes_under_the_service(drawings, small_run, tmp_path):
     """A real torchrun: two processes train, save themselves on a cancel, and a retry goes on from there."""
     from lora_mvp.api.engines import Gpu, LocalEngine
     from lora_mvp.api.jobs import TERMINAL, JobSpec
-    from lora_mvp.api.runner import end_all, marked
+    from lora_mvp.api.processes import end_all, marked
     from lora_mvp.api.service import Service
     from lora_mvp.api.stores import open_store
     from lora_mvp.config import load_config

@@ -145,7 +145,9 @@ def test_results_arrive_over_a_network_that_breaks(story, token, home):
         with Client(network.url, token) as client:
             client.artifacts(story["job"]["job_id"])
             before, network.cuts = network.connections, [size // 2, size // 4]
-            client.http.headers["Connection"] = "close"  # so that the list uses up the connection that is kept
+            client.connection.http.headers["Connection"] = (
+                "close"  # so that the list uses up the connection that is kept
+            )
             [file] = client.download(story["job"]["job_id"], home / "parts", [ADAPTER])
         assert network.connections == before + 3  # a half, a quarter, the rest
     names = {path.relative_to(home / "whole").as_posix(): sha256(path) for path in files}
