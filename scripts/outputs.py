@@ -1,6 +1,6 @@
 """Run notebooks and keep their outputs, so that the pages read well without a kernel.
 
-    python scripts/outputs.py nbs/09_train.ipynb ...      default: all chapters and tutorials
+    python scripts/outputs.py nbs/3_train/13_loop.ipynb ...      default: all chapters and tutorials
 
 What changes from run to run is left out: widget state (a static picture stands beside each widget) and what libraries
 print to stderr. Afterwards `nbdev_clean` has nothing to do.
