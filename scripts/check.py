@@ -109,9 +109,10 @@ def outputs():
 
 @step
 def readme():
-    """README.md is what nbs/index.ipynb says, and docs/API.md what the service's routes say."""
+    """README.md is what nbs/index.ipynb says, docs/API.md what the routes say, CONTRIBUTING.md what chapters look like."""
     python("scripts/readme.py", "--check")
     python("scripts/api_docs.py", "--check")
+    python("scripts/house.py", "--check")
 
 
 @step

@@ -152,27 +152,6 @@ def names_defined_twice() -> dict[str, list[str]]:
     return {name: sorted(paths) for name, paths in where.items() if len(paths) > 1 and not name.startswith("_")}
 
 
-def prints(cell: Cell) -> bool:
-    """Whether a cell certainly shows something: it prints at its top level, or ends in a value."""
-    body = ast.parse(cell.source).body
-    top = [node for node in body if not isinstance(node, DEFINITIONS)]
-    calls = [node for part in top for node in ast.walk(part) if isinstance(node, ast.Call)]
-    if any(isinstance(call.func, ast.Name) and call.func.id in ("print", "display") for call in calls):
-        return True
-    last = body[-1] if body else None
-    return isinstance(last, ast.Expr) and not isinstance(last.value, ast.Call | ast.Await | ast.Constant)
-
-
-def silent(path: Path) -> list[str]:
-    """Shown cells of a notebook that print but have no saved output."""
-    skipped = EXPORT | {"hide", "eval", "slow", "cuda", "net"}
-    return [
-        f"{path.name} cell {cell.place}: {cell.source.splitlines()[0]}"
-        for cell in read_cells(path)
-        if not cell.directives & skipped and prints(cell) and not cell.has_output
-    ]
-
-
 def import_cells_unfolded(path: Path) -> list[int]:
     """Shown cells that only import and are not folded on the site."""
     return [
@@ -215,9 +194,7 @@ def main() -> None:
                     print(f"{name} cell {cell.place}: {len(cell.definitions)} definitions, {cell.lines} lines")
                 elif cell.exported and cell.lines > 25:
                     print(f"{name} cell {cell.place}: {cell.lines} lines")
-            print(
-                "\n".join(silent(path) + [f"{name} cell {p}: imports not folded" for p in import_cells_unfolded(path)])
-            )
+            print("\n".join(f"{name} cell {place}: imports not folded" for place in import_cells_unfolded(path)))
         for name, paths in sorted(names_defined_twice().items()):
             if any(path.startswith(args.start) for path in paths):
                 print(f"{name}: defined in {', '.join(paths)}")

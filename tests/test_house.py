@@ -10,6 +10,7 @@ from configparser import ConfigParser
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import house  # scripts/house.py: what a chapter looks like, in figures
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,3 +186,109 @@ def test_help_is_light():
         "from lora_mvp.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit as end:\n    assert not end.code"
     )
     assert not modules_after(code) & HEAVY
+
+
+FIGURES = {item.name: item for item in map(house.figures, house.chapters()) if item.module_lines}
+LONG_CELLS = {
+    "5_eval/14_evaluator",
+    "6_api/05_sql_store",
+    "3_train/13_loop",
+    "6_api/35_client",
+    "6_api/07_events",
+    "6_api/21_engines",
+    "1_data/16_handover",
+    "7_doors/01_widgets",
+    "6_api/15_reporter",
+    "1_data/06_workers",
+    "5_eval/03_extractors",
+    "1_data/05_captioners",
+    "6_api/24_attempts",
+    "6_api/25_service",
+    "3_train/17_watch",
+    "3_train/02_cache",
+    "6_api/04_json_store",
+    "2_models/11_exports",
+    "5_eval/09_scores",
+    "5_eval/07_verdicts",
+    "6_api/23_admission",
+    "5_eval/04_features",
+    "6_api/20_runner",
+    "6_api/09_folders",
+    "3_train/11_updates",
+    "1_data/07_survey",
+    "6_api/03_state_file",
+    "6_api/34_connection",
+    "6_api/22_records",
+    "6_api/31_downloads",
+    "3_train/04_latents",
+    "6_api/13_tokens",
+    "1_data/17_steps",
+    "1_data/23_curator",
+    "3_train/10_network",
+    "6_api/29_backend",
+    "5_eval/17_selection",
+}  # chapters around a class that is longer than a screen; the list may only become shorter
+
+
+@pytest.fixture(scope="module", autouse=True)
+def printed_figures():
+    """The table of the figures, above what fails in this file and with `pytest -s`."""
+    print("\n" + house.table(list(FIGURES.values())))
+
+
+@pytest.mark.parametrize("figures", FIGURES.values(), ids=FIGURES)
+def test_a_room_holds_one_thing(figures):
+    assert figures.module_lines <= 500
+    assert not figures.patched, "an editor does not see a method that is added to its class from outside"
+
+
+@pytest.mark.parametrize("figures", [item for item in FIGURES.values() if item.lengths], ids=lambda item: item.name)
+def test_a_reader_can_follow_the_cells(figures):
+    assert (house.tenth(figures.lengths) > 25) == (figures.name in LONG_CELLS)
+    assert figures.definitions.count(1) >= 0.8 * len(figures.definitions)
+
+
+def test_the_book_as_a_whole_is_short_celled():
+    lengths = [length for item in FIGURES.values() for length in item.lengths]
+    counts = [count for item in FIGURES.values() for count in item.definitions]
+    assert house.tenth(lengths) <= 25 and counts.count(1) >= 0.95 * len(counts)
+
+
+@pytest.mark.parametrize("figures", FIGURES.values(), ids=FIGURES)
+def test_a_chapter_shows_its_result_early(figures):
+    assert figures.shown is not None and figures.shown <= house.SHOWN_EARLY
+
+
+@pytest.mark.parametrize("path", house.chapters(), ids=lambda path: path.stem)
+def test_cells_that_only_import_are_folded(path):
+    assert not house.import_cells_unfolded(path)
+
+
+def test_no_public_name_is_defined_in_two_modules():
+    assert not house.names_defined_twice()
+
+
+def test_what_is_promised_is_a_door_or_used_by_the_name_of_its_module():
+    """`__all__` of a chapter holds what the package or its part offers, and what a part without a face is for."""
+    by_module = {"config", "errors", "infer", "widgets", "demo", "cli", "api.main", "api.client"}
+    opened = {target.partition(":")[2] or name for face in FACES for name, target in doors_of(face).items()}
+    promised = {chapter.module: importlib.import_module(f"{PACKAGE}.{chapter.module}").__all__ for chapter in EXPORTING}
+    assert {name for module, names in promised.items() if module not in by_module for name in names} <= opened
+    assert sum(map(len, promised.values())) + sum(len(doors_of(face)) for face in FACES) <= 125
+
+
+@pytest.mark.parametrize("file", ["nbs/index.ipynb", "docs/architecture.md"])
+def test_every_chapter_is_on_the_map(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    for chapter in EXPORTING:
+        assert chapter.module.split(".")[-1].replace("_", " ") in text, f"{chapter.name} is not in {file}"
+
+
+def test_links_between_pages_are_alive():
+    for path in [*(ROOT / "nbs").rglob("*.ipynb"), *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".ipynb":
+            text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+        for target in re.findall(r"\]\(([^)#\s]+)", text):
+            alive = target.startswith(("http", "mailto:")) or (path.parent / target).exists()
+            assert alive, f"{path.relative_to(ROOT)} links to {target}"

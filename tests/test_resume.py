@@ -205,7 +205,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(server, drawings, small_r
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs signals on a parent's death, which only Linux has")
 def test_the_service_ends_in_the_same_bytes_as_the_command_line(left_alone, tmp_path):
-    """Chapter 14a: server, trainer and runner are killed in turn and a checkpoint is damaged, and it does not show."""
+    """Server, trainer and runner are killed in turn and a checkpoint is damaged, and it does not show."""
     from lora_mvp.api.folders import JobFolder
     from lora_mvp.api.jobs import JobSpec
     from lora_mvp.api.processes import end_all, marked
