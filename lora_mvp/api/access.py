@@ -14,16 +14,14 @@ from typing import Any
 from .paths import confined, open_confined, open_step, path_parts
 from .plain import plain, quoted, read_plain
 from ..config import ApiConfig, AppConfig, resolve_model_name
+from ..data.rows import FILE_KEYS
 from ..errors import LoraMvpError
 from ..models.safety import code_wanted
 
 # %% ../../nbs/6_api/12_access.ipynb #9a73dbfc
-PICTURE_KEYS = ("file", "image", "image_path", "path", "file_name")  # as in data.manifest, which is too heavy for here
-
-
 def _check_picture(root: Path, name: str, row: dict) -> None:
     "Refuse a row of a manifest whose picture is not ours."
-    file = next((row[key] for key in PICTURE_KEYS if key in row), None)
+    file = next((row[key] for key in FILE_KEYS if key in row), None)
     if not isinstance(file, str):
         raise LoraMvpError("manifest_invalid", f"{quoted(name)} has a row without the name of a picture.")
     try:

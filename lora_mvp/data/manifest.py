@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from .images import decode, read_regular
 from .looks import Facts, ImageRecord, Reason
+from .rows import CAPTION_KEYS, FILE_KEYS, text_at
 from ..errors import LoraMvpError, first_mistake
 from ..words import as_words
 
@@ -97,25 +98,6 @@ def leaves_folder(
     "Whether a relative path is none, or climbs out of its folder, on any operating system."
     parts = PureWindowsPath(file).parts
     return not parts or ".." in parts or PureWindowsPath(file).anchor != "" or PurePosixPath(file).is_absolute()
-
-# %% ../../nbs/1_data/08_manifest.ipynb #63bca4cb
-FILE_KEYS = ("file", "image", "image_path", "path", "file_name")
-
-
-CAPTION_KEYS = ("caption", "text", "prompt")
-
-
-def text_at(
-    row: dict,  # of a plain list
-    keys: tuple[str, ...],  # names of the same thing
-) -> tuple[str, str | None]:  # the text; what is wrong with it, or None
-    "The text under the first of several keys that a row has."
-    key = next((key for key in keys if key in row), None)
-    if key is None:
-        return "", f"has no {keys[0]!r}" + (f" (nor {', '.join(map(repr, keys[1:]))})" if keys[1:] else "")
-    if not isinstance(row[key], str) or not row[key].strip():
-        return "", f"{key!r} must be text, not {json.dumps(row[key])[:60]}"
-    return row[key], None
 
 # %% ../../nbs/1_data/08_manifest.ipynb #69db759d
 def listed_facts(
