@@ -27,6 +27,6 @@ config = lora_mvp.load_config(
 )
 manifest = lora_mvp.prepare_data(config)
 print(len(manifest.images), "pictures accepted")
-record = train(config, args.out / "data" / "manifest.json")
+train(config, args.out / "data" / "manifest.json")
 print(lora_mvp.evaluate(config, args.out / "run")["judgement"])
 print(lora_mvp.export(args.out / "run" / "lora_adapter", "kohya", args.out / "lora.safetensors"))

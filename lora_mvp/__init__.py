@@ -77,6 +77,8 @@ _all_ = [
 # %% ../nbs/10_public.ipynb #ea552992
 def __getattr__(name: str):
     "The door `name`; its chapter is loaded when the door is first used."
+    if name in ("data", "models", "train", "infer", "eval", "api"):  # a part; its own doors are lazy, too
+        return import_module(f"{__name__}.{name}")
     if name not in _DOORS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, real = _DOORS[name].partition(":")

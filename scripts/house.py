@@ -45,6 +45,13 @@ class Cell:
         return [node.name for node in ast.parse(self.source).body if isinstance(node, DEFINITIONS)]
 
     @property
+    def types(self) -> list[str]:
+        """Names of types that are assigned, such as `Kind = Literal[...]`; constants are all capitals."""
+        assigned = [node for node in ast.parse(self.source).body if isinstance(node, ast.Assign)]
+        names = [target.id for node in assigned for target in node.targets if isinstance(target, ast.Name)]
+        return [name for name in names if name[0].isupper() and not name.isupper()]
+
+    @property
     def only_imports(self) -> bool:
         return all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(self.source).body)
 
@@ -142,12 +149,12 @@ def in_text(text: str, new: str) -> str:
 
 
 def names_defined_twice() -> dict[str, list[str]]:
-    """Public functions and classes that two modules define."""
+    """Public functions, classes and types that two modules define."""
     where = defaultdict(set)
     for path in chapters():
         for cell in read_cells(path):
             if cell.exported and "@patch" not in cell.source:
-                for name in cell.definitions:
+                for name in (*cell.definitions, *cell.types):
                     where[name].add(path.relative_to(ROOT / "nbs").with_suffix("").as_posix())
     return {name: sorted(paths) for name, paths in where.items() if len(paths) > 1 and not name.startswith("_")}
 

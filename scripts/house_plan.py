@@ -16,7 +16,7 @@ from house import ROOT, chapters, module_of  # noqa: E402
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch  # noqa: E402
 
 PARTS = ("root", "1_data", "2_models", "3_train", "4_infer", "5_eval", "6_api", "7_doors")
-ROW, GAP, WIDTH = 1.0, 0.55, 9.4
+LINE, GAP, WIDTH = 0.34, 0.4, 9.4
 
 
 def rooms() -> dict[str, list[str]]:
@@ -37,7 +37,7 @@ def arrows(found: dict[str, list[str]]) -> Counter:
     return Counter((part_of[a], part_of[b]) for a, b in pairs if part_of[a] != part_of[b])
 
 
-def wrapped(names: list[str], width: int = 70) -> str:
+def wrapped(names: list[str], width: int = 74) -> str:
     """Names of a room on as many lines as they need."""
     lines = [""]
     for name in names:
@@ -49,18 +49,20 @@ def wrapped(names: list[str], width: int = 70) -> str:
 
 def draw(found: dict[str, list[str]], count: Counter, file: Path) -> None:
     """Rooms from the ground up; an arrow is as thick as it is often used."""
-    height = len(PARTS) * (ROW + GAP)
+    names = {part: wrapped([module.split(".")[-1] for module in found[part]]) for part in PARTS}
+    rows = {part: LINE * (1.5 + names[part].count("\n")) for part in PARTS}
+    height = sum(rows.values()) + GAP * len(PARTS)
     figure, axes = plt.subplots(figsize=(11, height * 0.62), dpi=110)
-    middle = {}
-    for floor, part in enumerate(PARTS):
-        y = floor * (ROW + GAP)
-        middle[part] = y + ROW / 2
+    middle, y = {}, 0.0
+    for part in PARTS:
+        row = rows[part]
+        middle[part] = y + row / 2
         axes.add_patch(
-            FancyBboxPatch((0, y), WIDTH, ROW, "round,pad=0.02,rounding_size=0.08", fc="#f4f6f8", ec="#8a97a3")
+            FancyBboxPatch((0, y), WIDTH, row, "round,pad=0.02,rounding_size=0.08", fc="#f4f6f8", ec="#8a97a3")
         )
-        axes.text(0.15, y + ROW / 2, part, va="center", weight="bold", size=11)
-        names = [module.split(".")[-1] for module in found[part]]
-        axes.text(1.5, y + ROW / 2, wrapped(names), va="center", size=8.5, family="monospace", linespacing=1.5)
+        axes.text(0.15, y + row / 2, part, va="center", weight="bold", size=11)
+        axes.text(1.5, y + row / 2, names[part], va="center", size=8.5, family="monospace", linespacing=1.5)
+        y += row + GAP
     for place, ((a, b), n) in enumerate(sorted(count.items(), key=lambda item: PARTS.index(item[0][0]))):
         span = PARTS.index(a) - PARTS.index(b)
         x = WIDTH + 0.05
@@ -77,7 +79,7 @@ def draw(found: dict[str, list[str]], count: Counter, file: Path) -> None:
                 alpha=0.75,
             )
         )
-    axes.set(xlim=(-0.1, WIDTH + 3.2), ylim=(-0.15, height - GAP + 0.15))
+    axes.set(xlim=(-0.1, WIDTH + 2.3), ylim=(-0.15, height - GAP + 0.15))
     axes.axis("off")
     figure.savefig(file, bbox_inches="tight", metadata={"Software": None})
 

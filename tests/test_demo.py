@@ -69,6 +69,16 @@ def test_no_held_out_thing_is_trained_on():
     assert len(names["raw"]) >= 40 and not names["raw"] & names["heldout"]
 
 
+def test_trained_again_the_adapter_is_the_same(full):
+    """Only the training is repeated; the whole demo twice is among the slow tests."""
+    command = [sys.executable, "-m", "lora_mvp.cli", "reproduce", str(full[0] / "lora")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0 and "byte for byte" in done.stdout, done.stdout + done.stderr
+    again = full[0] / "lora-reproduced" / WEIGHTS.relative_to("lora")
+    assert again.read_bytes() == (full[0] / WEIGHTS).read_bytes()
+
+
+@pytest.mark.slow
 def test_two_runs_give_the_same_adapter(full, tmp_path):
     demo(tmp_path / "again")
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (full[0] / WEIGHTS).read_bytes()

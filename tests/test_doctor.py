@@ -197,6 +197,7 @@ def test_settings_that_contradict(look, tmp_path):
 def test_output_folder(look, bases, tmp_path):
     (tmp_path / "file").write_text("")
     only(look(output_dir=tmp_path / "file")["error"], "settings", "is a file")
+    only(look(output_dir=tmp_path / "file" / "below")["error"], "settings", "cannot be written")
     only(look(pretrained_model=bases["sd1"], output_dir=bases["sd1"])["error"], "settings", "is the base itself")
 
 

@@ -248,6 +248,10 @@ def test_a_refused_export_leaves_nothing(roots, tmp_path):
     for to, out in (("diffusers", "run"), ("kohya", "run/adapter_config.json")):
         with pytest.raises(LoraMvpError):
             export_adapter(tmp_path / "run", to, tmp_path / out)
+    (tmp_path / "file").write_text("")
+    for to, out in (("diffusers", "file/adapter"), ("kohya", "file/deeper/adapter.safetensors")):
+        with pytest.raises(LoraMvpError, match="the folder of the export .* cannot be written"):
+            export_adapter(tmp_path / "run", to, tmp_path / out)
 
 
 def test_damaged_and_foreign_files(roots, tmp_path):

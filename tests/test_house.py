@@ -139,6 +139,12 @@ for face in {[f"{PACKAGE}.{chapter.module}".removesuffix(".__init__") for chapte
     modules_after(code)
 
 
+def test_a_part_is_reached_through_the_package():
+    loaded = modules_after("import lora_mvp\nlora_mvp.train, lora_mvp.data, lora_mvp.eval")
+    assert "lora_mvp" in loaded and not loaded & HEAVY
+    modules_after("import lora_mvp\nassert callable(lora_mvp.train.train) and callable(lora_mvp.data.prepare_data)")
+
+
 def test_every_module_has_its_chapter():
     generated = {path for path in (ROOT / PACKAGE).rglob("*.py") if not {"assets", "__pycache__"} & set(path.parts)}
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in generated}
@@ -177,7 +183,7 @@ def test_a_light_chapter_of_a_part_loads_nothing_of_the_others():
 
 
 def test_the_service_and_what_watches_over_trainings_are_light():
-    assert not modules_after("import lora_mvp.api.service, lora_mvp.api.runner, lora_mvp.api.work") & HEAVY
+    assert not modules_after("import lora_mvp.api.main, lora_mvp.api.runner, lora_mvp.api.work") & HEAVY
 
 
 @pytest.mark.skipif(f"{PACKAGE}.cli" not in FLOORS, reason="the command line is not written yet")

@@ -104,10 +104,12 @@ def test_report_doctor_and_training_count_alike(folder, buckets):
 
     page = report_html(manifest, folder / "raw", t, base_multiple(t))
     assert f"{sums.batches_per_epoch} batches / 2" in page
+    unknown = report_html(manifest, folder / "raw", t)  # which base it will be is not said
+    assert ("depends on the base" in unknown) is buckets and (" batches / 2" in unknown) is not buckets
     said = [finding.text for finding in doctor(config, folder / "out", device="cpu", memory=64e9)]
     assert f"{sums}." in said
     trainer = Trainer(config, manifest)
-    assert trainer.streams[0].plan.batches_per_epoch == sums.batches_per_epoch
+    assert trainer.data.streams[0].plan.batches_per_epoch == sums.batches_per_epoch
     epochs = [trainer.step().epoch for _ in range(2)]
     assert epochs == [round(n * 2 / sums.batches_per_epoch, 4) for n in (1, 2)]
 

@@ -70,7 +70,7 @@ def sample_scores(
     return found
 
 # %% ../../nbs/5_eval/09_scores.ipynb #3bd9160d
-class Kind(BaseModel):
+class ScoreKind(BaseModel):
     "What a score of single pictures means."
 
     unit: str
@@ -79,10 +79,14 @@ class Kind(BaseModel):
 
 # %% ../../nbs/5_eval/09_scores.ipynb #834a4272
 KINDS = {
-    "clip_score": Kind(unit=MATCH, higher_is_better=True, declared=True),
-    "likeness": Kind(unit=LIKENESS, higher_is_better=True, declared=True),
-    "likeness_gap": Kind(unit="likeness to training pictures minus likeness", higher_is_better=False, declared=False),
-    "nearest_train": Kind(unit="100 x cosine to the nearest training picture", higher_is_better=False, declared=False),
+    "clip_score": ScoreKind(unit=MATCH, higher_is_better=True, declared=True),
+    "likeness": ScoreKind(unit=LIKENESS, higher_is_better=True, declared=True),
+    "likeness_gap": ScoreKind(
+        unit="likeness to training pictures minus likeness", higher_is_better=False, declared=False
+    ),
+    "nearest_train": ScoreKind(
+        unit="100 x cosine to the nearest training picture", higher_is_better=False, declared=False
+    ),
 }
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from ..errors import LoraMvpError
-from ..files import no_bars
+from ..files import make_folder, no_bars
 from .adapters import fuse, save_adapter
 from .base import load_base, weights_hash
 from .families import Pipeline, adaptable_parts, family_of
@@ -31,7 +31,7 @@ def staged(out: str | Path):
     out = Path(out)
     if out.exists():
         raise LoraMvpError("output_exists", f"{out} is there already; choose another name, or remove it first.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent, "the folder of the export")
     stage = out.with_name(f".{out.stem}.{secrets.token_hex(4)}{out.suffix}")
     try:
         yield stage

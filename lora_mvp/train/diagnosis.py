@@ -266,7 +266,8 @@ def _folder_finding(out: Path, base: str) -> Finding | None:
         return Finding("error", "settings", f"training.output_dir {out} is a file; choose a folder.")
     if Path(base) == out:
         return Finding("error", "settings", f"training.output_dir {out} is the base itself; choose another folder.")
-    if not os.access(existing(out), os.W_OK):
+    above = existing(out)
+    if not (above.is_dir() and os.access(above, os.W_OK)):
         return Finding("error", "settings", f"training.output_dir {out} cannot be written; choose another folder.")
     if (out / "run.json").is_file():
         text = f"training.output_dir {out} holds a finished run"
