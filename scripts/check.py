@@ -84,9 +84,9 @@ def notebooks():
 
 @step
 def tests():
-    """Plain pytest: what a notebook cannot show."""
+    """Plain pytest: what a notebook cannot show. Three workers for two cores, since many tests wait for processes."""
     python(
-        "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "tests", OMP_NUM_THREADS="1"
+        "-m", "pytest", "-q", "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder", "tests", OMP_NUM_THREADS="1"
     )
 
 
@@ -145,7 +145,7 @@ def wheel():
             cwd=folder,
         )
         demo = (scripts / "lora-mvp", "demo", "--out", folder / "demo", "--steps", "20")  # tests/ runs it in full
-        run(*demo, cwd=folder, PATH=os.defpath, PYTHONPATH="", OMP_NUM_THREADS="1")
+        run(*demo, cwd=folder, PATH=os.defpath, PYTHONPATH="")
         if not (folder / "demo" / "before_after.png").is_file():
             raise Failed("lora-mvp demo ended well but wrote no before_after.png")
 

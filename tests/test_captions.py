@@ -46,7 +46,7 @@ def test_importing_captions_loads_no_torch():
 
 
 def test_counting_the_tokens_of_a_base_loads_no_torch():
-    code = "import sys\nfrom lora_mvp.data.captions import *\nprint(too_long(['penguin'] * 2, caption_tokenizer('tiny'), 2))"
+    code = "import sys\nfrom lora_mvp.data.captions import caption_tokenizer, too_long\nprint(too_long(['penguin'] * 2, caption_tokenizer('tiny'), 2))"
     code += "\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[(0, 3), (1, 3)]"

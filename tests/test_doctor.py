@@ -253,9 +253,9 @@ def kept_on_cpu(folder, training):
 
 CASES = [
     ("sd1", {"lora_variant": "dora", "lora_targets": "all"}),
-    ("sd2", {"lora_variant": "rslora", "lora_targets": "attention_ff"}),
+    pytest.param("sd2", {"lora_variant": "rslora", "lora_targets": "attention_ff"}, marks=pytest.mark.slow),
     ("sdxl", {"text_encoder_learning_rate": 1e-4, "gradient_checkpointing": True}),
-    ("sd1", {"mixed_precision": "bf16"}),
+    pytest.param("sd1", {"mixed_precision": "bf16"}, marks=pytest.mark.slow),
 ]
 
 

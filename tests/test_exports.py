@@ -158,7 +158,7 @@ def test_every_reader_gives_the_same(roots, tmp_path, family, keys):
         assert close(wanted[scale], probe(fresh), 1e-4), scale
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_dora(roots, tmp_path, family):
     pipe = trained(roots[family], lora_variant="dora", lora_targets="attention_ff")
     save_adapter(pipe, tmp_path, roots[family])

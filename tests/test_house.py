@@ -135,6 +135,7 @@ for face in {[f"{PACKAGE}.{chapter.module}".removesuffix(".__init__") for chapte
     face = importlib.import_module(face)
     for name in face.__all__:
         assert not inspect.ismodule(getattr(face, name)), (face, name)
+assert callable({PACKAGE}.train.train) and callable({PACKAGE}.data.prepare_data)
 """
     modules_after(code)
 
@@ -142,7 +143,6 @@ for face in {[f"{PACKAGE}.{chapter.module}".removesuffix(".__init__") for chapte
 def test_a_part_is_reached_through_the_package():
     loaded = modules_after("import lora_mvp\nlora_mvp.train, lora_mvp.data, lora_mvp.eval")
     assert "lora_mvp" in loaded and not loaded & HEAVY
-    modules_after("import lora_mvp\nassert callable(lora_mvp.train.train) and callable(lora_mvp.data.prepare_data)")
 
 
 def test_every_module_has_its_chapter():

@@ -252,6 +252,7 @@ save_file({f"{k}{i}": x for k, xs in (("mean", s.mean), ("std", s.std)) for i, x
 """
 
 
+@pytest.mark.slow
 def test_two_at_once_and_one_of_them_killed(config, manifest, train, training, pipe, tmp_path):
     "Three processes fill two caches; one is killed in the middle; what stands is whole and what comes out is the same."
     go, files = tmp_path / "go", manifest.folder / "manifest.json"

@@ -364,7 +364,7 @@ def test_a_hub_model_comes_from_the_cache_with_its_commit(bases, tmp_path):
     in_cache(tmp_path / "cache", FAMILIES["sd1"].hub_id, settings, commit)
     one_file(bases["sd1"], "sd1", tmp_path / "alone.safetensors")
     code = f"""
-from lora_mvp.models.base import *
+from lora_mvp.models.base import base_revision, load_base, weights_hash
 from lora_mvp.models.families import family_of
 for revision in (None, "main", "{commit}"):
     pipe = load_base("me/small-xl", revision=revision)

@@ -203,6 +203,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(server, drawings, small_r
     assert run.bytes() == undisturbed.bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs signals on a parent's death, which only Linux has")
 def test_the_service_ends_in_the_same_bytes_as_the_command_line(left_alone, tmp_path):
     """Server, trainer and runner are killed in turn and a checkpoint is damaged, and it does not show."""

@@ -24,9 +24,17 @@ EVERYTHING = {"text_encoder_learning_rate": 1e-4, "snr_gamma": 5.0, "caption_dro
     "family, changes",
     [
         ("sd1", {"noise_offset": 0.1, "gradient_checkpointing": True, "lora_variant": "rslora"} | EVERYTHING),
-        ("sd2", {"zero_terminal_snr": True, "lora_variant": "dora", "lora_targets": "all"} | EVERYTHING),
+        pytest.param(
+            "sd2",
+            {"zero_terminal_snr": True, "lora_variant": "dora", "lora_targets": "all"} | EVERYTHING,
+            marks=pytest.mark.slow,
+        ),
         ("sdxl", {"aspect_buckets": True, "lora_alpha": 2} | EVERYTHING),
-        ("sdxl", {"caption_dropout": 0.3, "shuffle_tags": True, "mixed_precision": "bf16"}),
+        pytest.param(
+            "sdxl",
+            {"caption_dropout": 0.3, "shuffle_tags": True, "mixed_precision": "bf16"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["sd1", "sd2", "sdxl", "sdxl-bf16"],
 )
@@ -78,6 +86,7 @@ def test_gradient_checkpointing_computes_the_same(drawings, small_run, tmp_path)
     assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(drawings, small_run, tmp_path):
     """Two processes with one micro-batch each are one process with two."""
     from lora_mvp.config import config_yaml

@@ -139,6 +139,7 @@ def pictures(k):
     return f"[...{cell(k)}.querySelectorAll('img')].filter(e => e.naturalWidth > 0).length"
 
 
+@pytest.mark.slow
 def test_a_hand_at_work_in_jupyterlab(drawings, small_run, tmp_path):
     config = load_config(overrides=small_run(tmp_path / "run", sample_prompts=["a disc", "a square"]))
     with jupyterlab(tmp_path, CELLS) as address, browse(address, tmp_path / "chromium") as page:

@@ -17,13 +17,13 @@ from typing import Any, Literal
 import torch
 import yaml
 from PIL import Image
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from ..config import derive_seed
 from ..data.images import open_rgb
 from ..data.looks import pixel_hash
 from ..errors import LoraMvpError
-from ..files import atomic_write
+from ..files import atomic_write, read_record
 from ..infer import save_picture
 from ..sheets import Tile, contact_sheet
 
@@ -160,13 +160,8 @@ def read_plan(
     file: str | Path,  # plan.json
 ) -> SamplePlan:
     "Read a plan back; `LoraMvpError` (`plan_invalid`) when it is damaged or was changed."
-    try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-        plan = SamplePlan.model_validate(content)
-    except (OSError, ValueError, ValidationError) as e:
-        first = str(e).splitlines()[0]
-        raise LoraMvpError("plan_invalid", f"{file} is not a sample plan that this version reads ({first}).") from e
-    if content.get("sha256") != plan.sha256:
+    plan = read_record(SamplePlan, file, "plan_invalid", "a sample plan")
+    if json.loads(Path(file).read_text(encoding="utf-8")).get("sha256") != plan.sha256:
         text = f"{file} was changed after it was written: its hash does not agree. Remove it, and it is written anew."
         raise LoraMvpError("plan_invalid", text)
     return plan
