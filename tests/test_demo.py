@@ -69,8 +69,9 @@ def test_no_held_out_thing_is_trained_on():
     assert len(names["raw"]) >= 40 and not names["raw"] & names["heldout"]
 
 
+@pytest.mark.slow  # in CI the chapter on repeating a run compares the bytes of a shorter one
 def test_trained_again_the_adapter_is_the_same(full):
-    """Only the training is repeated; the whole demo twice is among the slow tests."""
+    """The training of the demo, repeated from its record."""
     command = [sys.executable, "-m", "lora_mvp.cli", "reproduce", str(full[0] / "lora")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0 and "byte for byte" in done.stdout, done.stdout + done.stderr
