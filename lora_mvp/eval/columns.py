@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/5_eval/10_columns.ipynb #1ba78c4c
 import logging
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ from ..errors import LoraMvpError
 from .copies import RealSet, find_real, read_pictures, real_of_split
 from .records import Warned
 from .samples import OWN, Sample, SamplePlan, draw_plan, fill_all, make_plan, read_prompts
-from ..files import asset
+from ..files import asset, file_sha256
 from ..infer import LoadedRun, load_run, render
 from ..models.adapters import WEIGHTS
-from ..models.base import weights_hash
-from ..models.families import text_parts
+from ..models.base import base_hash
 from ..train.runs import RunFolder, read_run
 
 # %% ../../nbs/5_eval/10_columns.ipynb #545044b3
@@ -146,9 +144,8 @@ def base_facts(
     run: LoadedRun,
 ) -> dict[str, Any]:
     "The identity of a base."
-    parts = [run.pipe.unet, run.pipe.vae, *text_parts(run.pipe).values()]
-    digest = sha256("".join(map(weights_hash, parts)).encode()).hexdigest()
-    return {"base": run.base, "base_sha256": digest, "dtype": str(run.pipe.unet.dtype).removeprefix("torch.")}
+    dtype = str(run.pipe.unet.dtype).removeprefix("torch.")
+    return {"base": run.base, "base_sha256": base_hash(run.pipe), "dtype": dtype}
 
 # %% ../../nbs/5_eval/10_columns.ipynb #d1d0a586
 def model_facts(
@@ -157,7 +154,7 @@ def model_facts(
 ) -> dict[str, Any]:
     "The identity of a base with its adapter at a strength."
     acts = run.adapter is not None and scale != 0
-    adapter = sha256((Path(run.adapter) / WEIGHTS).read_bytes()).hexdigest() if acts else None
+    adapter = file_sha256(Path(run.adapter) / WEIGHTS) if acts else None
     return base_facts(run) | {"adapter_sha256": adapter, "lora_scale": scale if acts else 0.0}
 
 # %% ../../nbs/5_eval/10_columns.ipynb #f3710e50
