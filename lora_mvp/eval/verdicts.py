@@ -29,13 +29,12 @@ class Comparison(BaseModel):
     low: float | None  # ends of its 95 % interval; None with too few prompts
     high: float | None
     median: float
-    p: float  # Wilcoxon's signed-rank test
+    p: float  # sign-flip test of the mean difference
     p_holm: float | None = None  # adjusted for the number of declared scores
     sign_p: float
     wins_a: int  # prompts in which A is better
     ties: int
     wins_b: int
-    effect_size: float  # rank-biserial, positive when b is larger
     detectable: float | None  # the smallest difference that would have been found with power 0.8
 
     @field_validator("low", "high", "detectable", mode="before")
@@ -66,8 +65,8 @@ def compare_scores(
     what = {"unit": unit, "higher_is_better": higher_is_better, "declared": declared, "n": test.n, "pairs": len(a)}
     means = {name: float(group_means(scores, prompts).mean()) for name, scores in (("a", a), ("b", b))}
     found = {"difference": test.mean, "low": test.low, "high": test.high, "median": test.median}
-    found |= {"p": test.wilcoxon_p, "sign_p": test.sign_p, "wins_a": wins[0], "ties": test.tie, "wins_b": wins[1]}
-    return Comparison(**what, **means, **found, effect_size=test.effect_size, detectable=test.min_detectable_effect)
+    found |= {"p": test.p, "sign_p": test.sign_p, "wins_a": wins[0], "ties": test.tie, "wins_b": wins[1]}
+    return Comparison(**what, **means, **found, detectable=test.detectable)
 
 # %% ../../nbs/5_eval/07_verdicts.ipynb #c1cad4ea
 Verdict = Literal["a_better", "b_better", "equivalent", "no_evidence", "insufficient_data"]
