@@ -49,10 +49,10 @@ def paired_score(
     if counted == "prompts":
         base, lora = group_means(base, prompts), group_means(lora, prompts)
     change = paired_test(base, lora, seed=seed)
-    method = f"bootstrap over {counted}; p by Wilcoxon's signed-rank test"
+    method = f"bootstrap over {counted}; p by the sign-flip test of the mean"
     means = {"base": Measured.of(mean_interval(base, seed)), "lora": Measured.of(mean_interval(lora, seed))}
     about = {"unit": unit, "higher_is_better": higher_is_better, "counted": counted, "method": method}
-    found = {"change": Measured.of(change.estimate), "p": change.wilcoxon_p, "n": change.n}
+    found = {"change": Measured.of(change.estimate), "p": change.p, "n": change.n}
     return Score(**about, **means, **found, change_is="difference")
 
 # %% ../../nbs/5_eval/09_scores.ipynb #8e8d9032
