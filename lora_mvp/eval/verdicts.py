@@ -13,7 +13,15 @@ import numpy as np
 from pydantic import BaseModel, Field, field_validator
 
 from ..sheets import text_table
-from ..stats import PairedTest, cluster_differences, detectable_effect, group_means, holm, paired_test, pairs_needed
+from lora_mvp.stats import (
+    PairedTest,
+    cluster_differences,
+    detectable_effect,
+    group_means,
+    holm,
+    paired_test,
+    pairs_needed,
+)
 
 # %% ../../nbs/5_eval/07_verdicts.ipynb #f33a1610
 class Comparison(BaseModel):
@@ -115,6 +123,9 @@ def small_ones(
     return found
 
 # %% ../../nbs/5_eval/07_verdicts.ipynb #7c41d0a2
+MAX_COPIED = 0.05  # share of copies that the interval must not lie above
+
+
 class Fault(BaseModel):
     "What speaks against one model."
 
@@ -177,7 +188,11 @@ def unproved(
     for score, c in declared.items():
         if score not in proved and c.better and c.better != side:
             sign = 1 if side == "b" else -1
-            ends = "" if c.low is None else f" [{min(sign * c.low, sign * c.high):+.1f}, {max(sign * c.low, sign * c.high):+.1f}]"
+            ends = (
+                ""
+                if c.low is None
+                else f" [{min(sign * c.low, sign * c.high):+.1f}, {max(sign * c.low, sign * c.high):+.1f}]"
+            )
             found.append(f"{words_of(score).worse} ({sign * c.difference:+.1f}{ends})")
     return f" {name} may also be {listed(found)}; that is not proved, and not disproved." if found else ""
 
@@ -210,7 +225,10 @@ def nothing_sentence(
     if len(small) == len(declared) and n >= needed:
         within = listed([f"{margins[k].value:.2g} in the {words_of(k).what}" for k in declared])
         text = f"{names[0]} and {names[1]} differ by less than matters: {within}. "
-        return "equivalent", text + f"What goes wrong in fewer than {3 / n:.0%} of all prompts may not have shown in these {n}."
+        return (
+            "equivalent",
+            text + f"What goes wrong in fewer than {3 / n:.0%} of all prompts may not have shown in these {n}.",
+        )
     least = [f"{c.detectable:.2g} in the {words_of(k).what}" for k, c in declared.items() if c.detectable is not None]
     text = f"these {n} prompts show no difference. One of {listed(least)} would probably have shown."
     if len(small) == len(declared):
@@ -309,7 +327,11 @@ def confirms(
     price = f" The price: {listed([words_of(k).worse for k in found.lost])}." if found.lost else ""
     if wanted := WANTED.get(found.goal):
         what = words_of(wanted).better
-        return (True, f"{name} is {what}.{price}") if wanted in found.won else (False, f"{name} is not shown to be {what}.")
+        return (
+            (True, f"{name} is {what}.{price}")
+            if wanted in found.won
+            else (False, f"{name} is not shown to be {what}.")
+        )
     gains = [k for k in found.won if k in found.comparisons]
     if gains and not found.lost:
         return True, f"{name} is {listed([words_of(k).better for k in gains])}, and nothing is shown to be worse."
