@@ -40,8 +40,8 @@ def paired_score(
     if counted == "prompts":
         base, lora = group_means(base, prompts), group_means(lora, prompts)
     change = paired_test(base, lora, seed=seed)
-    method = f"bootstrap over {counted}; p by the sign-flip test of the mean"
-    means = {"base": Measured.of(mean_interval(base, seed)), "lora": Measured.of(mean_interval(lora, seed))}
+    method = f"Student's t over {counted}, corrected for skewness; p by the sign-flip test"
+    means = {"base": Measured.of(mean_interval(base)), "lora": Measured.of(mean_interval(lora))}
     about = {"unit": unit, "higher_is_better": higher_is_better, "counted": counted, "method": method}
     found = {"change": Measured.of(change.estimate), "p": change.p, "n": change.n}
     return Score(**about, **means, **found, anchors=anchors or {})
