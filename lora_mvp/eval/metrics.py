@@ -59,15 +59,13 @@ def frechet_distance(
 def frechet_halves(
     real: np.ndarray,  # features of the real pictures (m, d)
     drawn: np.ndarray | None = None,  # of a model's pictures (n, d); None: the other half of the real ones
+    size: int | None = None,  # pictures a side; None: m // 2, or n where that is less
     repeats: int = 20,  # random halves
     seed: int = 0,  # of the halves
-) -> float:  # `nan` with fewer than four real pictures or two drawn ones
-    """Mean squared Fréchet distance of half of the real pictures to as many drawn ones, or to the other half.
-
-    Both kinds of call use `min(m // 2, n)` pictures a side; give `drawn` at least `m // 2` pictures to compare them.
-    """
+) -> float:  # `nan` with fewer than two pictures a side
+    "Mean squared Fréchet distance of random real pictures to as many drawn ones, or to as many other real ones."
     real, rng, found = as_sets(real)[0], np.random.default_rng([seed, 3]), []
-    size = min(len(real) // 2, len(real) if drawn is None else len(drawn))
+    size = min(size or len(real), len(real) // 2, len(real) if drawn is None else len(drawn))
     if size < 2:
         return float("nan")
     for _ in range(repeats):
