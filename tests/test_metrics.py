@@ -151,7 +151,7 @@ def test_the_paired_test_of_gaps_keeps_its_level_and_its_interval_holds(rng, n, 
         return (subjects[:, None] + shift * style + 0.6 * rng.normal(size=(len(subjects), k, 16))).reshape(-1, 16)
 
     centres = [unit_rows(look(rng.normal(size=(20_000, 16)), s, 1)).mean(0) for s in (0.2, 0.6)]
-    for _ in range(200):
+    for _ in range(150):
         real, subjects = look(rng.normal(size=(n_real, 16)), 1.0, 1), rng.normal(size=(n, 16))
         first, again, closer = (gap_values(look(subjects, s), real, names) for s in (0.2, 0.2, 0.6))
         mean = unit_rows(real).mean(0)
@@ -159,7 +159,7 @@ def test_the_paired_test_of_gaps_keeps_its_level_and_its_interval_holds(rng, n, 
         d = paired_test(first, closer)
         found.append((paired_test(first, again).p < 0.05, d.low <= truth <= d.high))
     level, held = np.mean(found, axis=0)
-    assert level <= 0.09 and held >= 0.89
+    assert level <= 0.10 and held >= 0.88
 
 
 # -- cosines ----------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_a_mean_of_zero_is_found_no_more_often_than_the_level_says(rng, kind, at
 
 def test_p_value_and_interval_agree(rng):
     for n in (12, 24):
-        d = rng.exponential(size=(100, n)) - rng.uniform(0.3, 1.7, size=(200, 1))
+        d = rng.exponential(size=(100, n)) - rng.uniform(0.3, 1.7, size=(100, 1))
         for row in d:
             p, e = sign_flip_p(row), mean_interval(row)
             assert 0.01 < p < 0.12 or (e.low <= 0 <= e.high) == (p > 0.05)  # they differ only near the level
@@ -95,10 +95,10 @@ def test_p_value_and_interval_agree(rng):
 
 def test_seeds_of_one_prompt_are_no_further_evidence(rng):
     together, apart = [], []
-    for k in range(150):
+    for _ in range(150):
         a, b, prompts = pairs(rng, 10, 0, seeds=6, lasting=3)
         for found, clusters in ((together, prompts), (apart, None)):
-            d = paired_test(a, b, clusters, k)
+            d = paired_test(a, b, clusters)
             found.append((d.low <= 0 <= d.high, d.p <= 0.05, d.n))
     together, apart = np.mean(together, axis=0), np.mean(apart, axis=0)
     assert (together[2], apart[2]) == (10, 60)
@@ -123,17 +123,17 @@ def test_swapping_negates_and_itself_is_nothing(rng):
 
 
 def test_the_mean_that_is_reported_is_tested(rng):
-    for _ in range(30):
+    for _ in range(20):
         n = int(rng.integers(1, 60))
         d = (rng.exponential(size=n) - 0.7).round(int(rng.integers(0, 4)))
         found = sign_flip_p(d)
-        signs = rng.choice([-1, 1], size=(20_000, n))
+        signs = rng.choice([-1, 1], size=(6000, n))
         flipped = np.concatenate([d[None], signs * d])
         w = flipped.mean(1) / np.maximum(flipped.std(1), 1e-5 * np.abs(d).max() + 1e-300)
         u = np.maximum(w * stats.skew(flipped, axis=1, nan_policy="omit"), -1.5)
         corrected = np.abs(w * (1 + u / 3 + u**2 / 27))
         by_hand = np.mean(corrected[1:] >= corrected[0] * (1 - 1e-9)) if d.any() and d.std() > 0 else found
-        assert found == pytest.approx(by_hand, abs=0.02)
+        assert found == pytest.approx(by_hand, abs=0.03)
         assert found == sign_flip_p(-d) and (d.sum() != 0 or found == 1)
         assert found >= smallest_p(n)
     won_and_lost = np.array([1.0] * 22 + [-20.0] * 2)  # most prompts better, the mean worse
