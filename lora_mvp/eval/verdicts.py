@@ -21,6 +21,7 @@ from lora_mvp.stats import (
     holm,
     paired_test,
     pairs_needed,
+    unseen_share,
 )
 
 # %% ../../nbs/5_eval/07_verdicts.ipynb #f33a1610
@@ -227,7 +228,8 @@ def nothing_sentence(
         text = f"{names[0]} and {names[1]} differ by less than matters: {within}. "
         return (
             "equivalent",
-            text + f"What goes wrong in fewer than {3 / n:.0%} of all prompts may not have shown in these {n}.",
+            text
+            + f"What goes wrong in fewer than {unseen_share(n):.0%} of all prompts may not have shown in these {n}.",
         )
     least = [f"{c.detectable:.2g} in the {words_of(k).what}" for k, c in declared.items() if c.detectable is not None]
     text = f"these {n} prompts show no difference. One of {listed(least)} would probably have shown."
