@@ -232,7 +232,7 @@ def nothing_sentence(
             + f"What goes wrong in fewer than {unseen_share(n):.0%} of all prompts may not have shown in these {n}.",
         )
     least = [f"{c.detectable:.2g} in the {words_of(k).what}" for k, c in declared.items() if c.detectable is not None]
-    text = f"these {n} prompts show no difference. One of {listed(least)} would probably have shown."
+    text = f"these {n} prompts show no clear difference; one of {' or '.join(least)} would probably have shown."
     if len(small) == len(declared):
         text += f" To call the two equivalent, {needed} prompts are needed."
     return "no_evidence", text
