@@ -357,7 +357,6 @@ def name_scores(
 
 # %% ../../nbs/5_eval/09_scores.ipynb #5c0a0016
 def care_for(
-    a: Side,
     prompts: list[str],
     real: np.ndarray,  # features of the real pictures (m, d)
     extractors: tuple[Extractor, Extractor],
@@ -401,7 +400,7 @@ def score_sides(
         picture_extractor=None if look is scorer else look.record,
         scores=scores,
         judgement=judge_scores(compared, names=names, **fixed),
-        warnings=care_for(a, prompts, real, extractors, scores),
+        warnings=care_for(prompts, real, extractors, scores),
         samples=[PairScore(prompt=p, base_score=x, lora_score=y) for p, x, y in pairs],
     )
 
