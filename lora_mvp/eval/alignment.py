@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/5_eval/05b_alignment.ipynb #373079b3
+# %% ../../nbs/5_eval/05b_alignment.ipynb #c2ea9760
 from typing import NamedTuple
 
 import cv2
@@ -15,7 +15,7 @@ from scipy.fft import irfft2, rfft2
 
 from lora_mvp.data.looks import pixel_hash
 
-# %% ../../nbs/5_eval/05b_alignment.ipynb #b09f1d57
+# %% ../../nbs/5_eval/05b_alignment.ipynb #1c027168
 SIDE = 64  # pixels of the longer side: what is finer is no matter of copying
 
 
@@ -30,7 +30,7 @@ def small_pixels(
     way = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
     return cv2.resize(pixels, size, interpolation=way).astype(np.float32)
 
-# %% ../../nbs/5_eval/05b_alignment.ipynb #c094c541
+# %% ../../nbs/5_eval/05b_alignment.ipynb #af05e132
 BLUR = 0.8  # pixels: a sample is never as sharp as its original
 FAINT = 4.0  # squared grey levels a pixel: weaker edges are noise
 
@@ -45,7 +45,7 @@ def edge_vectors(
     xx, yy, xy = (product.sum(-1) for product in (x * x, y * y, x * y))
     return np.stack([xx - yy, 2 * xy]) * (xx + yy + FAINT) ** -0.75
 
-# %% ../../nbs/5_eval/05b_alignment.ipynb #d2239415
+# %% ../../nbs/5_eval/05b_alignment.ipynb #b8195975
 class Move(NamedTuple):
     "How an original appears in another picture."
 
@@ -53,14 +53,14 @@ class Move(NamedTuple):
     degrees: float = 0.0  # turned anticlockwise
     mirrored: bool = False
 
-# %% ../../nbs/5_eval/05b_alignment.ipynb #07a4b7d7
+# %% ../../nbs/5_eval/05b_alignment.ipynb #6974693f
 SCALES = (0.75, 0.87, 1.0, 1.15, 1.33)  # from a border around the original to a crop of three quarters
 TURNS = (-16.0, 0.0, 16.0)  # degrees; with their neighbours they reach 28
 AS_IS = Move()
 MOVES = [Move(scale, turn, mirrored) for scale in SCALES for turn in TURNS for mirrored in (False, True)]
 ROUGH, FINE = (24, 36), (40, 60)  # pixels of a picture's longer side, and of the frame it is moved in
 
-# %% ../../nbs/5_eval/05b_alignment.ipynb #62b216b7
+# %% ../../nbs/5_eval/05b_alignment.ipynb #5481872c
 def layers(
     pixels: np.ndarray,  # (height, width, 3)
     grid: tuple[int, int],  # `ROUGH` or `FINE`
@@ -77,7 +77,7 @@ def layers(
     v = edge_vectors(laid) * cv2.erode(inside, np.ones((3, 3), np.uint8), borderValue=0)
     return np.concatenate([v, (v * v).sum(0, keepdims=True)]), inside.astype(np.float32)
 
-# %% ../../nbs/5_eval/05b_alignment.ipynb #210629ef
+# %% ../../nbs/5_eval/05b_alignment.ipynb #b4b2c902
 def nearby(
     at: np.ndarray,  # (..., frame, frame), a value for each shift
     side: int,
@@ -87,7 +87,7 @@ def nearby(
     rows = np.maximum(at[..., : reach + 1, :].max(-2), at[..., -reach:, :].max(-2))
     return np.maximum(rows[..., : reach + 1].max(-1), rows[..., -reach:].max(-1))
 
-# %% ../../nbs/5_eval/05b_alignment.ipynb #61f98ded
+# %% ../../nbs/5_eval/05b_alignment.ipynb #512c58c4
 class View(NamedTuple):
     "A sample as it is looked for: spectra of its maps."
 
@@ -95,7 +95,7 @@ class View(NamedTuple):
     fine: np.ndarray  # edges, and where the picture is
     length: float  # of the fine edges
 
-# %% ../../nbs/5_eval/05b_alignment.ipynb #b3f63246
+# %% ../../nbs/5_eval/05b_alignment.ipynb #7c2e45b5
 def view_of(
     image: Image.Image,  # of any size
 ) -> View:
@@ -106,7 +106,7 @@ def view_of(
     unit = rough[:2] / np.sqrt(rough[2].sum() + 1e-3)
     return View(rfft2(unit), rfft2(np.concatenate([fine[:2], inside[None]])), length)
 
-# %% ../../nbs/5_eval/05b_alignment.ipynb #848665fd
+# %% ../../nbs/5_eval/05b_alignment.ipynb #9c2a0ca6
 class Original:
     "A training picture in all its rough moves."
 
@@ -135,22 +135,22 @@ class Original:
         agreement = common / (view.length * np.sqrt(np.maximum(covered, 1e-3)))
         return nearby(np.where(covered > least, agreement, 0), side)
 
-# %% ../../nbs/5_eval/05b_alignment.ipynb #5daf331d
+# %% ../../nbs/5_eval/05b_alignment.ipynb #2da1054b
 def settle(
     original: Original,
     view: View,
     move: Move,  # a rough one
 ) -> tuple[float, Move]:
-    "The best agreement around a move: eight neighbours, then eight at half the distance."
+    "The best agreement around a move: eight neighbours, then eight at half and at a quarter of the distance."
     best = (-1.0, move)
-    for step in (1.0, 0.5):
+    for step in (1.0, 0.5, 0.25):
         (_, (scale, degrees, mirrored)), steps = best, (-step, 0, step)
         moves = [Move(scale * 1.07**i, degrees + 8 * j, mirrored) for i in steps for j in steps]
         values = original.fine(view, moves)
         best = max(best, (float(values.max()), moves[values.argmax()]))
     return best
 
-# %% ../../nbs/5_eval/05b_alignment.ipynb #7306c75d
+# %% ../../nbs/5_eval/05b_alignment.ipynb #420d549f
 class Match(NamedTuple):
     "The original that explains most of a picture."
 
@@ -158,7 +158,7 @@ class Match(NamedTuple):
     agreement: float  # 1 for the picture itself, about 0.3 to 0.7 for others of its kind
     move: Move
 
-# %% ../../nbs/5_eval/05b_alignment.ipynb #bf4abbd2
+# %% ../../nbs/5_eval/05b_alignment.ipynb #2ebf68ee
 class Album:
     "Originals that pictures are held against."
 
@@ -185,7 +185,7 @@ class Album:
         agreement, move, k = max(settled, default=(0.0, AS_IS, -1))
         return Match(k, max(agreement, 0.0), move)
 
-# %% ../../nbs/5_eval/05b_alignment.ipynb #63625bfa
+# %% ../../nbs/5_eval/05b_alignment.ipynb #813a9234
 ALBUMS: dict[tuple[str, ...], Album] = {}  # of the last few sets, by the identities of their pictures
 
 
