@@ -103,6 +103,7 @@ class Threshold(NamedTuple):
 # %% ../../nbs/5_eval/06_copies.ipynb #32a00a01
 LEVEL = 0.01  # share of pictures that are no copies, yet are taken for one
 FEWEST = 6  # pictures: of fewer the limit is not true
+SAME = 0.85  # training pictures that agree to more, and stand out in it, are of one scene
 LEAST, MOST = 0.75, 0.95  # moved, cropped, turned copies agree to 0.8 and more; above 0.95 only equal pictures do
 
 
@@ -115,12 +116,12 @@ def limit_of(
         return float("nan")
     middle = np.median(values)
     spread = 1.4826 * np.median(np.abs(values - middle))
-    values = values[values <= middle + 6 * spread + 1e-9]  # scenes that the hash did not find
+    values = values[values <= max(middle + 2.5 * spread, SAME)]  # scenes that the hash did not find
     n = len(values)
     limit = values.mean() + student.ppf(1 - LEVEL, n - 1) * values.std(ddof=1) * np.sqrt(1 + 1 / n)
     return float(max(limit, LEAST)) if limit < MOST else float("nan")
 
-# %% ../../nbs/5_eval/06_copies.ipynb #ce3ab4df
+# %% ../../nbs/5_eval/06_copies.ipynb #e5db3ac2
 MOST_ASKED = 100  # pictures of each kind: more make the limit no better
 
 
@@ -199,7 +200,7 @@ def nearest_originals(
     agreement = np.array([match.agreement for match in matches])
     return (index if calibrated else np.where(bits <= NEAR_BITS, twin, index)), agreement, bits
 
-# %% ../../nbs/5_eval/06_copies.ipynb #72168e51
+# %% ../../nbs/5_eval/06_copies.ipynb #960270d8
 def check_copies(
     features: np.ndarray,  # of the samples (n, d)
     images: list[Image.Image],  # the samples
@@ -223,7 +224,7 @@ def check_copies(
     interval = {"share": share.value, "low": share.low, "high": share.high}
     return CopyCheck(**counts, **interval, threshold=limit, threshold_n=threshold.n, rows=rows)
 
-# %% ../../nbs/5_eval/06_copies.ipynb #6944a56a
+# %% ../../nbs/5_eval/06_copies.ipynb #3e49a471
 def copies_text(
     share: CopyShare,
 ) -> str:  # no full stop
