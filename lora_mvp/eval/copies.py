@@ -121,7 +121,7 @@ def limit_of(
     limit = values.mean() + student.ppf(1 - LEVEL, n - 1) * values.std(ddof=1) * np.sqrt(1 + 1 / n)
     return float(max(limit, LEAST)) if limit < MOST else float("nan")
 
-# %% ../../nbs/5_eval/06_copies.ipynb #e5db3ac2
+# %% ../../nbs/5_eval/06_copies.ipynb #4020348c
 MOST_ASKED = 100  # pictures of each kind: more make the limit no better
 
 
@@ -200,7 +200,7 @@ def nearest_originals(
     agreement = np.array([match.agreement for match in matches])
     return (index if calibrated else np.where(bits <= NEAR_BITS, twin, index)), agreement, bits
 
-# %% ../../nbs/5_eval/06_copies.ipynb #960270d8
+# %% ../../nbs/5_eval/06_copies.ipynb #aaad058e
 def check_copies(
     features: np.ndarray,  # of the samples (n, d)
     images: list[Image.Image],  # the samples
@@ -224,7 +224,7 @@ def check_copies(
     interval = {"share": share.value, "low": share.low, "high": share.high}
     return CopyCheck(**counts, **interval, threshold=limit, threshold_n=threshold.n, rows=rows)
 
-# %% ../../nbs/5_eval/06_copies.ipynb #3e49a471
+# %% ../../nbs/5_eval/06_copies.ipynb #3ae11391
 def copies_text(
     share: CopyShare,
 ) -> str:  # no full stop
