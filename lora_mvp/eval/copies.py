@@ -13,13 +13,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from pydantic import BaseModel
+from scipy.stats import t as student
 
 from ..data.images import open_rgb
 from ..data.looks import perceptual_hashes, pixel_hash
 from ..data.manifest import Manifest
 from ..data.splits import group, hash_signs, near_duplicates
 from ..errors import LoraMvpError
-from .metrics import nearest, similarity
+from .alignment import album_of
+from .metrics import unit_rows
 from ..sheets import Tile, contact_sheet
 from ..stats import wilson
 
@@ -93,26 +95,50 @@ def scenes(
 
 # %% ../../nbs/5_eval/06_copies.ipynb #29e6a570
 class Threshold(NamedTuple):
-    "Above which cosine a sample is too near to a training picture."
+    "Above which agreement a sample is a training picture come back."
 
-    cosine: float  # nan: too few different pictures to say
+    agreement: float  # nan: too few different pictures to say
     n: int  # pictures that it rests on
 
 # %% ../../nbs/5_eval/06_copies.ipynb #32a00a01
+LEVEL = 0.01  # share of pictures that are no copies, yet are taken for one
+FEWEST = 6  # pictures: of fewer the limit is not true
+SAME = 0.85  # training pictures that agree to more, and stand out in it, are of one scene
+LEAST, MOST = 0.75, 0.95  # moved, cropped, turned copies agree to 0.8 and more; above 0.95 only equal pictures do
+
+
+def limit_of(
+    agreements: np.ndarray,  # (n,) of pictures that are no copies, each with its best original
+) -> float:  # at least `LEAST`; nan: they do not say
+    "The upper prediction limit of one more such agreement (normal distribution), far outliers left out."
+    values = np.asarray(agreements, dtype=float)
+    if len(values) < FEWEST:
+        return float("nan")
+    middle = np.median(values)
+    spread = 1.4826 * np.median(np.abs(values - middle))
+    values = values[values <= max(middle + 2.5 * spread, SAME)]  # scenes that the hash did not find
+    n = len(values)
+    limit = values.mean() + student.ppf(1 - LEVEL, n - 1) * values.std(ddof=1) * np.sqrt(1 + 1 / n)
+    return float(max(limit, LEAST)) if limit < MOST else float("nan")
+
+# %% ../../nbs/5_eval/06_copies.ipynb #4020348c
+MOST_ASKED = 100  # pictures of each kind: more make the limit no better
+
+
 def calibrate(
-    train: np.ndarray,  # features of the training pictures (m, d)
-    other: np.ndarray,  # of other real pictures (k, d); may be empty
-    scene: list[str],  # of `scenes`, training pictures first
-    control: np.ndarray | None = None,  # of samples of a model that never saw the training pictures (n, d)
+    train: RealSet,
+    other: RealSet,  # other real pictures; may be empty
+    control: list[Image.Image] = (),  # samples of a model that never saw the training pictures
 ) -> Threshold:
-    "The 99th percentile of what pictures that are no copies reach with training pictures."
-    cosines = similarity(np.concatenate([train, other]) if len(other) else train, train)
-    same = np.array(scene)[:, None] == np.array(scene[: len(train)])[None]
-    largest = np.where(same, -np.inf, cosines).max(1)
-    largest = largest[np.isfinite(largest)]
-    if control is not None:
-        largest = np.concatenate([largest, nearest(control, train)[1]])
-    return Threshold(float(np.quantile(largest, 0.99)) if len(largest) > 1 else float("nan"), len(largest))
+    "What pictures that are no copies reach, and from where on a sample is taken for one."
+    album, scene = album_of(train.images), np.array(scenes(train, other))
+    images, m = [*train.images, *other.images], len(train.images)
+    asked = [*range(m)[:: -(-m // MOST_ASKED) or 1], *range(m, len(images))[:MOST_ASKED]]
+    own = {k: tuple(map(int, np.flatnonzero(scene[:m] == scene[k]))) for k in asked}
+    matches = [album.match(images[k], own[k]) for k in asked]
+    matches += [album.match(image) for image in control[:MOST_ASKED]]
+    agreements = np.array([match.agreement for match in matches if match.original >= 0])
+    return Threshold(limit_of(agreements), len(agreements))
 
 # %% ../../nbs/5_eval/06_copies.ipynb #4ef45698
 def nearest_hash(
@@ -136,7 +162,8 @@ class Near(BaseModel):
 
     sample: int  # position in the plan
     train_file: str
-    cosine: float
+    agreement: float  # of the edges, at most 1
+    cosine: float  # of the extractor's features
     bits: int  # of 64, to the nearest perceptual hash
     copied: bool
 
@@ -150,7 +177,7 @@ class CopyShare(BaseModel):
     share: float
     low: float  # ends of the 95 % interval
     high: float
-    threshold: float | None  # cosine; None: too few different pictures to say
+    threshold: float | None  # agreement; None: too few different pictures to say
     threshold_n: int  # pictures that the threshold rests on: real ones, and the base's where it was drawn
     near_bits: int = NEAR_BITS
 
@@ -161,6 +188,19 @@ class CopyCheck(CopyShare):
     rows: list[Near]  # in the order of the samples
 
 # %% ../../nbs/5_eval/06_copies.ipynb #ed9ebf35
+def nearest_originals(
+    images: list[Image.Image],  # the samples (n)
+    train: list[Image.Image],
+    calibrated: bool,  # whether agreement says what is a copy
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # index of the training picture, agreement, bits; each (n,)
+    "The training picture that each sample agrees with most; without a limit an equal one outranks it."
+    album, (twin, bits) = album_of(train), nearest_hash(images, train)
+    matches = [album.match(image) for image in images]
+    index = np.array([match.original for match in matches], dtype=int)
+    agreement = np.array([match.agreement for match in matches])
+    return (index if calibrated else np.where(bits <= NEAR_BITS, twin, index)), agreement, bits
+
+# %% ../../nbs/5_eval/06_copies.ipynb #aaad058e
 def check_copies(
     features: np.ndarray,  # of the samples (n, d)
     images: list[Image.Image],  # the samples
@@ -170,26 +210,40 @@ def check_copies(
     positions: list[int] | None = None,  # of the samples in the plan
 ) -> CopyCheck:
     "Hold every sample against all training pictures."
-    index, cosines = nearest(features, train_features)
-    twin, bits = nearest_hash(images, train.images)
-    index = np.where(bits <= NEAR_BITS, twin, index)  # the same picture outranks a similar one
-    copied = (cosines > threshold.cosine) | (bits <= NEAR_BITS)  # a comparison with nan is False
+    limit = None if np.isnan(threshold.agreement) else threshold.agreement
+    index, agreement, bits = nearest_originals(images, train.images, limit is not None)
+    cosines = (unit_rows(features) * unit_rows(train_features)[index]).sum(1)
+    copied = bits <= NEAR_BITS if limit is None else agreement > limit
     share = wilson(int(copied.sum()), len(copied))
+    facts = zip(positions or range(len(images)), index, agreement.round(6), cosines.round(6), bits, copied)
     rows = [
-        Near(sample=k, train_file=train.files[i], cosine=round(float(c), 6), bits=int(b), copied=bool(found))
-        for k, i, c, b, found in zip(positions or range(len(images)), index, cosines, bits, copied)
+        Near(sample=k, train_file=train.files[i], agreement=a, cosine=c, bits=b, copied=found)
+        for k, i, a, c, b, found in facts
     ]
     counts = {"n": len(images), "n_train": len(train.images), "copied": int(copied.sum())}
     interval = {"share": share.value, "low": share.low, "high": share.high}
-    limit = None if np.isnan(threshold.cosine) else threshold.cosine
     return CopyCheck(**counts, **interval, threshold=limit, threshold_n=threshold.n, rows=rows)
+
+# %% ../../nbs/5_eval/06_copies.ipynb #3ae11391
+def copies_text(
+    share: CopyShare,
+) -> str:  # no full stop
+    "The finding as people say it."
+    if share.threshold is None:
+        return (
+            f"{share.copied} of {share.n} samples equal a training picture (too few pictures to look for changed ones)"
+        )
+    how = "moved, cropped, mirrored or recoloured count"
+    if share.copied == 1:
+        return f"1 of {share.n} samples is a training picture come back ({how})"
+    return f"{share.copied or 'none'} of {share.n} samples are training pictures come back ({how})"
 
 # %% ../../nbs/5_eval/06_copies.ipynb #c22082a6
 def nearest_first(
     check: CopyCheck,
 ) -> list[int]:  # positions in its rows
-    "The samples in the order in which to look at them: equal pictures, then by cosine."
-    return sorted(range(check.n), key=lambda k: (check.rows[k].bits > NEAR_BITS, -check.rows[k].cosine))
+    "The samples in the order in which to look at them: copies, then by agreement."
+    return sorted(range(check.n), key=lambda k: (not check.rows[k].copied, -check.rows[k].agreement))
 
 # %% ../../nbs/5_eval/06_copies.ipynb #1049e217
 def nearest_sheet(
@@ -203,7 +257,7 @@ def nearest_sheet(
     of_file, tiles = dict(zip(train.files, train.images)), []
     for k in nearest_first(check)[:most]:
         row = check.rows[k]
-        note = f"cosine {row.cosine:.3f}, {row.bits} bits{'  copy' if row.copied else ''}"
+        note = f"agreement {row.agreement:.2f}{'  copy' if row.copied else ''}"
         tiles += [Tile(images[k], note, "firebrick" if row.copied else "gray"), Tile(of_file[row.train_file])]
     return contact_sheet([tiles[k : k + 8] for k in range(0, len(tiles), 8)], tile, gap=12, together=2)
 
