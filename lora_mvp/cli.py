@@ -309,6 +309,33 @@ def cmd_choose(args: argparse.Namespace) -> None:
     "Score the base and every checkpoint of a run, and choose one."
     _choose(_config(args), args.run, args)
 
+# %% ../nbs/7_doors/03_cli.ipynb #e1dc802d
+def cmd_vote(args: argparse.Namespace) -> None:
+    "Vote on pairs of pictures without knowing which model drew which."
+    config = _config(args)
+    from lora_mvp.eval.booth import hold_vote, open_box, result_of, results_of
+
+    if args.result:
+        found = result_of(Path(args.out) if args.b else results_of(args.a))
+    else:
+        more = (args.out, args.lora_scale, _manifest(args), args.per_prompt, args.question)
+        box = open_box(config, args.a, args.b, *more)
+        found = result_of(box.out) if box.ballot.finished else hold_vote(box, args.port, lambda t: print(t, flush=True))
+    print(f"{found.verdict}: {found.why}")
+
+# %% ../nbs/7_doors/03_cli.ipynb #e436a099
+def _add_vote(commands) -> None:
+    vote = _command(commands, "vote", cmd_vote)
+    vote.add_argument("a", metavar="A", help="a model, as for compare; without B: the folder of a finished evaluation")
+    vote.add_argument("b", metavar="B", nargs="?", help="another model")
+    vote.add_argument("--out", default="comparison", help="where two models draw (default: comparison, as compare)")
+    vote.add_argument("--port", type=int, default=0, help="of the page (default: a free one)")
+    vote.add_argument("--per-prompt", type=_count, default=1, help="pairs of each prompt (default 1)")
+    vote.add_argument("--question", default="Which of the two do you prefer?", help="what the voter is asked")
+    vote.add_argument("--result", action="store_true", help="what came of it, without a page")
+    vote.add_argument("--lora-scale", type=_number, default=1.0, help="strength of both adapters (default 1)")
+    vote.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
+
 # %% ../nbs/7_doors/03_cli.ipynb #624581d6
 def _add_real(parser: argparse.ArgumentParser) -> None:
     where = "default: the validation images of the run's manifest"
@@ -354,7 +381,16 @@ def build_parser() -> argparse.ArgumentParser:
     about = "Train Stable Diffusion LoRA adapters whose results you can trust."
     parser = argparse.ArgumentParser(prog="lora-mvp", description=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_config, _add_data, _add_training, _add_adapters, _add_generate, _add_judging, _add_demo):
+    for add in (
+        _add_config,
+        _add_data,
+        _add_training,
+        _add_adapters,
+        _add_generate,
+        _add_judging,
+        _add_vote,
+        _add_demo,
+    ):
         add(commands)
     add_service(commands)
     return parser
