@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/5_eval/18_booth.ipynb #2d128d2e
+# %% ../../nbs/5_eval/18_booth.ipynb #d42c7d59
 import secrets
 import threading
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from .samples import write_plan
 from ..files import make_folder, png_bytes, read_record
 from ..html import STYLE, jpeg_uri, page, section, text, tile
 
-# %% ../../nbs/5_eval/18_booth.ipynb #b967be08
+# %% ../../nbs/5_eval/18_booth.ipynb #8221620b
 LOOK = """
 main { max-width: 1000px; padding-top: 16px } h1 { font-size: 20px; margin: 14px 0 10px }
 .two { display: grid; grid-template-columns: 1fr 1fr; gap: 10px }
@@ -61,7 +61,7 @@ def booth_page(
     style = f"<style>{STYLE}{LOOK}</style>"
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}<title>{text(title)}</title>{style}</head><body><main>{body}</main>{script}</body></html>\n'
 
-# %% ../../nbs/5_eval/18_booth.ipynb #5bec4760
+# %% ../../nbs/5_eval/18_booth.ipynb #6762c864
 def choice_button(
     k: int,  # place of the pair
     side: str,  # `left` or `right`
@@ -95,7 +95,7 @@ def vote_page(
     head = f"{count}<p>{text(ballot.question)}</p><h1><bdi>{text(pair.prompt)}</bdi></h1>"
     return booth_page(ballot.question, f"{head}{form}{foot}", nonce)
 
-# %% ../../nbs/5_eval/18_booth.ipynb #0d6f6e9b
+# %% ../../nbs/5_eval/18_booth.ipynb #751c9620
 def finish_page(
     ballot: Ballot,
     root: str,
@@ -111,7 +111,7 @@ def finish_page(
     back = f"{root}/" if done < total else f"{root}/pair/{total - 1}"
     return booth_page("The vote", f'{said}{form}<nav><a id="back" href="{back}">not yet</a></nav>', nonce)
 
-# %% ../../nbs/5_eval/18_booth.ipynb #e5d1741a
+# %% ../../nbs/5_eval/18_booth.ipynb #d6a5d8f6
 def result_page(
     box: Box,
     most: int = 60,  # pairs shown
@@ -130,7 +130,7 @@ def result_page(
     shown = section("pairs", "What was voted", f'<div class="pairs">{"".join(tiles)}</div>')
     return page("Blind vote", ballot.question, numbers, [said, shown])
 
-# %% ../../nbs/5_eval/18_booth.ipynb #c28f7ccb
+# %% ../../nbs/5_eval/18_booth.ipynb #5f0523ca
 class Answer(NamedTuple):
     "What is sent."
 
@@ -142,7 +142,7 @@ class Answer(NamedTuple):
 
 GUARDS = {
     "Cache-Control": "no-store",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # with `no-referrer` a form of the page would come from nowhere
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -156,7 +156,7 @@ def policy(
     own = "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     return f"{own}; script-src 'nonce-{nonce}'"
 
-# %% ../../nbs/5_eval/18_booth.ipynb #9be9c206
+# %% ../../nbs/5_eval/18_booth.ipynb #ce51b15b
 class Booth(ThreadingHTTPServer):
     "Serves one vote to this machine; `LoraMvpError` (`port_taken`) where the port cannot be had."
 
@@ -185,7 +185,7 @@ class Booth(ThreadingHTTPServer):
     def handle_error(self, request, client_address) -> None:
         "A browser that hangs up is no event."
 
-# %% ../../nbs/5_eval/18_booth.ipynb #e699a4d5
+# %% ../../nbs/5_eval/18_booth.ipynb #be755797
 def show(
     booth: Booth,
     path: list[str],  # below the secret word
@@ -207,7 +207,7 @@ def show(
             return Answer(png_bytes(booth.box.picture(int(k), side)), "image/png")
     return None
 
-# %% ../../nbs/5_eval/18_booth.ipynb #7378761d
+# %% ../../nbs/5_eval/18_booth.ipynb #69091e00
 def take(
     booth: Booth,
     path: list[str],  # below the secret word
@@ -225,7 +225,7 @@ def take(
             return None
     return Answer(status=HTTPStatus.SEE_OTHER, place=f"{booth.root}/")
 
-# %% ../../nbs/5_eval/18_booth.ipynb #74abe41c
+# %% ../../nbs/5_eval/18_booth.ipynb #5598c081
 MAX_FORM = 4096  # bytes
 
 
@@ -277,7 +277,7 @@ class Clerk(BaseHTTPRequestHandler):
     def log_message(self, *args) -> None:
         "Nothing is logged: an address holds the secret word."
 
-# %% ../../nbs/5_eval/18_booth.ipynb #94a4c00b
+# %% ../../nbs/5_eval/18_booth.ipynb #a49625ff
 def pairs_of(
     out: Path,  # folder of an evaluation or a comparison
 ) -> tuple[list[VotePair], tuple[str, str]]:  # the pairs, and the names of the models
@@ -292,7 +292,7 @@ def pairs_of(
         pairs.append(VotePair(prompt=sample.prompt, seed=sample.seed, files=files, pixels=pixels))
     return pairs, metrics.columns
 
-# %% ../../nbs/5_eval/18_booth.ipynb #98563607
+# %% ../../nbs/5_eval/18_booth.ipynb #21bd4888
 def drawn_pairs(
     config: AppConfig,
     a: str | Path,  # a run, an adapter, a pipeline, or `base`
@@ -319,7 +319,7 @@ def drawn_pairs(
         pairs.append(VotePair(prompt=plan.rows[k].prompt, seed=plan.rows[k].seed, files=files, pixels=pixels))
     return pairs, (columns[0].name, columns[1].name)
 
-# %% ../../nbs/5_eval/18_booth.ipynb #861f30d3
+# %% ../../nbs/5_eval/18_booth.ipynb #823c74b1
 def some_of_each(
     pairs: list[VotePair],
     per_prompt: int,  # so many of each prompt, the first ones
@@ -332,7 +332,7 @@ def some_of_each(
             found.append(pair)
     return found
 
-# %% ../../nbs/5_eval/18_booth.ipynb #48827344
+# %% ../../nbs/5_eval/18_booth.ipynb #0c952254
 def results_of(
     a: str | Path,  # a run that was evaluated, or the folder of an evaluation or comparison
 ) -> Path:
@@ -343,7 +343,7 @@ def results_of(
     text = f"{a} holds no finished evaluation (metrics.json). Name two models to draw with, or evaluate first."
     raise LoraMvpError("nothing_to_vote", text)
 
-# %% ../../nbs/5_eval/18_booth.ipynb #b0040fb1
+# %% ../../nbs/5_eval/18_booth.ipynb #c07fd401
 def box_for(
     out: Path,
     pairs: list[VotePair],
@@ -360,7 +360,7 @@ def box_for(
     mixed = derive_seed(seed, "vote", *(pixels for pair in pairs for pixels in pair.pixels))
     return Box(out, begun or make_ballot(some_of_each(pairs, per_prompt), columns, mixed, question))
 
-# %% ../../nbs/5_eval/18_booth.ipynb #484338d7
+# %% ../../nbs/5_eval/18_booth.ipynb #02ceb574
 def open_box(
     config: AppConfig,
     a: str | Path,  # a run, an adapter, a pipeline or `base`; alone: the folder of an evaluation or comparison
@@ -379,7 +379,7 @@ def open_box(
         found = pairs_of(out := results_of(a))
     return box_for(out, *found, per_prompt, config.evaluation.seed, question)
 
-# %% ../../nbs/5_eval/18_booth.ipynb #44a52531
+# %% ../../nbs/5_eval/18_booth.ipynb #e63b8fc4
 def result_of(
     out: Path,  # folder of the results
 ) -> VoteResult:
@@ -389,7 +389,7 @@ def result_of(
         raise LoraMvpError("no_votes", f"nobody has voted in {out} yet.")
     return vote_result(ballot)
 
-# %% ../../nbs/5_eval/18_booth.ipynb #4dc9ad17
+# %% ../../nbs/5_eval/18_booth.ipynb #365c1f52
 def hold_vote(
     box: Box,
     port: int = 0,  # 0: a free one
