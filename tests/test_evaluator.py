@@ -137,7 +137,7 @@ def test_exchanging_the_models_negates_everything(root, evaluator, better):
     for name, c in there.judgement.comparisons.items():
         other = back.judgement.comparisons[name]
         assert (c.difference, c.low, c.high) == (-other.difference, -other.high, -other.low)
-        assert (c.p, c.wins_a, c.wins_b, c.effect_size) == (other.p, other.wins_b, other.wins_a, -other.effect_size)
+        assert (c.p, c.wins_a, c.wins_b) == (other.p, other.wins_b, other.wins_a)
 
 
 def test_a_second_evaluation_draws_nothing_and_writes_the_same(root, evaluator, good, monkeypatch):
