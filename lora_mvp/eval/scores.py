@@ -16,11 +16,11 @@ from pydantic import BaseModel
 from ..errors import LoraMvpError
 from .extractors import Extractor
 from .features import FeatureCache, features_of
-from .metrics import alignment, diversity, frechet_distance, gap_values, nearest, similarity
+from .metrics import alignment, diversity, frechet_distance, gap_values, nearest, similarity, unit_rows
 from .records import Measured, Metrics, PairScore, Score, Warned
 from .verdicts import MAX_COPIED, Comparison, Fault, Goal, Margin, compare_scores, judge_scores
 from ..sheets import Tile, contact_sheet
-from ..stats import MIN_PAIRS, group_means, mean_interval, paired_test
+from ..stats import MIN_PAIRS, group_means, group_members, mean_interval, paired_test
 
 # %% ../../nbs/5_eval/09_scores.ipynb #1685d18f
 MATCH = "100 x cosine of picture and prompt"
@@ -58,6 +58,17 @@ def sample_scores(
         found["nearest_train"] = 100 * nearest(features, train)[1]
     return found
 
+# %% ../../nbs/5_eval/09_scores.ipynb #5c0a0018
+def variety_values(
+    features: np.ndarray,  # of the pictures (n, d)
+    prompts: list[str] | None = None,  # of each picture; None: each stands for itself
+) -> np.ndarray:  # one value per prompt, in order of first appearance (p,)
+    "100 times one minus the mean cosine of pictures of different prompts; a pseudo-value for each prompt."
+    member = group_members(list(range(len(features))) if prompts is None else prompts).astype(np.float64)
+    means = (member @ unit_rows(features)) / member.sum(1, keepdims=True)
+    others = (means @ means.sum(0) - (means**2).sum(1)) / (len(means) - 1)
+    return 100 * (1 - 2 * others + others.mean())
+
 # %% ../../nbs/5_eval/09_scores.ipynb #5c0a0002
 def prompt_scores(
     features: np.ndarray,  # of the pictures (n, d)
@@ -65,7 +76,9 @@ def prompt_scores(
     prompts: list[str],  # of each picture
 ) -> dict[str, np.ndarray]:  # names of `KINDS` to values, one per prompt (p,)
     "Every score that needs more than one picture."
-    found = {"gap": gap_values(features, real, prompts)} if len(set(prompts)) > 1 else {}
+    found = {}
+    if len(set(prompts)) > 1:
+        found = {"gap": gap_values(features, real, prompts), "variety": variety_values(features, prompts)}
     varied = 100 * diversity(features, prompts)
     return found | ({"diversity": varied[np.isfinite(varied)]} if np.isfinite(varied).any() else {})
 
@@ -88,6 +101,9 @@ KINDS = {
     ),
     "diversity": ScoreKind(
         unit="1 - mean cosine of the pictures of a prompt, x 100", higher_is_better=True, declared=True, guard=True
+    ),
+    "variety": ScoreKind(
+        unit="1 - mean cosine of the pictures of different prompts, x 100", higher_is_better=True, declared=False
     ),
     "nearest_train": ScoreKind(
         unit="100 x cosine to the nearest training picture", higher_is_better=False, declared=False
@@ -154,10 +170,12 @@ def anchors_of(
 ) -> dict[str, dict[str, float]]:  # score to anchors
     "What the scores come to on pictures that are known."
     found = {"clip_score": dict(match or {}), "gap": {}, "nearest_train": {}}
+    found["variety"] = {"real": float(variety_values(real).mean())}
     if len(real) > 3:
         found["gap"]["real"] = float(gap_values(real[::2], real[1::2]).mean())
     if train is not None and len(train) > 1:
         found["gap"]["train"] = float(gap_values(train, real).mean())
+        found["variety"]["train"] = float(variety_values(train).mean())
         found["nearest_train"]["real"] = float(100 * nearest(real, train)[1].mean())
     return found
 
@@ -250,7 +268,7 @@ def margins_of(
 ) -> dict[str, Margin]:  # of the declared scores whose span is known
     "Up to which size a difference of each score is taken for none, and why."
     spans = {"clip_score": max(s.values["clip_score"].mean() - s.wrong for s in (a, b))}
-    spans |= {k: max(s.of_prompts[k].mean() for s in (a, b)) for k in a.of_prompts if k in b.of_prompts}
+    spans |= {k: max(s.of_prompts[k].mean() for s in (a, b)) for k in ("gap", "diversity") if k in a.of_prompts}
     what = {
         "clip_score": "between wrong prompts and right ones",
         "gap": "from the real pictures to the further model",
@@ -272,20 +290,31 @@ class Terms:
     max_copied: float = MAX_COPIED  # share of copies that the interval must not lie above
     max_forgotten: float | None = None  # points of match that may be lost on other prompts; None: the margin
 
+
+TERMS = Terms()  # if nothing else is said
+
 # %% ../../nbs/5_eval/09_scores.ipynb #5c0a0014
 def collapse_faults(
-    comparisons: dict[str, Comparison],
-    trained: tuple[bool, bool],  # whether A and B have learnt anything
+    a: Side,
+    b: Side,
+    comparisons: dict[str, Comparison],  # of `compare_values`
 ) -> list[Fault]:
-    "A model that draws nearly the same picture for every seed: its variety lies clearly below half of the other's."
-    c, found = comparisons.get("diversity"), []
-    if c is None or c.low is None:
-        return []
-    ends = {"a": (trained[0], c.low > c.b / 2, c.b, c.a), "b": (trained[1], -c.high > c.a / 2, c.a, c.b)}
-    for side, (learnt, fallen, other, own) in ends.items():
-        if learnt and fallen:
-            text = f"draws nearly the same picture for every seed (variety {own:.1f}, the other {other:.1f})"
-            found.append(Fault(side=side, name="diversity", text=text))
+    "Which model draws nearly the same picture for every seed, or for every prompt."
+    found, c = [], comparisons.get("diversity")
+    for side, model in (("a", a), ("b", b)):
+        if not model.trained:
+            continue
+        if c is not None and c.low is not None:
+            own, other, most = (c.b, c.a, c.high) if side == "b" else (c.a, c.b, -c.low)
+            if most < -other / 2:
+                text = f"draws nearly the same picture for every seed (variety {own:.1f}, the other {other:.1f})"
+                found.append(Fault(side=side, name="diversity", text=text))
+        spread = comparisons.get("variety")
+        real = spread.anchors.get("real", 0.0) if spread else 0.0
+        own = mean_interval(model.of_prompts["variety"]) if spread else None
+        if own and own.high < real / 2:
+            text = f"draws nearly the same picture for every prompt (variety {own.value:.1f}, real pictures {real:.1f})"
+            found.append(Fault(side=side, name="variety", text=text))
     return found
 
 # %% ../../nbs/5_eval/09_scores.ipynb #38f3ea7d
@@ -308,9 +337,9 @@ def name_scores(
         gap = [gap_values(s.features, real) for s in (a, b)]
         gap = prompt_score("gap", *gap, seed, anchors["gap"], "pairs")
     found[f"gap[{look.name}]"] = gap
-    if "diversity" in a.of_prompts:
-        varied = [s.of_prompts["diversity"] for s in (a, b)]
-        found[f"diversity[{look.name}]"] = prompt_score("diversity", *varied, seed)
+    for name in (name for name in ("diversity", "variety") if name in a.of_prompts):
+        each = [s.of_prompts[name] for s in (a, b)]
+        found[f"{name}[{look.name}]"] = prompt_score(name, *each, seed, anchors.get(name))
     return found | {look.frechet_name: frechet_score(a.features, b.features, real)}
 
 # %% ../../nbs/5_eval/09_scores.ipynb #5c0a0016
@@ -336,7 +365,7 @@ def score_sides(
     real: np.ndarray,  # features of the real pictures (m, d)
     extractors: tuple[Extractor, Extractor],  # of texts and pictures; of pictures alone
     seed: int = 0,  # of the resampling
-    terms: Terms = Terms(),
+    terms: Terms = TERMS,
     anchors: dict[str, dict[str, float]] | None = None,  # of `anchors_of`
     faults: list[Fault] = (),  # of either model
 ) -> Metrics:
@@ -347,7 +376,7 @@ def score_sides(
     scores = name_scores(a, b, prompts, real, extractors, seed, anchors)
     compared = compare_values(a.values | a.of_prompts, b.values | b.of_prompts, prompts, seed, anchors)
     bases = "".join(name for name, s in zip("ab", (a, b)) if not s.trained)
-    faults = [*faults, *collapse_faults(compared, (a.trained, b.trained))]
+    faults = [*faults, *collapse_faults(a, b, compared)]
     fixed = {"goal": terms.goal, "margins": margins_of(a, b, terms.margin), "bases": bases, "faults": faults}
     pairs = zip(prompts, a.values["clip_score"], b.values["clip_score"], strict=True)
     return Metrics(
@@ -374,7 +403,7 @@ def score(
     pictures: Extractor | None = None,  # for pictures alone; default: `scorer`
     cache: FeatureCache | None = None,
     columns: tuple[str, str] = ("base", "LoRA"),  # what the two models are called
-    terms: Terms = Terms(),  # goal and margin
+    terms: Terms = TERMS,  # goal and margin
     real_prompts: list[str] | None = None,  # captions of the real pictures, for an anchor
     bases: tuple[bool, bool] = (True, False),  # which of the two has learnt nothing
 ) -> Metrics:
