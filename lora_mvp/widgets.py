@@ -22,7 +22,7 @@ from .data.curator import AMBER, GREEN, RED, badge
 from .data.curator import Curator as Curator  # so that all widgets are found here
 from .errors import LoraMvpError
 from .eval.ballots import QUESTION, Box, vote_result
-from .eval.booth import open_box
+from .eval.booth import end_vote, open_box
 from .files import png_bytes
 from .html import text
 from .infer import LoadedRun, bare_base, check_request, keep_picture, load_run, picture_facts, render
@@ -432,7 +432,7 @@ class Vote:
         "Vote on the pair that is shown, with `left`, `right` or `none`; `end` ends the vote."
         try:
             if mark == "end":
-                self.box.finish()
+                end_vote(self.box)
             elif self.box.ballot.next is not None:
                 self.box.mark(self.box.ballot.next, mark)
             self._show()

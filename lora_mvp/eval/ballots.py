@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/5_eval/11a_ballots.ipynb #a9419c71
+# %% ../../nbs/5_eval/11a_ballots.ipynb #bb519f69
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +18,12 @@ from pydantic import BaseModel, model_validator
 from ..config import derive_seed
 from ..data.images import open_rgb
 from ..errors import LoraMvpError
-from .records import Measured, Score
+from .records import Measured, Metrics, Score
+from .verdicts import Comparison, compare_scores, judge_scores
 from ..files import atomic_write, folder_lock, read_record
-from ..stats import PairedTest, paired_test, wilson
+from ..stats import PairedTest, paired_test, pairs_needed, wilson
 
-# %% ../../nbs/5_eval/11a_ballots.ipynb #db1b0f3b
+# %% ../../nbs/5_eval/11a_ballots.ipynb #d70607d9
 class VotePair(BaseModel):
     "Two pictures of one prompt and seed."
 
@@ -31,7 +32,7 @@ class VotePair(BaseModel):
     files: tuple[str, str]  # of A and B, relative to the folder of the results
     pixels: tuple[str, str]  # their hashes
 
-# %% ../../nbs/5_eval/11a_ballots.ipynb #ba1cfafd
+# %% ../../nbs/5_eval/11a_ballots.ipynb #7a96d1d1
 QUESTION = "Which of the two do you prefer?"
 Mark = Literal["left", "right", "none"]  # what was pressed
 
@@ -69,7 +70,7 @@ class Ballot(BaseModel):
         worth = {"none": [0, 0], "left": [-1, 1], "right": [1, -1]}
         return [mark and worth[mark][self.left(k)] for k, mark in enumerate(self.marks)]
 
-# %% ../../nbs/5_eval/11a_ballots.ipynb #f60be681
+# %% ../../nbs/5_eval/11a_ballots.ipynb #5b2275fc
 def make_ballot(
     pairs: list[VotePair],
     columns: tuple[str, str],  # names of A and B
@@ -84,7 +85,7 @@ def make_ballot(
     marks = ["none" if pair.pixels[0] == pair.pixels[1] else None for pair in shown]
     return Ballot(question=question, columns=columns, seed=seed, pairs=shown, marks=marks)
 
-# %% ../../nbs/5_eval/11a_ballots.ipynb #250e9ac0
+# %% ../../nbs/5_eval/11a_ballots.ipynb #ed7958cc
 def with_mark(
     ballot: Ballot,
     k: int,  # place of the pair, from 0
@@ -100,7 +101,7 @@ def with_mark(
         )
     return ballot.model_copy(update={"marks": [*ballot.marks[:k], mark, *ballot.marks[k + 1 :]]})
 
-# %% ../../nbs/5_eval/11a_ballots.ipynb #b6b09a99
+# %% ../../nbs/5_eval/11a_ballots.ipynb #eb752f9b
 class VoteResult(BaseModel):
     "What a person preferred."
 
@@ -114,7 +115,7 @@ class VoteResult(BaseModel):
     share: Measured  # of the prompts with a preference, those that went to B; Wilson's interval
     p: float  # sign test
 
-# %% ../../nbs/5_eval/11a_ballots.ipynb #b21af072
+# %% ../../nbs/5_eval/11a_ballots.ipynb #2b80108e
 def vote_test(
     ballot: Ballot,
 ) -> PairedTest | None:  # of B against A, over prompts; None before the first vote
@@ -127,7 +128,7 @@ def vote_test(
     signs = np.sign(list(per_prompt.values())).astype(float)
     return paired_test(np.zeros(len(signs)), signs)
 
-# %% ../../nbs/5_eval/11a_ballots.ipynb #87908507
+# %% ../../nbs/5_eval/11a_ballots.ipynb #c3d0ad3f
 NEEDED = 6  # 2 / 2**6 = 0.03 is the first smallest p value below 0.05
 
 
@@ -145,7 +146,7 @@ def vote_words(
     among = "prompts with a preference" if test.tie else "prompts"
     return f"{name} was preferred in {k} of {n} {among} ({share.value:.0%}, 95 % interval {share.low:.0%} to {share.high:.0%}){rest}"
 
-# %% ../../nbs/5_eval/11a_ballots.ipynb #2d49db7f
+# %% ../../nbs/5_eval/11a_ballots.ipynb #e6df7f51
 def vote_verdict(
     ballot: Ballot,
     test: PairedTest | None,  # of `vote_test`
@@ -164,7 +165,7 @@ def vote_verdict(
         return ("b_better" if test.win > test.loss else "a_better"), said
     return "no_evidence", f"{said} That could be chance."
 
-# %% ../../nbs/5_eval/11a_ballots.ipynb #065a7914
+# %% ../../nbs/5_eval/11a_ballots.ipynb #9a1e042f
 def vote_result(
     ballot: Ballot,
     alpha: float = 0.05,  # level of the sign test
@@ -181,7 +182,7 @@ def vote_result(
     pairs = sum(mark is not None for mark in ballot.marks)
     return VoteResult(verdict=verdict, why=why, pairs=pairs, share=share, p=p, **counts)
 
-# %% ../../nbs/5_eval/11a_ballots.ipynb #4ea3c439
+# %% ../../nbs/5_eval/11a_ballots.ipynb #870676dc
 SHARE = "% of the prompts with a preference"
 
 
@@ -198,7 +199,41 @@ def vote_score(
     about = {"unit": SHARE, "higher_is_better": True, "change_is": "difference", "counted": "prompts"}
     return Score(**about, **sides, p=found.p, n=found.n, method="Wilson's interval; p by the sign test")
 
-# %% ../../nbs/5_eval/11a_ballots.ipynb #55da1431
+# %% ../../nbs/5_eval/11a_ballots.ipynb #2436f412
+def vote_comparison(
+    ballot: Ballot,
+    declared: bool = True,  # whether it takes part in the verdict
+) -> Comparison:
+    "A vote as the verdict looks at it."
+    test, prompts = vote_test(ballot), list(dict.fromkeys(pair.prompt for pair in ballot.pairs))
+    points = {
+        p: [x for pair, x in zip(ballot.pairs, ballot.points) if pair.prompt == p and x is not None] for p in prompts
+    }
+    voted = [p for p in prompts if points[p]]
+    signs = np.sign([sum(points[p]) for p in voted]).astype(float)
+    done = sum(mark is not None for mark in ballot.marks)
+    found = compare_scores(50 - 50 * signs, 50 + 50 * signs, voted, "% of the prompts", declared=declared, pairs=done)
+    return found.model_copy(update={"p": test.sign_p})
+
+# %% ../../nbs/5_eval/11a_ballots.ipynb #5a60f4ab
+def with_vote(
+    metrics: Metrics,
+    ballot: Ballot,
+) -> Metrics:  # unchanged until the vote is ended
+    "Results with a vote as one more declared score."
+    j, found = metrics.judgement, vote_result(ballot)
+    if not ballot.finished or j is None or found.share.value is None:
+        return metrics
+    compared = {name: c for name, c in j.comparisons.items() if name != "vote"}
+    enough = found.n >= pairs_needed(1 + sum(c.declared for c in compared.values()), j.alpha)
+    compared["vote"] = vote_comparison(ballot, enough)
+    models = metrics.settings.get("models", {})
+    bases = "".join(side for side, name in zip("ab", metrics.columns) if models.get(name, {}).get("lora_scale") == 0)
+    fixed = {"margins": j.margins, "names": metrics.columns, "faults": j.faults, "goal": j.goal, "bases": bases}
+    scores = metrics.scores | {"vote": vote_score(found)}
+    return metrics.model_copy(update={"scores": scores, "judgement": judge_scores(compared, j.alpha, **fixed)})
+
+# %% ../../nbs/5_eval/11a_ballots.ipynb #26af0205
 FOLDER, FILE = "votes", "votes.json"
 
 
@@ -210,7 +245,7 @@ def read_ballot(
     advice = f"Remove {file.parent} to vote anew."
     return read_record(Ballot, file, "votes_unreadable", "a ballot", advice) if file.exists() else None
 
-# %% ../../nbs/5_eval/11a_ballots.ipynb #cf80656c
+# %% ../../nbs/5_eval/11a_ballots.ipynb #d108106c
 class Box:
     "The votes of one folder."
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/5_eval/18_booth.ipynb #d42c7d59
+# %% ../../nbs/5_eval/18_booth.ipynb #e9a6934a
 import secrets
 import threading
 from collections.abc import Callable
@@ -19,15 +19,26 @@ from ..config import AppConfig, derive_seed
 from ..data.images import open_rgb
 from ..data.looks import pixel_hash
 from ..errors import LoraMvpError
-from .ballots import QUESTION, Ballot, Box, VotePair, VoteResult, make_ballot, read_ballot, vote_result
+from lora_mvp.eval.ballots import (
+    QUESTION,
+    Ballot,
+    Box,
+    VotePair,
+    VoteResult,
+    make_ballot,
+    read_ballot,
+    vote_result,
+    with_vote,
+)
 from .columns import draw_columns, plan_for
 from .evaluator import ab_columns
+from .pages import number_sections
 from .records import Metrics
 from .samples import write_plan
-from ..files import make_folder, png_bytes, read_record
-from ..html import STYLE, jpeg_uri, page, section, text, tile
+from ..files import atomic_write, make_folder, png_bytes, read_record
+from ..html import STYLE, jpeg_uri, page, section, text, tile, with_section
 
-# %% ../../nbs/5_eval/18_booth.ipynb #8221620b
+# %% ../../nbs/5_eval/18_booth.ipynb #d309aa86
 LOOK = """
 main { max-width: 1000px; padding-top: 16px } h1 { font-size: 20px; margin: 14px 0 10px }
 .two { display: grid; grid-template-columns: 1fr 1fr; gap: 10px }
@@ -61,7 +72,7 @@ def booth_page(
     style = f"<style>{STYLE}{LOOK}</style>"
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}<title>{text(title)}</title>{style}</head><body><main>{body}</main>{script}</body></html>\n'
 
-# %% ../../nbs/5_eval/18_booth.ipynb #6762c864
+# %% ../../nbs/5_eval/18_booth.ipynb #b4b9fcec
 def choice_button(
     k: int,  # place of the pair
     side: str,  # `left` or `right`
@@ -95,7 +106,7 @@ def vote_page(
     head = f"{count}<p>{text(ballot.question)}</p><h1><bdi>{text(pair.prompt)}</bdi></h1>"
     return booth_page(ballot.question, f"{head}{form}{foot}", nonce)
 
-# %% ../../nbs/5_eval/18_booth.ipynb #751c9620
+# %% ../../nbs/5_eval/18_booth.ipynb #8f2233aa
 def finish_page(
     ballot: Ballot,
     root: str,
@@ -111,7 +122,7 @@ def finish_page(
     back = f"{root}/" if done < total else f"{root}/pair/{total - 1}"
     return booth_page("The vote", f'{said}{form}<nav><a id="back" href="{back}">not yet</a></nav>', nonce)
 
-# %% ../../nbs/5_eval/18_booth.ipynb #d6a5d8f6
+# %% ../../nbs/5_eval/18_booth.ipynb #27394e6e
 def result_page(
     box: Box,
     most: int = 60,  # pairs shown
@@ -130,7 +141,28 @@ def result_page(
     shown = section("pairs", "What was voted", f'<div class="pairs">{"".join(tiles)}</div>')
     return page("Blind vote", ballot.question, numbers, [said, shown])
 
-# %% ../../nbs/5_eval/18_booth.ipynb #5f0523ca
+# %% ../../nbs/5_eval/18_booth.ipynb #8619eb9d
+def end_vote(
+    box: Box,
+) -> VoteResult:
+    "End a vote, and put it among the results beside it, if there are any."
+    found, file, report = box.finish(), box.out / "metrics.json", box.out / "report.html"
+    if not file.is_file():
+        return found
+    metrics = read_record(Metrics, file, "metrics_unreadable", "a metrics.json")
+    named = {(sample.base_file, sample.lora_file) for sample in metrics.samples}
+    if any(pair.files not in named for pair in box.ballot.pairs):
+        return found  # results that have been written since, of other pictures
+    metrics = with_vote(metrics, box.ballot)
+    atomic_write(file, metrics.model_dump_json(indent=2) + "\n")
+    if report.is_file():
+        whole = report.read_text(encoding="utf-8")
+        for anchor, card in number_sections(metrics).items():
+            whole = with_section(whole, anchor, card)
+        atomic_write(report, whole)
+    return found
+
+# %% ../../nbs/5_eval/18_booth.ipynb #35463131
 class Answer(NamedTuple):
     "What is sent."
 
@@ -156,7 +188,7 @@ def policy(
     own = "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     return f"{own}; script-src 'nonce-{nonce}'"
 
-# %% ../../nbs/5_eval/18_booth.ipynb #ce51b15b
+# %% ../../nbs/5_eval/18_booth.ipynb #b95de650
 class Booth(ThreadingHTTPServer):
     "Serves one vote to this machine; `LoraMvpError` (`port_taken`) where the port cannot be had."
 
@@ -185,7 +217,7 @@ class Booth(ThreadingHTTPServer):
     def handle_error(self, request, client_address) -> None:
         "A browser that hangs up is no event."
 
-# %% ../../nbs/5_eval/18_booth.ipynb #be755797
+# %% ../../nbs/5_eval/18_booth.ipynb #683d1521
 def show(
     booth: Booth,
     path: list[str],  # below the secret word
@@ -207,7 +239,7 @@ def show(
             return Answer(png_bytes(booth.box.picture(int(k), side)), "image/png")
     return None
 
-# %% ../../nbs/5_eval/18_booth.ipynb #69091e00
+# %% ../../nbs/5_eval/18_booth.ipynb #51021b9c
 def take(
     booth: Booth,
     path: list[str],  # below the secret word
@@ -220,12 +252,12 @@ def take(
         case ["vote"] if form.get("pair", "").isdecimal():
             booth.box.mark(int(form["pair"]), form.get("mark", ""))
         case ["finish"]:
-            booth.box.finish()
+            end_vote(booth.box)
         case _:
             return None
     return Answer(status=HTTPStatus.SEE_OTHER, place=f"{booth.root}/")
 
-# %% ../../nbs/5_eval/18_booth.ipynb #5598c081
+# %% ../../nbs/5_eval/18_booth.ipynb #1f22a9bf
 MAX_FORM = 4096  # bytes
 
 
@@ -277,7 +309,7 @@ class Clerk(BaseHTTPRequestHandler):
     def log_message(self, *args) -> None:
         "Nothing is logged: an address holds the secret word."
 
-# %% ../../nbs/5_eval/18_booth.ipynb #a49625ff
+# %% ../../nbs/5_eval/18_booth.ipynb #e634b90c
 def pairs_of(
     out: Path,  # folder of an evaluation or a comparison
 ) -> tuple[list[VotePair], tuple[str, str]]:  # the pairs, and the names of the models
@@ -292,7 +324,7 @@ def pairs_of(
         pairs.append(VotePair(prompt=sample.prompt, seed=sample.seed, files=files, pixels=pixels))
     return pairs, metrics.columns
 
-# %% ../../nbs/5_eval/18_booth.ipynb #21bd4888
+# %% ../../nbs/5_eval/18_booth.ipynb #39b1eec5
 def drawn_pairs(
     config: AppConfig,
     a: str | Path,  # a run, an adapter, a pipeline, or `base`
@@ -319,7 +351,7 @@ def drawn_pairs(
         pairs.append(VotePair(prompt=plan.rows[k].prompt, seed=plan.rows[k].seed, files=files, pixels=pixels))
     return pairs, (columns[0].name, columns[1].name)
 
-# %% ../../nbs/5_eval/18_booth.ipynb #823c74b1
+# %% ../../nbs/5_eval/18_booth.ipynb #c4d71613
 def some_of_each(
     pairs: list[VotePair],
     per_prompt: int,  # so many of each prompt, the first ones
@@ -332,7 +364,7 @@ def some_of_each(
             found.append(pair)
     return found
 
-# %% ../../nbs/5_eval/18_booth.ipynb #0c952254
+# %% ../../nbs/5_eval/18_booth.ipynb #7686e988
 def results_of(
     a: str | Path,  # a run that was evaluated, or the folder of an evaluation or comparison
 ) -> Path:
@@ -343,7 +375,7 @@ def results_of(
     text = f"{a} holds no finished evaluation (metrics.json). Name two models to draw with, or evaluate first."
     raise LoraMvpError("nothing_to_vote", text)
 
-# %% ../../nbs/5_eval/18_booth.ipynb #c07fd401
+# %% ../../nbs/5_eval/18_booth.ipynb #8ac1811e
 def box_for(
     out: Path,
     pairs: list[VotePair],
@@ -360,7 +392,7 @@ def box_for(
     mixed = derive_seed(seed, "vote", *(pixels for pair in pairs for pixels in pair.pixels))
     return Box(out, begun or make_ballot(some_of_each(pairs, per_prompt), columns, mixed, question))
 
-# %% ../../nbs/5_eval/18_booth.ipynb #02ceb574
+# %% ../../nbs/5_eval/18_booth.ipynb #725e8a90
 def open_box(
     config: AppConfig,
     a: str | Path,  # a run, an adapter, a pipeline or `base`; alone: the folder of an evaluation or comparison
@@ -379,7 +411,7 @@ def open_box(
         found = pairs_of(out := results_of(a))
     return box_for(out, *found, per_prompt, config.evaluation.seed, question)
 
-# %% ../../nbs/5_eval/18_booth.ipynb #e63b8fc4
+# %% ../../nbs/5_eval/18_booth.ipynb #0346e376
 def result_of(
     out: Path,  # folder of the results
 ) -> VoteResult:
@@ -389,7 +421,7 @@ def result_of(
         raise LoraMvpError("no_votes", f"nobody has voted in {out} yet.")
     return vote_result(ballot)
 
-# %% ../../nbs/5_eval/18_booth.ipynb #365c1f52
+# %% ../../nbs/5_eval/18_booth.ipynb #792d86ea
 def hold_vote(
     box: Box,
     port: int = 0,  # 0: a free one
