@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['grid', 'grid_text']
 
-# %% ../../nbs/5_eval/19_strengths.ipynb #7ad2e726
+# %% ../../nbs/5_eval/19_strengths.ipynb #8192ebe3
 import logging
 from itertools import product
 from pathlib import Path
@@ -32,7 +32,7 @@ from ..models.adapters import save_adapter
 from ..sheets import Tile, contact_sheet, fitted, text_table
 from ..train.runs import RunFolder, read_run
 
-# %% ../../nbs/5_eval/19_strengths.ipynb #0726e0ad
+# %% ../../nbs/5_eval/19_strengths.ipynb #1eb0a979
 STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2)
 
 
@@ -53,7 +53,7 @@ class Cell(BaseModel):
         "How a sentence calls it."
         return f"step {self.step} at strength {self.strength:g}"
 
-# %% ../../nbs/5_eval/19_strengths.ipynb #69a2c7b4
+# %% ../../nbs/5_eval/19_strengths.ipynb #e789546d
 class Grid(BaseModel):
     "`grid.json`."
 
@@ -73,7 +73,7 @@ class Grid(BaseModel):
     cells: list[Cell]
     warnings: list[Warned] = []
 
-# %% ../../nbs/5_eval/19_strengths.ipynb #2e8cc3ca
+# %% ../../nbs/5_eval/19_strengths.ipynb #29ef1a6d
 def checked_strengths(
     strengths: list[float],
 ) -> list[float]:  # from the smallest
@@ -84,7 +84,7 @@ def checked_strengths(
         raise LoraMvpError("strengths_invalid", text + " The base, which is strength 0, is drawn anyway.")
     return found
 
-# %% ../../nbs/5_eval/19_strengths.ipynb #027fc9ec
+# %% ../../nbs/5_eval/19_strengths.ipynb #495ffe6a
 SHORT = {"clip_score": "match", "gap": "gap", "likeness": "likeness", "diversity": "variety"}
 
 
@@ -95,7 +95,7 @@ def mark_of(
     said = ", ".join(f"{SHORT.get(name, name)} {value:.1f}" for name, value in cell.scores.items() if name in SHORT)
     return said + (" (out)" if cell.out else "")
 
-# %% ../../nbs/5_eval/19_strengths.ipynb #55e035c5
+# %% ../../nbs/5_eval/19_strengths.ipynb #81a2689c
 def mosaic(
     pictures: list[Image.Image | None],  # up to four
     tile: int,  # side of each in pixels
@@ -109,7 +109,7 @@ def mosaic(
         ImageDraw.Draw(sheet).rectangle((0, 0, 2 * tile - 1, 2 * tile - 1), outline=frame, width=max(4, tile // 16))
     return sheet
 
-# %% ../../nbs/5_eval/19_strengths.ipynb #8a523994
+# %% ../../nbs/5_eval/19_strengths.ipynb #4beaa3ae
 BEST, OUT = "#c2410c", "#8a8a8a"
 
 
@@ -136,7 +136,7 @@ def grid_sheet(
             rows[-1].append(Tile(picture, note, BEST if chosen else OUT if cell.out else "black"))
     return contact_sheet(rows, 2 * tile, gap=10, heads=[f"strength {s:g}" for s in strengths], names=names)
 
-# %% ../../nbs/5_eval/19_strengths.ipynb #1fe476b3
+# %% ../../nbs/5_eval/19_strengths.ipynb #7ea098f9
 def why_of(
     ruling: Ruling,
     cells: list[Cell],  # candidate 0 is the base, candidate k the cell before it in number
@@ -156,7 +156,7 @@ def why_of(
         return f"{said} has the best mean rank, and every earlier or weaker one is behind. {tries}"
     return f"{said} is the earliest and weakest within one standard error of the best, {name[ruling.leader]}. {tries}"
 
-# %% ../../nbs/5_eval/19_strengths.ipynb #05895db9
+# %% ../../nbs/5_eval/19_strengths.ipynb #a2565b35
 class Painter(Chooser):
     "Draws checkpoints at any strength."
 
@@ -188,7 +188,7 @@ class Painter(Chooser):
 
 log = logging.getLogger("lora_mvp")
 
-# %% ../../nbs/5_eval/19_strengths.ipynb #2dcc7ad4
+# %% ../../nbs/5_eval/19_strengths.ipynb #3713548c
 def cell_of(
     step: int,
     strength: float,
@@ -204,7 +204,7 @@ def cell_of(
     about["pictures"] = f"evaluation/checkpoints/samples/{column.folder}"
     return Cell(step=step, strength=strength, scores=scores, change=change, **about)
 
-# %% ../../nbs/5_eval/19_strengths.ipynb #ba87ffe4
+# %% ../../nbs/5_eval/19_strengths.ipynb #6603bbdd
 def few_of(
     column: Column,  # drawn
     plan: SamplePlan,
@@ -216,7 +216,7 @@ def few_of(
     n = min(most, len(prompts))
     return [column.pictures[first[prompts[i * len(prompts) // n]]] for i in range(n)]
 
-# %% ../../nbs/5_eval/19_strengths.ipynb #6d1b61ad
+# %% ../../nbs/5_eval/19_strengths.ipynb #a68493f2
 def grid(
     config: AppConfig,
     root: str | Path,  # a run's folder, finished or not
@@ -249,7 +249,7 @@ def grid(
     write_grid(painter, found, shown, out)
     return found
 
-# %% ../../nbs/5_eval/19_strengths.ipynb #51d4fab0
+# %% ../../nbs/5_eval/19_strengths.ipynb #85cc4ba0
 def confirm_cell(
     painter: Painter,
     best: Cell,
@@ -266,7 +266,7 @@ def confirm_cell(
     about = {"judgement": metrics.judgement, "copies": metrics.copies.get(chosen.name), "forgetting": forgetting}
     return Confirmation(confirmed=confirmed, why=why, fresh_prompts=apart, plan_sha256=fresh.sha256, **about)
 
-# %% ../../nbs/5_eval/19_strengths.ipynb #d24dc965
+# %% ../../nbs/5_eval/19_strengths.ipynb #c559c7ca
 def grid_record(
     painter: Painter,
     plan: SamplePlan,
@@ -295,7 +295,7 @@ def grid_record(
         warnings=list(known.values()),
     )
 
-# %% ../../nbs/5_eval/19_strengths.ipynb #0423b8c0
+# %% ../../nbs/5_eval/19_strengths.ipynb #8f15d0c2
 def write_grid(
     painter: Painter,
     found: Grid,
@@ -311,7 +311,7 @@ def write_grid(
     atomic_write(out / "grid.json", found.model_dump_json(indent=2) + "\n")
     log.info("the grid is in %s", out)
 
-# %% ../../nbs/5_eval/19_strengths.ipynb #88af22ae
+# %% ../../nbs/5_eval/19_strengths.ipynb #c3f97b5b
 def grid_text(
     found: Grid,
 ) -> str:
@@ -326,7 +326,7 @@ def grid_text(
         values = [f"{cell.scores[k]:.1f}" if k in cell.scores else "-" for k in names]
         mark = "best" if best else f"out: {cell.out}" if cell.out else ""
         rows.append([cell.step, f"{cell.strength:g}", *values, copies, forgetting, mark])
-    again = [f"On fresh pictures, against the base: {confirmation_text(found.confirm)}"] if found.confirm else []
+    again = [f"The best cell against the base: {confirmation_text(found.confirm)}"] if found.confirm else []
     return "\n".join(
         [found.why, *again, "", text_table(rows, rule=True), *(f"note: {w.message}" for w in found.warnings)]
     )
