@@ -124,7 +124,7 @@ def with_section(
     return head + card + rest.partition("</section>")[2] if mark else whole
 
 # %% ../nbs/04_html.ipynb #6c0c6a97
-class Bar(NamedTuple):
+class Measure(NamedTuple):
     "A number with its name."
 
     name: str
@@ -133,9 +133,9 @@ class Bar(NamedTuple):
     high: float | None = None
     kind: str = "anchor"  # `first`, `second`, or `anchor` for what they are held against
 
-
-def bars(
-    rows: list[Bar],
+# %% ../nbs/04_html.ipynb #454d4ed8
+def measure_bars(
+    rows: list[Measure],
     form: str = ".1f",  # how a number is written
 ) -> str:  # HTML
     "Numbers side by side."

@@ -254,8 +254,7 @@ class Box:
         out: Path,  # folder of the results; the votes go into `votes` in it
         ballot: Ballot,  # what there is if nobody has voted yet
     ):
-        self.out, self.lock = Path(out), threading.Lock()
-        self.ballot = ballot
+        self.out, self.lock, self.ballot = Path(out), threading.Lock(), ballot
         self._change(lambda there: there)
 
     def mark(self, k: int, mark: Mark) -> None:
@@ -269,8 +268,7 @@ class Box:
 
     def picture(self, k: int, side: Literal["left", "right"]) -> Image.Image:
         "What stands at one side of pair `k`; `LoraMvpError` where the file is gone."
-        which = self.ballot.left(k) if side == "left" else 1 - self.ballot.left(k)
-        return open_rgb(self.out / self.ballot.pairs[k].files[which])
+        return open_rgb(self.out / self.ballot.pairs[k].files[self.ballot.left(k) ^ (side == "right")])
 
     def _change(self, change: Callable[[Ballot], Ballot]) -> None:
         folder = self.out / FOLDER

@@ -60,7 +60,7 @@ addEventListener("pageshow", () => { sent = false; });
 addEventListener("submit", e => { if (sent) e.preventDefault(); sent = true; });
 """
 
-
+# %% ../../nbs/5_eval/18_booth.ipynb #c927ffe6
 def booth_page(
     title: str,
     body: str,  # HTML
@@ -85,7 +85,7 @@ def choice_button(
     image = f'<img src="{root}/picture/{k}/{side}" alt="the {side} picture">'
     return f'<button id="{side}" name="mark" value="{side}"{mark}>{image}<kbd>{key}</kbd>{side}</button>'
 
-
+# %% ../../nbs/5_eval/18_booth.ipynb #e7d718f0
 def vote_page(
     ballot: Ballot,
     k: int,  # place of the pair
@@ -180,7 +180,7 @@ GUARDS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 
-
+# %% ../../nbs/5_eval/18_booth.ipynb #8ec6baa3
 def policy(
     nonce: str,
 ) -> str:

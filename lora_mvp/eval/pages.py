@@ -11,7 +11,7 @@ from PIL import Image
 from .copies import CopyEvidence, nearest_first
 from .records import Metrics, Score, with_interval
 from .verdicts import ANCHORS, Comparison, words_of
-from ..html import Bar, bars, fold, html_table, jpeg_uri, page, section, text, tile
+from ..html import Measure, fold, html_table, jpeg_uri, measure_bars, page, section, text, tile
 
 # %% ../../nbs/5_eval/12_pages.ipynb #ce173782
 def pair_tile(
@@ -98,11 +98,11 @@ def score_bars(
     "One score of both models, and of pictures that are known."
     kind, better = name.partition("[")[0], "higher" if score.higher_is_better else "lower"
     rows = [
-        Bar(column, m.value, m.low, m.high, place)
+        Measure(column, m.value, m.low, m.high, place)
         for column, m, place in zip(columns, (score.base, score.lora), ("first", "second"))
         if m.value is not None
     ]
-    rows += [Bar(ANCHORS.get(anchor, anchor), value) for anchor, value in score.anchors.items()]
+    rows += [Measure(ANCHORS.get(anchor, anchor), value) for anchor, value in score.anchors.items()]
     change, what = score.change, words_of(kind).what
     ends = (
         "" if change.low is None or change.high is None else f" (95 % interval {change.low:+.1f} to {change.high:+.1f})"
@@ -113,7 +113,7 @@ def score_bars(
         if change.value is None
         else f'<p class="note">{text(columns[1])} minus {text(columns[0])}: {change.value:+.1f}{ends}, {n}</p>'
     )
-    return f"<h3>{text(what[:1].upper() + what[1:])} <small>{better} is better</small></h3>{bars(rows)}{said}"
+    return f"<h3>{text(what[:1].upper() + what[1:])} <small>{better} is better</small></h3>{measure_bars(rows)}{said}"
 
 # %% ../../nbs/5_eval/12_pages.ipynb #2b81e207
 def bars_section(

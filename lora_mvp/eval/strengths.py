@@ -88,7 +88,7 @@ def checked_strengths(
 SHORT = {"clip_score": "match", "gap": "gap", "likeness": "likeness", "diversity": "variety"}
 
 
-def mark_of(
+def cell_words(
     cell: Cell,
 ) -> str:
     "The scores of a cell, short."
@@ -132,7 +132,7 @@ def grid_sheet(
         for cell in (at[step, strength] for strength in strengths):
             chosen = best is not None and (cell.step, cell.strength) == (best.step, best.strength)
             picture = mosaic(shown[cell.step, cell.strength], tile, BEST if chosen else "")
-            note = f"BEST: {mark_of(cell)}" if chosen else mark_of(cell)
+            note = f"BEST: {cell_words(cell)}" if chosen else cell_words(cell)
             rows[-1].append(Tile(picture, note, BEST if chosen else OUT if cell.out else "black"))
     return contact_sheet(rows, 2 * tile, gap=10, heads=[f"strength {s:g}" for s in strengths], names=names)
 
@@ -151,7 +151,7 @@ def why_of(
         return f"No cell is better than the base by the rule; the best looking is {name[ruling.leader]}."
     best = cells[ruling.step - 1]
     bare = ", ".join(f"{SHORT[k]} {base[k]:.1f}" for k in best.scores if k in SHORT and k in base)
-    said = f"{best.name.capitalize()} ({mark_of(best)}; the base {bare})"
+    said = f"{best.name.capitalize()} ({cell_words(best)}; the base {bare})"
     if ruling.step == ruling.leader:
         return f"{said} has the best mean rank, and every earlier or weaker one is behind. {tries}"
     return f"{said} is the earliest and weakest within one standard error of the best, {name[ruling.leader]}. {tries}"
@@ -278,19 +278,16 @@ def grid_record(
     "The record of a grid."
     metrics = compared[0].metrics
     known = {w.message: w for w in [*painter.warnings, *(w for done in compared for w in done.metrics.warnings)]}
+    about = {"strengths": sorted({c.strength for c in cells}), "steps": sorted({c.step for c in cells})}
     base = {name: c.a for name, c in metrics.judgement.comparisons.items() if name in SHORT}
     return Grid(
-        strengths=sorted({cell.strength for cell in cells}),
-        steps=sorted({cell.step for cell in cells}),
+        **about,
         best=cells[ruling.step - 1] if ruling.step else None,
         why=why_of(ruling, cells, base),
         base=base,
         rule=limits,
         plan_sha256=plan.sha256,
-        n_prompts=metrics.n_prompts,
-        n_real=metrics.n_real,
-        extractor=metrics.extractor,
-        picture_extractor=metrics.picture_extractor,
+        **{name: getattr(metrics, name) for name in ("n_prompts", "n_real", "extractor", "picture_extractor")},
         cells=cells,
         warnings=list(known.values()),
     )
