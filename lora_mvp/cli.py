@@ -286,9 +286,11 @@ def cmd_evaluate(args: argparse.Namespace) -> None:
         _choose(config, path, args)
         return
     from lora_mvp.eval.evaluator import evaluate
-    from lora_mvp.eval.records import table
+    from lora_mvp.eval.pages import headline
+    from lora_mvp.eval.records import Metrics, table
 
-    print(table(evaluate(config, path, args.real_glob, args.out, args.lora_scale, _manifest(args))))
+    found = Metrics.model_validate(evaluate(config, path, args.real_glob, args.out, args.lora_scale, _manifest(args)))
+    print(f"{headline(found)}\n\n{table(found)}")
     print(f"wrote {args.out or Path(path) / 'evaluation'}: report.html, metrics.json, samples.png")
 
 # %% ../nbs/7_doors/03_cli.ipynb #c9b3b33b
@@ -296,11 +298,12 @@ def cmd_compare(args: argparse.Namespace) -> None:
     "Say which of two models is better, if pictures can tell."
     config = _config(args)
     from lora_mvp.eval.evaluator import compare
+    from lora_mvp.eval.pages import headline
     from lora_mvp.eval.records import findings
     from lora_mvp.eval.verdicts import judgement_text
 
     found = compare(config, args.a, args.b, args.out, args.real_glob, args.lora_scale, _manifest(args))
-    print(judgement_text(found.judgement, found.columns))
+    print(f"{headline(found)}\n\n{judgement_text(found.judgement, found.columns)}")
     print("\n".join([*findings(found)[1:], *(f"note: {w.message}" for w in found.warnings)]))
     print(f"wrote {args.out}: report.html, metrics.json, samples.png")
 
@@ -314,6 +317,58 @@ def _add_real(parser: argparse.ArgumentParser) -> None:
     where = "default: the validation images of the run's manifest"
     parser.add_argument("--real-glob", help=f'real pictures, e.g. "data/processed/val/**/*.png"; {where}')
     parser.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
+
+# %% ../nbs/7_doors/03_cli.ipynb #28cfd599
+def _strengths(text: str) -> list[float]:
+    "Numbers with commas between them, for argparse."
+    return [_number(part) for part in text.split(",")]
+
+
+def cmd_grid(args: argparse.Namespace) -> None:
+    "Draw every checkpoint at several strengths, and mark the best cell."
+    config = _config(args)
+    from lora_mvp.eval.strengths import grid, grid_text
+
+    limits = {key: value for key in ("max_copied", "max_forgotten") if (value := getattr(args, key)) is not None}
+    print(grid_text(grid(config, args.run, args.strengths, args.real_glob, _manifest(args), **limits)))
+    print(f"wrote {Path(args.run) / 'evaluation' / 'grid'}: grid.png, grid.json")
+
+# %% ../nbs/7_doors/03_cli.ipynb #989a10b0
+def _add_grid(commands) -> None:
+    grid = _command(commands, "grid", cmd_grid)
+    grid.add_argument("run", metavar="OUT", help="output folder of a training, finished or not")
+    usual = [0.4, 0.6, 0.8, 1.0, 1.2]
+    grid.add_argument("--strengths", type=_strengths, default=usual, help="default: 0.4,0.6,0.8,1,1.2")
+    grid.add_argument("--max-copied", type=_number, help="largest share of copies (default 0.05)")
+    grid.add_argument("--max-forgotten", type=_number, help="largest loss on other prompts, points")
+    _add_real(grid)
+
+# %% ../nbs/7_doors/03_cli.ipynb #e1dc802d
+def cmd_vote(args: argparse.Namespace) -> None:
+    "Vote on pairs of pictures without knowing which model drew which."
+    config = _config(args)
+    from lora_mvp.eval.booth import hold_vote, open_box, result_of, results_of
+
+    if args.result:
+        found = result_of(Path(args.out) if args.b else results_of(args.a))
+    else:
+        more = (args.out, args.lora_scale, _manifest(args), args.per_prompt, args.question)
+        box = open_box(config, args.a, args.b, *more)
+        found = result_of(box.out) if box.ballot.finished else hold_vote(box, args.port, lambda t: print(t, flush=True))
+    print(f"{found.verdict}: {found.why}")
+
+# %% ../nbs/7_doors/03_cli.ipynb #e436a099
+def _add_vote(commands) -> None:
+    vote = _command(commands, "vote", cmd_vote)
+    vote.add_argument("a", metavar="A", help="a model, as for compare; without B: the folder of a finished evaluation")
+    vote.add_argument("b", metavar="B", nargs="?", help="another model")
+    vote.add_argument("--out", default="comparison", help="where two models draw (default: comparison, as compare)")
+    vote.add_argument("--port", type=int, default=0, help="of the page (default: a free one)")
+    vote.add_argument("--per-prompt", type=_count, default=1, help="pairs of each prompt (default 1)")
+    vote.add_argument("--question", default="Which of the two do you prefer?", help="what the voter is asked")
+    vote.add_argument("--result", action="store_true", help="what came of it, without a page")
+    vote.add_argument("--lora-scale", type=_number, default=1.0, help="strength of both adapters (default 1)")
+    vote.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
 
 # %% ../nbs/7_doors/03_cli.ipynb #1dce2046
 def _add_judging(commands) -> None:
@@ -356,7 +411,17 @@ def build_parser() -> argparse.ArgumentParser:
     about = "Train Stable Diffusion LoRA adapters whose results you can trust."
     parser = argparse.ArgumentParser(prog="lora-mvp", description=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_config, _add_data, _add_training, _add_adapters, _add_generate, _add_judging, _add_demo):
+    for add in (
+        _add_config,
+        _add_data,
+        _add_training,
+        _add_adapters,
+        _add_generate,
+        _add_judging,
+        _add_grid,
+        _add_vote,
+        _add_demo,
+    ):
         add(commands)
     add_service(commands)
     return parser

@@ -9,7 +9,7 @@ __all__ = []
 import base64
 import html
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .words import as_words
 
@@ -105,6 +105,55 @@ def section(
     note = f'<p class="note">{note}</p>' if note else ""
     return f'<section id="{anchor}"><h2>{text(title)}</h2>{note}{content}</section>' if content else ""
 
+# %% ../nbs/04_html.ipynb #99b7fb9b
+def fold(
+    title: str,
+    content: str,  # HTML
+) -> str:  # empty when it has no content
+    "A part that is closed at first."
+    return f"<details><summary>{text(title)}</summary>{content}</details>" if content else ""
+
+# %% ../nbs/04_html.ipynb #ef7bb7ef
+def with_section(
+    whole: str,  # a page
+    anchor: str,  # id of the card
+    card: str,  # of `section`; empty: it goes
+) -> str:  # unchanged where the page has no such card
+    "A page with one card replaced."
+    head, mark, rest = whole.partition(f'<section id="{anchor}">')
+    return head + card + rest.partition("</section>")[2] if mark else whole
+
+# %% ../nbs/04_html.ipynb #6c0c6a97
+class Measure(NamedTuple):
+    "A number with its name."
+
+    name: str
+    value: float
+    low: float | None = None  # ends of its interval
+    high: float | None = None
+    kind: str = "anchor"  # `first`, `second`, or `anchor` for what they are held against
+
+# %% ../nbs/04_html.ipynb #454d4ed8
+def measure_bars(
+    rows: list[Measure],
+    form: str = ".1f",  # how a number is written
+) -> str:  # HTML
+    "Numbers side by side."
+    ends = [x for row in rows for x in (0.0, row.value, row.low, row.high) if x is not None]
+    least, span = min(ends), (max(ends) - min(ends)) or 1.0
+    lines = []
+    for row in rows:
+        at = {name: 100 * (x - least) / span for name, x in (("zero", 0.0), ("value", row.value))}
+        box = f"left:{min(at.values()):.2f}%;width:{abs(at['value'] - at['zero']):.2f}%"
+        line, said = "", f"{row.value:{form}}"
+        if row.low is not None and row.high is not None:
+            line = f'<b style="left:{100 * (row.low - least) / span:.2f}%;width:{100 * (row.high - row.low) / span:.2f}%"></b>'
+            said += f" <small>{row.low:{form}} to {row.high:{form}}</small>"
+        lines.append(
+            f'<span>{text(row.name)}</span><em>{said}</em><p class="{row.kind}"><i style="{box}"></i>{line}</p>'
+        )
+    return f'<div class="bars">{"".join(lines)}</div>'
+
 # %% ../nbs/04_html.ipynb #aafa4ab4
 def large_numbers(
     numbers: dict[str, str],  # name to value
@@ -168,9 +217,20 @@ li small { display: inline }
 .verdict { font-size: 20px; font-weight: 600 } .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 4px }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 18px 14px; margin-top: 10px }
 .plot { max-width: 760px; width: 100%; height: auto }
+.first { --kind: #8f8f88 } .second { --kind: var(--train) } .anchor { --kind: var(--line) }
+.bars { display: grid; grid-auto-flow: dense; grid-template-columns: minmax(84px, 20%) 1fr max-content; gap: 5px 12px; align-items: center; margin: 6px 0 4px }
+.bars span { grid-column: 1 } .bars em { grid-column: 3 }
+.bars p { grid-column: 2; position: relative; height: 16px; background: var(--empty); border-radius: 3px }
+.bars i, .bars b { position: absolute } .bars i { top: 0; bottom: 0; background: var(--kind); border-radius: 3px }
+.bars b { top: 3px; bottom: 3px; border: solid var(--ink); border-width: 0 1px } .bars b::after { content: ""; position: absolute;
+  left: 0; right: 0; top: 4px; height: 1px; background: var(--ink) }
+.bars em { font-style: normal; font-variant-numeric: tabular-nums } .bars small { display: inline; margin-left: 4px }
+summary { cursor: pointer; font-weight: 600; padding: 4px 0 } details[open] summary { margin-bottom: 10px } details + details { margin-top: 8px }
 @media (max-width: 480px) { main { padding: 18px 10px 32px } section { padding: 14px 12px }
   .tiles { grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)) } .count { display: block; margin-left: 0 }
-  .numbers { grid-template-columns: 1fr 1fr } th, td { padding-right: 12px } }
+  .numbers { grid-template-columns: 1fr 1fr } th, td { padding-right: 12px }
+  .bars { grid-template-columns: 1fr max-content } .bars p { grid-column: 1 / -1 } .bars em { grid-column: 2 }
+  .pairs { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) } }
 @media print { nav { display: none } section { border: 0; padding: 0 } h3 { break-after: avoid } }
 """
 

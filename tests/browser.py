@@ -106,10 +106,10 @@ class Page:
         self.call("Input.insertText", text=text)
 
     def press(self, key):
-        """Press Enter, say, where the cursor is."""
-        code = {"Enter": 13, "Tab": 9}[key]
+        """Press Enter or a letter, say, where the cursor is."""
+        code, text = {"Enter": (13, "\r"), "Tab": (9, ""), "Backspace": (8, "")}.get(key) or (ord(key), key)
         options = {"key": key, "code": key, "windowsVirtualKeyCode": code}
-        self.call("Input.dispatchKeyEvent", type="keyDown", text="\r" if key == "Enter" else "", **options)
+        self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **options)
         self.call("Input.dispatchKeyEvent", type="keyUp", **options)
 
     def screenshot(self, file, element=None):

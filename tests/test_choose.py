@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import yaml
 from evaluation_runs import CALLED, HELD_OUT, prepare, run, settings
+from PIL import Image
 
 from lora_mvp.config import LoraMvpError
 from lora_mvp.eval.choice import Choice, choice_text
 from lora_mvp.eval.columns import data_of
 from lora_mvp.eval.evaluator import Evaluator
 from lora_mvp.eval.selection import choose
+from lora_mvp.eval.strengths import Grid, grid, grid_text
 from lora_mvp.eval.verdicts import confirms
 from lora_mvp.infer import load_run, render
 
@@ -80,8 +82,6 @@ def test_the_choice_is_explained_and_can_be_used(choice, overfitted):
     if choice.step:  # the adapter that is handed on draws what was judged
         row = json.loads((folder / "plan.json").read_text())["rows"][0]
         drawn = render(load_run(root / choice.adapter), [row["prompt"]], [row["seed"]], 1.0, 4, 3.0)[0]
-        from PIL import Image
-
         judged = Image.open(folder / "samples" / f"step-{choice.step:06d}" / row["prompt_id"] / f"{row['seed']}.png")
         assert np.abs(np.asarray(drawn, dtype=int) - np.asarray(judged, dtype=int)).max() <= 1
 
@@ -105,3 +105,29 @@ def test_a_folder_without_checkpoints_is_refused(overfitted, tmp_path):
     with pytest.raises(LoraMvpError, match="holds no checkpoint") as e:
         choose(settings(overfitted / "prompts.yaml"), tmp_path, HELD_OUT)
     assert e.value.code == "no_checkpoints"
+
+
+def test_every_checkpoint_at_two_strengths(choice, overfitted, monkeypatch):
+    root, config = overfitted / "lora", settings(overfitted / "prompts.yaml")
+    judged = root / "evaluation" / "checkpoints" / "samples" / "step-000012"
+    before = {file: file.stat().st_mtime_ns for file in judged.glob("*/*.png")}
+    found = grid(config, root, [1.0, 0.5], HELD_OUT)
+    assert [(cell.step, cell.strength) for cell in found.cells] == [(12, 0.5), (12, 1.0), (LAST, 0.5), (LAST, 1.0)]
+    assert {file: file.stat().st_mtime_ns for file in judged.glob("*/*.png")} == before, "drawn again"
+    full = {score.step: score for score in choice.scores}
+    for cell in found.cells[1::2]:
+        assert (cell.copies, cell.out) == (full[cell.step].copies, full[cell.step].out), grid_text(found)
+    assert found.cells[2].scores != found.cells[3].scores and found.cells[3].out
+    out = root / "evaluation" / "grid"
+    assert Grid.model_validate_json((out / "grid.json").read_text()) == found
+    with Image.open(out / "grid.png") as sheet:
+        assert sheet.width > 2 * 192 and sheet.height > 3 * 192
+    assert found.best is None or (found.best.out is None and found.confirm and (out / "adapter").is_dir())
+
+    def no_more(*_, **__):
+        raise AssertionError("a picture was drawn again")
+
+    monkeypatch.setattr("lora_mvp.eval.columns.render", no_more)
+    assert grid(config, root, [1.0, 0.5], HELD_OUT) == found
+    with pytest.raises(LoraMvpError, match="twelve numbers above 0"):
+        grid(config, root, [0.0], HELD_OUT)

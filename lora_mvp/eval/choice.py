@@ -18,7 +18,7 @@ from .extractors import ExtractorRecord
 from .records import Measured, Warned, with_interval
 from .samples import SamplePlan
 from .verdicts import Judgement
-from ..html import html_table, page, png_uri, section, text
+from ..html import fold, html_table, page, png_uri, section, text
 from ..sheets import Tile, contact_sheet, text_table
 
 # %% ../../nbs/5_eval/16_choice.ipynb #2408224c
@@ -166,22 +166,23 @@ def choice_page(
 ) -> str:  # one HTML file
     "The choice on one page."
     head, *rows = choice_rows(choice)
-    items = "".join(f"<li><b>{text(w.code)}</b>: {text(w.message)}</li>" for w in choice.warnings)
+    items = "".join(f"<li>{text(w.message)}</li>" for w in choice.warnings)
     confirmed = f"<p>Against the base, {text(confirmation_text(choice.confirm))}</p>" if choice.confirm else ""
-    what = f'<p class="verdict">{text(choice.path or "the base")}</p><p>{text(choice.why)}</p>{confirmed}'
-    steps = f'<img class="plot" src="{png_uri(plot)}" alt="scores over the steps">{html_table(head, rows)}'
+    why = choice.why[:1].upper() + choice.why[1:]
+    what = f'<p class="verdict">{text(choice.path or "The base")}: {text(why)}</p>{confirmed}'
+    counted = f"{len(choice.scores)} candidates, {choice.n_prompts} prompts, {choice.n_real} real pictures."
+    table = fold("All candidates in numbers", f'<p class="note">{text(counted)}</p>{html_table(head, rows)}')
+    steps = f'<img class="plot" src="{png_uri(plot)}" alt="scores over the steps">{table}'
     growth = f'<img class="plot" src="{png_uri(sheet)}" alt="a column for each candidate">'
     parts = [
-        section("choice", "Choice", what),
-        section("careful", "Be careful", f"<ul>{items}</ul>" if items else ""),
-        section("steps", "Over the steps", steps),
         section(
             "growth",
             "The same prompts and seeds",
             growth,
             "Columns from left to right: the base, then the checkpoints in order.",
         ),
+        section("choice", "Choice", what),
+        section("steps", "Over the steps", steps),
+        section("careful", "Be careful", f"<ul>{items}</ul>" if items else ""),
     ]
-    counts = {"candidates": len(choice.scores), "prompts": choice.n_prompts, "real pictures": choice.n_real}
-    numbers = {name: str(count) for name, count in counts.items()}
-    return page("Choice of a checkpoint", "The base and every checkpoint on one plan", numbers, parts)
+    return page("Choice of a checkpoint", "The base and every checkpoint on one plan", {}, parts)

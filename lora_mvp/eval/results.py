@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from .ballots import read_ballot, with_vote
 from .comparison import Compared
 from .copies import nearest_sheet
 from .pages import evaluation_page
+from .records import Metrics
 from .samples import contact_sheets
 from .scores import comparison_sheet
 from ..files import atomic_write, save_png
@@ -69,12 +71,25 @@ def environment() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {"versions": versions, "device": device, "machine": f"{platform.system()} {platform.machine()}"}
 
+# %% ../../nbs/5_eval/13_results.ipynb #6bdc50fe
+def with_ballot(
+    done: Compared,
+    out: Path,
+) -> Metrics:
+    "The results, with the vote of the folder where it was on these very pictures."
+    ballot = read_ballot(out)
+    pixels = {f"samples/{c.folder}/{sample.file}": sample.pixels for c in done.columns for sample in c.samples}
+    pairs = ballot.pairs if ballot else []
+    fits = pairs and all(pixels.get(file) == p for pair in pairs for file, p in zip(pair.files, pair.pixels))
+    return with_vote(done.metrics, ballot) if fits else done.metrics
+
 # %% ../../nbs/5_eval/13_results.ipynb #447f236d
 def write_results(
     done: Compared,
     out: Path,
 ) -> None:
     "All files of a comparison."
+    done.metrics = with_ballot(done, out)
     write_sheets(done, out)
     atomic_write(out / "per_sample.jsonl", lines_of(sample_rows(done)))
     atomic_write(out / "env.json", json.dumps(environment(), indent=2) + "\n")

@@ -164,6 +164,7 @@ class Words(NamedTuple):
 WORDS = {
     "clip_score": Words("truer to the prompts", "less true to the prompts", "match with the prompts"),
     "gap": Words("closer to the real pictures", "further from the real pictures", "distance to the real pictures"),
+    "vote": Words("more liked in the blind vote", "less liked in the blind vote", "blind vote"),
     "diversity": Words("more varied", "less varied", "variety of the pictures of a prompt"),
 }
 
