@@ -95,7 +95,7 @@ def upstream(
 
 # %% ../../nbs/5_eval/05a_origins.ipynb #884cffe0
 TEXT = re.compile(r"text|string|prompt|value|clip_[lg]$|t5xxl|^str", re.IGNORECASE)  # inputs that hold a text
-OTHER = re.compile(r"negative|parser|normali|mode|action|type|delimiter|separator|_name$", re.IGNORECASE)
+OTHER = re.compile(r"negative|parser|normali|mode|action|type|delimiter|separator|_name$|cond2", re.IGNORECASE)
 THINGS = re.compile(r"model|clip|vae|latent|image|pixels|control|mask|samples|noise|sigmas|sampler", re.IGNORECASE)
 
 
@@ -109,15 +109,17 @@ def texts_of(
     inputs, seen = inputs_of(graph, node), seen | {node}
     if {"positive", "negative"} <= set(inputs) and output < 2:
         inputs = {"text": inputs[("positive", "negative")[output]]}
-    own = {name: value for name, value in inputs.items() if TEXT.search(name) and not OTHER.search(name)}
-    rest = {name: value for name, value in inputs.items() if not (OTHER.search(name) or THINGS.search(name))}
+    usable = {name: value for name, value in inputs.items() if not OTHER.search(name)}
+    own = {name: value for name, value in usable.items() if "cond" in name.lower()}
+    own |= {name: value for name, value in usable.items() if TEXT.search(name)}
+    rest = {name: value for name, value in usable.items() if not THINGS.search(name)}
     for some in (own, rest):
         found = []
         for value in some.values():
             link = linked(graph, value)
             if link and link[0] not in seen:
                 found += texts_of(graph, *link, seen)
-            elif isinstance(value, str) and value.strip() and some is own:
+            elif isinstance(value, str) and value.strip() and some is own and value not in found:
                 found.append(value)
         if found:
             return list(dict.fromkeys(found))
