@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/5_eval/03_extractors.ipynb #eded0e9a
 import hashlib
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -364,8 +365,11 @@ EXTRACTORS = (
     "clip:<folder or hub id>",
     "dinov2:<folder or hub id>",
     "inception:<weights file>",
+    "csd:<folder or file>",
+    "siglip:<folder>",
     "efficientnet-lite0",
 )
+LATER = {"csd": "CsdExtractor", "siglip": "SiglipExtractor"}  # in the next chapter, loaded when asked for
 
 
 def find_extractor(
@@ -387,6 +391,8 @@ def find_extractor(
         return DinoExtractor(where, **options)
     if kind == "inception" and where:
         return InceptionExtractor(where, **options)
+    if kind in LATER and where:
+        return getattr(import_module("lora_mvp.eval.slots"), LATER[kind])(where, **options)
     raise LoraMvpError("extractor_unknown", f"there is no extractor {name!r}; the names are {', '.join(EXTRACTORS)}.")
 
 # %% ../../nbs/5_eval/03_extractors.ipynb #a56f4da9
@@ -394,6 +400,8 @@ def scorer_for(
     base: str,  # name of the base model whose pictures are scored
     config: AppConfig,
 ) -> Extractor:
-    "The CLIP of `evaluation.clip_model`; when that is not set, the embedded one for the base `tiny`, else OpenAI's ViT-B/32."
+    "The CLIP or SigLIP of `evaluation.clip_model`; when that is not set, the embedded one for the base `tiny`, else OpenAI's ViT-B/32."
     chosen = config.evaluation.clip_model or ("tiny" if base == "tiny" else "ViT-B-32")
+    if chosen.startswith("siglip:"):
+        return find_extractor(chosen, config)
     return find_extractor("tiny-clip" if chosen == "tiny" else f"clip:{chosen}", config)
