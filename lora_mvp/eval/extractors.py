@@ -38,6 +38,7 @@ class Preprocess(BaseModel):
     mean: tuple[float, float, float] = CLIP_MEAN  # per colour, of values in 0 to 1
     std: tuple[float, float, float] = CLIP_STD
     filter: Literal["bicubic"] = "bicubic"  # of Pillow
+    whole: bool = False  # with `edge` None: keep the proportions, black around
 
 # %% ../../nbs/5_eval/03_extractors.ipynb #83c59d27
 def read_preprocess(
@@ -80,6 +81,11 @@ def to_pixels(
         image = image.resize([how.edge * side // short for side in image.size], Image.Resampling.BICUBIC)
         left, top = ((image.size[k] - how.size[k]) // 2 for k in (0, 1))
         image = image.crop((left, top, left + how.size[0], top + how.size[1]))
+    elif how.whole:
+        scale = min(how.size[0] / image.width, how.size[1] / image.height)
+        small = image.resize([max(round(scale * side), 1) for side in image.size], Image.Resampling.BICUBIC)
+        image = Image.new("RGB", how.size)
+        image.paste(small, ((how.size[0] - small.width) // 2, (how.size[1] - small.height) // 2))
     else:
         image = image.resize(how.size, Image.Resampling.BICUBIC)
     values = (np.asarray(image, dtype=np.float32) / 255 - how.mean) / how.std
