@@ -277,6 +277,12 @@ class EvaluationConfig(_Section):
     num_inference_steps: Count = Field(30, description="denoising steps per picture")
     guidance_scale: float = Field(7.5, ge=0, description="how strongly a picture follows its prompt; 1: no guidance")
     seed: Seed = Field(42, description="decides the first noise of every picture")
+    goal: Literal["style", "subject", "both"] = Field(
+        "both", description="what a LoRA is for, which decides when `choose` confirms one"
+    )
+    margin: float = Field(
+        0.1, gt=0, lt=1, description="differences up to this share of a score's span are taken for none"
+    )
 
 # %% ../nbs/08_config.ipynb #23baa173
 def _anchor_store(name: str, info) -> str:

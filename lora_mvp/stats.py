@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/01_stats.ipynb #677091f6
 import itertools
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -81,51 +82,58 @@ def group_means(
     member = group_members(groups)
     return np.array([np.asarray(values, dtype=np.float64)[row].mean() for row in member])
 
+# %% ../nbs/01_stats.ipynb #1bd96acf
+@lru_cache(maxsize=8)
+def sign_patterns(
+    n: int,  # pairs
+) -> np.ndarray:  # (patterns, n) of -1 and 1; the first is all 1
+    "All sign patterns of n differences, above 12 the one that was seen and a random 9,999."
+    if n <= 12:
+        return np.array(list(itertools.product([1.0, -1.0], repeat=n)))
+    drawn = np.random.default_rng(4).choice([1.0, -1.0], size=(9999, n))
+    return np.concatenate([np.ones((1, n)), drawn])
+
 # %% ../nbs/01_stats.ipynb #255c2cf1
 def sign_flip_p(
     differences: np.ndarray,  # paired differences (n,)
-    seed: int = 0,  # of the random patterns, used above 12 pairs
 ) -> float:  # two-sided p value
     "Sign-flip permutation test (Fisher 1935) that the paired differences have mean zero."
     d = np.asarray(differences, dtype=np.float64)
-    if len(d) <= 12:
-        signs, extra = np.array(list(itertools.product([-1, 1], repeat=len(d)))), 0
-    else:  # the observed pattern counts as one of the 10,000
-        signs, extra = np.random.default_rng([seed, 4]).choice([-1, 1], size=(9999, len(d))), 1
-    flipped = np.abs(signs @ d)
-    hits = (flipped >= abs(d.sum()) - 1e-12 * np.abs(d).sum()).sum()
-    return float((hits + extra) / (len(signs) + extra))
+    flipped = np.abs(sign_patterns(len(d)) @ d)
+    return float((flipped >= abs(d.sum()) - 1e-12 * np.abs(d).sum()).mean())
 
-# %% ../nbs/01_stats.ipynb #3deb1c26
-def signed_ranks(
-    differences: np.ndarray,  # (n,)
-) -> np.ndarray:  # (n,)
-    "The rank of each difference by size, with its sign; zeros are ranked with the others and become 0 (Pratt 1959)."
-    return np.sign(differences) * scipy.stats.rankdata(np.abs(differences))
+# %% ../nbs/01_stats.ipynb #aede90e8
+def smallest_p(
+    n: int,  # pairs
+) -> float:
+    "The smallest p value that the sign-flip test can give for n pairs, all differences on one side."
+    return float(max(2.0 ** min(1 - n, 0), 1e-4))  # 1e-4: one of the 10,000 patterns above 12 pairs
 
-# %% ../nbs/01_stats.ipynb #da48b1e9
-def wilcoxon_p(
-    differences: np.ndarray,  # paired differences (n,)
-) -> float:  # two-sided p value; 1 when all are zero
-    "Wilcoxon's signed-rank test that the differences are symmetric around zero (Wilcoxon 1945)."
-    d = np.asarray(differences, dtype=np.float64)
-    if not d.any():
-        return 1.0
-    tied = len(set(np.abs(d))) < len(d) or 0 in d
-    if tied and len(d) <= 12:
-        return sign_flip_p(signed_ranks(d))
-    method = "exact" if len(d) <= 50 and not tied else "approx"
-    return float(scipy.stats.wilcoxon(d, zero_method="pratt", method=method).pvalue)
+# %% ../nbs/01_stats.ipynb #f6d7a632
+def pairs_needed(
+    tests: int = 1,  # scores that are looked at together
+    alpha: float = 0.05,  # level of all of them together
+) -> int:  # pairs
+    "The least number of pairs with which one of several tests can fall below the level after Holm's adjustment."
+    if tests * smallest_p(64) >= alpha:
+        raise ValueError(f"no number of pairs reaches the level {alpha} with {tests} tests")
+    return next(n for n in range(1, 65) if max(tests, 1) * smallest_p(n) < alpha)
 
 # %% ../nbs/01_stats.ipynb #385efc25
 def detectable_effect(
     differences: np.ndarray,  # paired differences (n,)
-) -> float:  # in their unit; `nan` below six
-    "The mean difference that a test at level 0.05 finds with power 0.8 at the spread observed (Lachin 1981)."
+    alpha: float = 0.05,  # level of this test; one of k scores under Holm needs 0.05 / k
+) -> float:  # in their unit; `nan` where n pairs cannot reach the level
+    "The mean difference that the sign-flip test finds with power 0.8 at the spread observed (after Lachin 1981)."
     n = len(differences)
-    if n < MIN_PAIRS:
+    if n < 2 or smallest_p(n) >= alpha:
         return float("nan")
-    return float(scipy.stats.t.ppf([0.975, 0.8], n - 1).sum() * np.std(differences, ddof=1) / np.sqrt(n))
+    unit = smallest_p(n)  # p values are multiples of it
+    level = max(np.ceil(alpha / unit) - 1, 1) * unit
+    needed = scipy.stats.t.ppf([1 - level / 2, 0.8], n - 1).sum() / np.sqrt(n)
+    if level == 2.0 ** (1 - n):  # only when all have one sign
+        needed = max(needed, scipy.stats.norm.ppf(0.8 ** (1 / n)))
+    return float(needed * np.std(differences, ddof=1))
 
 # %% ../nbs/01_stats.ipynb #a7206ad4
 class PairedTest(NamedTuple):
@@ -134,15 +142,14 @@ class PairedTest(NamedTuple):
     n: int  # clusters
     mean: float
     median: float
-    low: float  # ends of the 95 % interval of the mean; `nan` below six clusters
+    low: float  # ends of the 95 % interval of the mean; `nan` where none is given
     high: float
-    wilcoxon_p: float  # two-sided
-    sign_p: float  # two-sided
+    p: float  # two-sided, of the mean: sign-flip test
+    sign_p: float  # two-sided, of wins against losses: sign test
     win: int  # clusters in which b is above a
     tie: int
     loss: int
-    effect_size: float  # rank-biserial correlation, -1 to 1
-    min_detectable_effect: float  # mean difference found with power 0.8 at level 0.05; `nan` below six clusters
+    detectable: float  # mean difference found with power 0.8 at the level asked for; `nan` where n cannot reach it
 
     @property
     def estimate(self) -> Estimate:
@@ -169,23 +176,23 @@ def paired_test(
     b: np.ndarray,  # of the second; score k belongs to the same prompt and seed (n,)
     clusters: list | None = None,  # the prompt of each pair, length n; None: each pair stands for itself
     seed: int = 0,  # of the bootstrap
+    alpha: float = 0.05,  # level at which `detectable` has its power; 0.05 / k for one of k declared scores
 ) -> PairedTest:
     "Statistics of `b - a`, averaged within clusters; `ValueError` for scores that are no pairs or not finite."
     d = cluster_differences(a, b, clusters)
-    mean, win, loss, ranks = mean_interval(d, seed), int((d > 0).sum()), int((d < 0).sum()), signed_ranks(d)
+    mean, win, loss = mean_interval(d, seed), int((d > 0).sum()), int((d < 0).sum())
     return PairedTest(
         n=len(d),
         mean=mean.value,
         median=float(np.median(d)),
         low=mean.low,
         high=mean.high,
-        wilcoxon_p=wilcoxon_p(d),
+        p=sign_flip_p(d),
         sign_p=float(scipy.stats.binomtest(win, win + loss).pvalue) if win + loss else 1.0,
         win=win,
         tie=len(d) - win - loss,
         loss=loss,
-        effect_size=float(ranks.sum() / max(np.abs(ranks).sum(), 1)),
-        min_detectable_effect=detectable_effect(d),
+        detectable=detectable_effect(d, alpha),
     )
 
 # %% ../nbs/01_stats.ipynb #63dcd95d

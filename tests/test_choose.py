@@ -11,7 +11,9 @@ from evaluation_runs import CALLED, HELD_OUT, prepare, run, settings
 from lora_mvp.config import LoraMvpError
 from lora_mvp.eval.choice import Choice, choice_text
 from lora_mvp.eval.columns import data_of
+from lora_mvp.eval.evaluator import Evaluator
 from lora_mvp.eval.selection import choose
+from lora_mvp.eval.verdicts import confirms
 from lora_mvp.infer import load_run, render
 
 LAST = 48
@@ -53,6 +55,17 @@ def test_what_copies_is_not_chosen(choice):
     assert last.copies.copied > by_step[0].copies.copied, "the base, which cannot copy, seems to copy as often"
     assert choice.step != LAST and by_step[choice.step].out is None
     assert choice.runner_up != LAST
+
+
+def test_what_copies_is_named_by_evaluate_and_compare_too(overfitted, tmp_path):
+    evaluator = Evaluator(settings(overfitted / "prompts.yaml"), HELD_OUT)
+    found = evaluator.evaluate(overfitted / "lora", tmp_path / "one").judgement
+    assert "copies" in found.lost and found.verdict in ("a_better", "trade_off"), found.why
+    assert "LoRA gives back training pictures: " in found.why and not confirms(found)[0]
+    for old, new in (("base", "a"), ("lora", "b")):
+        shutil.copytree(tmp_path / "one" / "samples" / old, tmp_path / "two" / "samples" / new)
+    beside = evaluator.ab_test("base", overfitted / "lora", tmp_path / "two").judgement
+    assert "copies" in beside.lost and "lora gives back training pictures: " in beside.why
 
 
 def test_the_choice_is_explained_and_can_be_used(choice, overfitted):

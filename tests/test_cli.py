@@ -191,9 +191,7 @@ def test_the_embedded_base_opens_anywhere_and_strength_zero_is_the_base(home, us
 
 def test_evaluate_prints_the_table_and_says_where_it_is(home, used):
     text = printed(used["evaluate"])
-    assert all(
-        name in text for name in ("clip_score[tiny-clip]", "likeness[tiny-clip]", "fd_tiny_clip", "mmd[tiny-clip]")
-    )
+    assert all(name in text for name in ("clip_score[tiny-clip]", "gap[tiny-clip]", "fd_tiny_clip"))
     assert "8 pairs of 2 prompts, 12 real pictures" in text
     assert text.splitlines()[-1].startswith(f"wrote {Path('lora', 'evaluation')}")
     metrics = json.loads((home / "lora" / "evaluation" / "metrics.json").read_text())

@@ -41,7 +41,7 @@ def test_a_model_that_comes_closer_is_seen_to(scorer):
     prompts = [f"thing {k // 2}" for k in range(32)]
     m = score(scorer, prompts, base, lora, real)
     assert (m.n_pairs, m.n_prompts, m.n_real) == (32, 16, 40)
-    assert m.scores["mmd[small]"].change.high < 0
+    assert m.scores["gap[small]"].change.high < 0
     assert m.scores["clip_score[small]"].n == 16
     back = score(scorer, prompts, lora, base, real)
     assert back.scores["clip_score[small]"].change.value == pytest.approx(-m.scores["clip_score[small]"].change.value)
@@ -67,7 +67,7 @@ def test_a_newer_record_is_refused(scorer):
     pictures = noise_pictures(2, 1)
     record = score(scorer, ["a", "b"], pictures, pictures, pictures).model_dump()
     with pytest.raises(ValueError, match="schema_version"):
-        Metrics.model_validate(record | {"schema_version": 2})
+        Metrics.model_validate(record | {"schema_version": 3})
 
 
 # -- evaluate, with drawing replaced ----------------------------------------------------------------------------------

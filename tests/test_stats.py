@@ -2,9 +2,17 @@
 
 import numpy as np
 import pytest
-from scipy import stats
 
-from lora_mvp.stats import detectable_effect, holm, mean_interval, paired_test, wilcoxon_p, wilson
+from lora_mvp.stats import (
+    detectable_effect,
+    holm,
+    mean_interval,
+    paired_test,
+    pairs_needed,
+    sign_flip_p,
+    smallest_p,
+    wilson,
+)
 
 
 @pytest.fixture
@@ -25,16 +33,18 @@ def pairs(rng, n, effect, seeds=1, lasting=0.0):
 @pytest.mark.parametrize("n, low, high", [(16, 0.12, 0.32), (32, 0.33, 0.53), (64, 0.63, 0.83)])
 def test_power_and_level_of_the_paired_test(n, low, high):
     rng = np.random.default_rng(n)
-    found = np.array([[wilcoxon_p(np.subtract(*pairs(rng, n, effect)[:2])) for effect in (0, 0.7)] for _ in range(300)])
+    found = np.array(
+        [[sign_flip_p(np.subtract(*pairs(rng, n, effect)[:2])) for effect in (0, 0.7)] for _ in range(300)]
+    )
     level, power = (found <= 0.05).mean(0)
-    assert low < power < high  # 0.20, 0.43 and 0.73, give or take three standard errors
+    assert low < power < high  # 0.20, 0.43 and 0.73 by Wilcoxon's test, give or take three standard errors
     assert level <= 0.09
 
 
 def test_a_test_finds_what_it_says_it_could_have_found(rng):
     a, b, _ = pairs(rng, 4000, 0)
     effect = detectable_effect(b - a) * np.sqrt(4000 / 24)  # for 24 pairs, at the true spread
-    found = [paired_test(*pairs(rng, 24, effect)[:2]).wilcoxon_p <= 0.05 for _ in range(200)]
+    found = [paired_test(*pairs(rng, 24, effect)[:2]).p <= 0.05 for _ in range(200)]
     assert np.mean(found) == pytest.approx(0.78, abs=0.1)
 
 
@@ -51,7 +61,7 @@ def test_seeds_of_one_prompt_are_no_further_evidence(rng):
         a, b, prompts = pairs(rng, 10, 0, seeds=6, lasting=3)
         for found, clusters in ((together, prompts), (apart, None)):
             d = paired_test(a, b, clusters, k)
-            found.append((d.low <= 0 <= d.high, d.wilcoxon_p <= 0.05, d.n))
+            found.append((d.low <= 0 <= d.high, d.p <= 0.05, d.n))
     together, apart = np.mean(together, axis=0), np.mean(apart, axis=0)
     assert (together[2], apart[2]) == (10, 60)
     assert together[0] >= 0.89 and together[1] <= 0.10
@@ -64,28 +74,38 @@ def test_swapping_negates_and_itself_is_nothing(rng):
         a, b = rng.normal(size=(2, n)).round(int(rng.integers(0, 6)))  # with few digits there are ties and zeros
         clusters = rng.integers(0, 20, n).tolist() if trial % 2 else None
         there, back, itself = (paired_test(*p, clusters, trial) for p in ((a, b), (b, a), (a, a)))
-        negated = (-back.mean, -back.median, -back.high, -back.low, -back.effect_size, back.loss, back.tie, back.win)
-        np.testing.assert_array_equal(
-            [getattr(there, k) for k in "mean median low high effect_size win tie loss".split()], negated
-        )
-        same = [(r.wilcoxon_p, r.sign_p, r.min_detectable_effect, r.n) for r in (there, back)]
+        negated = (-back.mean, -back.median, -back.high, -back.low, back.loss, back.tie, back.win)
+        np.testing.assert_array_equal([getattr(there, k) for k in "mean median low high win tie loss".split()], negated)
+        same = [(r.p, r.sign_p, r.detectable, r.n) for r in (there, back)]
         np.testing.assert_array_equal(*same)
-        assert (itself.mean, itself.median, itself.effect_size, itself.tie) == (0, 0, 0, itself.n)
-        assert (itself.wilcoxon_p, itself.sign_p) == (1, 1)
-        assert itself.n < 6 or (itself.low, itself.high, itself.min_detectable_effect) == (0, 0, 0)
+        assert (itself.mean, itself.median, itself.tie) == (0, 0, itself.n)
+        assert (itself.p, itself.sign_p) == (1, 1)
+        assert itself.n < 6 or (itself.low, itself.high, itself.detectable) == (0, 0, 0)
         assert there == pytest.approx(paired_test(a, b, clusters, trial), nan_ok=True, abs=0)
 
 
-def test_p_values_of_ties_and_zeros(rng):
-    d = np.array([0.0, 1, 1, -2, 3, 3, 4, 0])
-    signs = np.array(np.meshgrid(*[[-1, 1]] * 8)).reshape(8, -1).T
-    ranks = stats.rankdata(np.abs(d)) * (d != 0)
-    sums = signs @ ranks
-    assert wilcoxon_p(d) == pytest.approx(np.mean(np.abs(sums) >= abs(np.sign(d) @ ranks)))
-    long = rng.normal(size=80).round(1)
-    assert wilcoxon_p(long) == pytest.approx(stats.wilcoxon(long, zero_method="pratt", method="approx").pvalue)
-    for n, least in ((4, 0.125), (5, 0.0625), (6, 0.03125)):
-        assert wilcoxon_p(np.arange(1.0, n + 1)) == pytest.approx(least)  # below six nothing can be significant
+def test_the_mean_that_is_reported_is_tested(rng):
+    for _ in range(30):
+        n = int(rng.integers(1, 60))
+        d = (rng.exponential(size=n) - 0.7).round(int(rng.integers(0, 4)))
+        found = sign_flip_p(d)
+        signs = rng.choice([-1, 1], size=(20_000, n))
+        by_hand = np.mean(np.abs(signs @ d) >= abs(d.sum()) - 1e-9)
+        assert found == pytest.approx(by_hand, abs=0.02)
+        assert found == sign_flip_p(-d) and (d.sum() != 0 or found == 1)
+        assert found >= smallest_p(n)
+    won_and_lost = np.array([1.0] * 22 + [-20.0] * 2)  # most prompts better, the mean worse
+    assert won_and_lost.mean() < 0 and sign_flip_p(won_and_lost) > 0.2
+
+
+def test_what_n_pairs_can_show_at_best():
+    for tests in (1, 2, 3, 5):
+        n = pairs_needed(tests)
+        best = sign_flip_p(np.arange(1.0, n + 1))
+        assert holm([best] + [1.0] * (tests - 1))[0] < 0.05
+        assert tests * smallest_p(n - 1) >= 0.05
+        assert np.isnan(detectable_effect(np.arange(1.0, n), 0.05 / tests))
+        assert detectable_effect(np.arange(1.0, n + 1), 0.05 / tests) > 0
 
 
 # -- several scores, and shares ---------------------------------------------------------------------------------------

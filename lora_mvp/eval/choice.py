@@ -35,9 +35,11 @@ class CheckpointScore(BaseModel):
 
 # %% ../../nbs/5_eval/16_choice.ipynb #23ce1dfa
 class Confirmation(BaseModel):
-    "The choice against the base, on fresh seeds."
+    "The choice against the base, on pictures that took no part in choosing."
 
-    confirmed: bool  # it is better than the base and does not copy
+    confirmed: bool  # it is what `evaluation.goal` asks for, and no veto stands against it
+    why: str
+    fresh_prompts: bool  # False: only the seeds are fresh, and nothing is said of other prompts
     judgement: Judgement
     copies: CopyShare | None = None
     forgetting: Measured | None = None
@@ -47,7 +49,7 @@ class Confirmation(BaseModel):
 class Choice(BaseModel):
     "`best.json`."
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     step: int  # 0: the base
     path: str | None  # relative to the run
     adapter: str | None  # the chosen one for `generate` and other programs, relative to the run
@@ -86,7 +88,12 @@ def confirmation_text(
     found: Confirmation,
 ) -> str:
     "Whether the choice holds, and why."
-    said = f"{'confirmed' if found.confirmed else 'NOT confirmed'}; {found.judgement.verdict}: {found.judgement.why}"
+    j, n = found.judgement, min((c.n for c in found.judgement.comparisons.values()), default=0)
+    where = f"{n} prompts that took no part in choosing" if found.fresh_prompts else "fresh seeds of the same prompts"
+    limit = "" if found.fresh_prompts else " This speaks of these prompts only."
+    asked = "something better and nothing worse" if j.goal == "both" else f"a {j.goal}"
+    said = f"{'confirmed' if found.confirmed else 'NOT confirmed'} on {where}, asked for {asked}: {found.why}{limit}"
+    said += f" The whole verdict: {j.verdict}: {j.why}"
     if found.copies:
         c = found.copies
         said += f" Copies: {c.copied} of {c.n} [{c.low:.0%}, {c.high:.0%}]."
@@ -99,7 +106,7 @@ def choice_text(
     "The choice for a terminal."
     lines = [text_table(choice_rows(choice), rule=True), "", f"chosen: {choice.path or 'the base'}: {choice.why}"]
     if choice.confirm:
-        lines.append(f"fresh seeds, against the base: {confirmation_text(choice.confirm)}")
+        lines.append(confirmation_text(choice.confirm))
     return "\n".join([*lines, *(f"note: {w.message}" for w in choice.warnings)])
 
 # %% ../../nbs/5_eval/16_choice.ipynb #1842d664
@@ -107,7 +114,7 @@ def step_series(
     choice: Choice,
 ) -> dict[str, list[Measured | None]]:  # one value per candidate
     "What is drawn over the steps: change against the base, copies and forgetting."
-    series = {f"change of {k}": [s.change.get(k) for s in choice.scores] for k in ("clip_score", "likeness")}
+    series = {f"change of {k}": [s.change.get(k) for s in choice.scores] for k in ("clip_score", "gap")}
     if any(s.forgetting for s in choice.scores):
         series["change without the new thing"] = [s.forgetting for s in choice.scores]
     if any(s.copies for s in choice.scores):
@@ -160,9 +167,7 @@ def choice_page(
     "The choice on one page."
     head, *rows = choice_rows(choice)
     items = "".join(f"<li><b>{text(w.code)}</b>: {text(w.message)}</li>" for w in choice.warnings)
-    confirmed = (
-        f"<p>On fresh seeds, against the base: {text(confirmation_text(choice.confirm))}</p>" if choice.confirm else ""
-    )
+    confirmed = f"<p>Against the base, {text(confirmation_text(choice.confirm))}</p>" if choice.confirm else ""
     what = f'<p class="verdict">{text(choice.path or "the base")}</p><p>{text(choice.why)}</p>{confirmed}'
     steps = f'<img class="plot" src="{png_uri(plot)}" alt="scores over the steps">{html_table(head, rows)}'
     growth = f'<img class="plot" src="{png_uri(sheet)}" alt="a column for each candidate">'

@@ -16,9 +16,20 @@ from .copies import CopyEvidence, CopyShare, RealSet, calibrate, check_copies, s
 from .extractors import Extractor
 from .features import FeatureCache, features_of
 from .metrics import alignment
-from .records import Metrics, PairScore, Score, Warned
+from .records import Metrics, PairScore, Score, Warned, with_interval
 from .samples import PLAIN, SamplePlan
-from .scores import Side, check_counts, look_at, paired_score, score_sides
+from lora_mvp.eval.scores import (
+    TERMS,
+    Side,
+    Terms,
+    anchors_of,
+    check_counts,
+    look_at,
+    margins_of,
+    paired_score,
+    score_sides,
+)
+from .verdicts import Fault
 from ..train.runs import dataset_hash
 
 # %% ../../nbs/5_eval/11_comparison.ipynb #1dfdfaa8
@@ -33,7 +44,8 @@ def see_column(
     "What the extractors see in the scored pictures of a column, and in those it was trained on."
     train = column.data.train.images if column.data.train else []
     known = features_of(extractors[1], train, cache) if train else None
-    return look_at(column.name, [column.pictures[k] for k in pairs], prompts, real, extractors, cache, known)
+    pictures = [column.pictures[k] for k in pairs]
+    return look_at(column.name, pictures, prompts, real, extractors, cache, known, trained=bool(column.scale))
 
 # %% ../../nbs/5_eval/11_comparison.ipynb #36abd7e8
 def evidence_of(
@@ -85,6 +97,55 @@ def forgetting_score(
     texts = scorer.text_features(prompts)
     a, b = (alignment(features_of(scorer, [c.pictures[k] for k in plain], cache), texts) for c in columns)
     return paired_score(a, b, prompts, seed=seed)
+
+# %% ../../nbs/5_eval/11_comparison.ipynb #3d0b0002
+def copy_faults(
+    columns: list[Column],  # A and B
+    copies: dict[str, CopyShare],  # by column
+    limit: float,  # share that the interval must not lie above
+) -> list[Fault]:
+    "Who gives training pictures back."
+    found = []
+    for side, column in zip("ab", columns):
+        share = copies.get(column.name) if column.scale else None
+        if share and share.low > limit:
+            text = f"gives back training pictures: {share.copied} of {share.n} samples, at least {share.low:.0%}"
+            found.append(Fault(side=side, name="copies", text=text))
+    return found
+
+# %% ../../nbs/5_eval/11_comparison.ipynb #3d0b0004
+def forgetting_faults(
+    columns: list[Column],  # A and B
+    forgetting: Score | None,  # of `forgetting_score`
+    limit: float,  # points that may be lost
+) -> list[Fault]:
+    "Who matches prompts worse that do not call the new thing."
+    if forgetting is None or forgetting.change.low is None:
+        return []
+    change, found = forgetting.change, []
+    for side, column, lost in (("a", columns[0], change.low > limit), ("b", columns[1], change.high < -limit)):
+        if lost and column.scale:
+            by = with_interval(change, "+.1f") if side == "b" else f"{-change.value:+.1f}"
+            text = f"has forgotten some of what the other can do: prompts without the new thing match less well ({by})"
+            found.append(Fault(side=side, name="forgetting", text=text))
+    return found
+
+# %% ../../nbs/5_eval/11_comparison.ipynb #3d0b0007
+def caption_anchors(
+    columns: list[Column],
+    real: RealSet,
+    scorer: Extractor,
+    cache: FeatureCache | None = None,
+) -> dict[str, float]:  # `real`, `train`; what is not known is left out
+    "The match of known pictures with their own captions."
+    manifests, found = [c.data.manifest for c in columns if c.data.manifest], {}
+    said = {name: row.caption for m in manifests for row in m.images for name in (row.file, str(m.path_of(row)))}
+    train = next((c.data.train for c in columns if c.data.train), None)
+    for name, known in (("real", real), ("train", train)):
+        if known and known.images and set(known.files) <= set(said):
+            texts = scorer.text_features([said[file] for file in known.files])
+            found[name] = float(alignment(features_of(scorer, known.images, cache), texts).mean())
+    return found
 
 # %% ../../nbs/5_eval/11_comparison.ipynb #d8c1434d
 def drawing_warnings(
@@ -164,6 +225,21 @@ def name_pairs(
         named.append(sample.model_copy(update=facts))
     return named
 
+# %% ../../nbs/5_eval/11_comparison.ipynb #3d0b0009
+def find_copies(
+    columns: list[Column],
+    sides: list[Side],  # of each column
+    pairs: list[int],  # positions in the plan that are scored
+    real: RealSet,
+    look: Extractor,  # for pictures alone
+    cache: FeatureCache | None = None,
+) -> tuple[list[CopyEvidence], dict[str, CopyShare]]:  # the second by column
+    "The copy check of every column whose training pictures are known."
+    control = next((side.features for column, side in zip(columns, sides) if not column.scale), None)
+    found = [evidence_of(c, side, pairs, real, look, cache, control) for c, side in zip(columns, sides)]
+    evidence = [proof for proof in found if proof]
+    return evidence, {proof.column: CopyShare(**proof.check.model_dump(exclude={"rows"})) for proof in evidence}
+
 # %% ../../nbs/5_eval/11_comparison.ipynb #1b0941df
 def compare_columns(
     plan: SamplePlan,
@@ -172,24 +248,28 @@ def compare_columns(
     extractors: tuple[Extractor, Extractor],  # of texts and pictures; of pictures alone
     cache: FeatureCache | None = None,
     seed: int = 0,  # of the resampling
+    terms: Terms = TERMS,  # what was fixed beforehand
 ) -> Compared:
     "Everything that can be said of two drawn columns."
-    scorer, look = extractors
-    both = [k for k in range(len(plan.rows)) if all(column.pictures[k] is not None for column in columns)]
-    pairs = [k for k in plan.main if k in set(both)]
+    (scorer, look), rows = extractors, range(len(plan.rows))
+    both = {k for k in rows if all(column.pictures[k] is not None for column in columns)}
+    pairs = [k for k in plan.main if k in both]
     check_counts(len(pairs), len(real.images))
     prompts, seen = [plan.rows[k].prompt for k in pairs], features_of(look, real.images, cache)
     sides = [see_column(column, pairs, prompts, seen, extractors, cache) for column in columns]
-    metrics = score_sides(*sides, prompts, seen, extractors, seed)
-    control = next((side.features for column, side in zip(columns, sides) if not column.scale), None)
-    found = [evidence_of(c, side, pairs, real, look, cache, control) for c, side in zip(columns, sides)]
-    evidence = [proof for proof in found if proof]
-    copies = {proof.column: CopyShare(**proof.check.model_dump(exclude={"rows"})) for proof in evidence}
-    plain = [k for k in plan.of(PLAIN) if k in set(both) and k not in set(pairs)]
-    about: dict[str, Any] = {"plan_sha256": plan.sha256, "copies": copies}
+    evidence, copies = find_copies(columns, sides, pairs, real, look, cache)
+    plain = [k for k in plan.of(PLAIN) if k in both and k not in set(pairs)]
+    forgetting = forgetting_score(plan, columns, plain, scorer, cache, seed)
+    limit, margin = terms.max_forgotten, margins_of(*sides, terms.margin).get("clip_score")
+    limit = limit if limit is not None else margin.value if margin else 0.0
+    faults = copy_faults(columns, copies, terms.max_copied) + forgetting_faults(columns, forgetting, limit)
+    train = next((c.data.train.images for c in columns if c.data.train and c.data.train.images), None)
+    known = features_of(look, train, cache) if train else None
+    anchors = anchors_of(seen, known, caption_anchors(columns, real, scorer, cache))
+    metrics = score_sides(*sides, prompts, seen, extractors, seed, terms, anchors, faults)
+    about: dict[str, Any] = {"plan_sha256": plan.sha256, "copies": copies, "forgetting": forgetting}
     about |= {"failed": {column.name: column.failed for column in columns}}
     about |= {"groups": group_scores(plan, pairs, [side.values for side in sides], seed)}
-    about |= {"forgetting": forgetting_score(plan, columns, plain, scorer, cache, seed)}
     about |= {"samples": name_pairs(metrics.samples, plan, columns, pairs)}
     warnings = [*data_warnings(columns, real), *drawing_warnings(plan, columns), *copy_warnings(columns, copies)]
     about |= {"warnings": metrics.warnings + warnings}

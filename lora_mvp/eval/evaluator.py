@@ -19,7 +19,7 @@ from .features import FeatureCache
 from .records import Metrics
 from .results import write_results
 from .samples import write_plan
-from .scores import check_counts
+from .scores import Terms, check_counts
 from ..files import make_folder
 from ..infer import find_run
 
@@ -101,7 +101,7 @@ def drawing_settings(
     "How the samples were made, for the record."
     e = config.evaluation
     how = {"base": base, "real_glob": real_glob, "seed": e.seed, "per_prompt": e.num_samples}
-    how |= {"steps": e.num_inference_steps, "guidance_scale": e.guidance_scale}
+    how |= {"steps": e.num_inference_steps, "guidance_scale": e.guidance_scale, "goal": e.goal, "margin": e.margin}
     return how | {"models": {c.name: {"path": str(c.model), "lora_scale": c.scale} for c in columns}}
 
 # %% ../../nbs/5_eval/14_evaluator.ipynb #9fdbc482
@@ -157,7 +157,8 @@ class Evaluator:
         make_folder(out, "the output folder", code="output_not_writable")
         write_plan(plan, out / "plan.json")
         columns = draw_columns(columns, plan, out, e.fid_batch_size)
-        done = compare_columns(plan, columns, real, extractors, FeatureCache(out / "features"), e.seed)
+        terms, cache = Terms(e.goal, e.margin), FeatureCache(out / "features")
+        done = compare_columns(plan, columns, real, extractors, cache, e.seed, terms)
         done.metrics.settings = drawing_settings(self.config, columns, base, self.real_glob)
         write_results(done, out)
         log.info("scores and samples are in %s", out)

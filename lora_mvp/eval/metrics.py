@@ -168,6 +168,22 @@ def frechet_relative_change(
     margin = 1.96 * float(np.std(draws, ddof=1))
     return Estimate(value, value - margin, value + margin)
 
+# %% ../../nbs/5_eval/01_metrics.ipynb #7bf2a12f
+def gap_values(
+    drawn: np.ndarray,  # features of a model's pictures (n, d)
+    real: np.ndarray,  # features of the real pictures (m, d)
+    prompts: list | None = None,  # the prompt of each drawn picture, length n; None: each stands for itself
+) -> np.ndarray:  # one value per prompt, in order of first appearance, whose mean is the distance x 100
+    "Squared distance of mean unit features as a U-statistic (MMD with a cosine kernel), a pseudo-value per prompt."
+    drawn, real = map(unit_rows, as_sets(drawn, real))
+    member = group_members(list(range(len(drawn))) if prompts is None else prompts).astype(np.float64)
+    means, (p, m) = (member @ drawn) / member.sum(1, keepdims=True), (len(member), len(real))
+    if p < 2:
+        raise ValueError("a distance over prompts needs two prompts at least")
+    others = (means @ means.sum(0) - (means**2).sum(1)) / (p - 1)  # mean product with the other prompts
+    within = ((real.sum(0) ** 2).sum() - m) / (m * (m - 1))  # real pictures with each other
+    return 100 * (2 * others - others.mean() + within - 2 * means @ real.mean(0))
+
 # %% ../../nbs/5_eval/01_metrics.ipynb #d95a7af9
 def similarity(
     x: np.ndarray,  # features (n, d)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from .copies import CopyEvidence, nearest_first
 from .records import Metrics, Score, with_interval
-from .verdicts import Comparison
+from .verdicts import ANCHORS, Comparison
 from ..html import and_more, html_table, jpeg_uri, page, section, text, tile
 
 # %% ../../nbs/5_eval/12_pages.ipynb #e4213053
@@ -20,11 +20,10 @@ def score_table(
     "Every score of both columns."
     rows = []
     for name, s in metrics.scores.items():
-        form = ".2f" if s.higher_is_better else ".3f"
-        change = with_interval(s.change, "+.2f" if s.change_is == "difference" else "+.0%")
-        better, both = "higher" if s.higher_is_better else "lower", [with_interval(m, form) for m in (s.base, s.lora)]
-        rows.append([name, better, *both, change, f"{s.n} {s.counted}", s.unit])
-    return html_table(["score", "better", *metrics.columns, "change", "over", "unit"], rows)
+        better, both = "higher" if s.higher_is_better else "lower", [with_interval(m) for m in (s.base, s.lora)]
+        known = ", ".join(f"{ANCHORS.get(k, k)} {value:.2f}" for k, value in s.anchors.items())
+        rows.append([name, better, *both, known, with_interval(s.change, "+.2f"), f"{s.n} {s.counted}", s.unit])
+    return html_table(["score", "better", *metrics.columns, "for comparison", "change", "over", "unit"], rows)
 
 # %% ../../nbs/5_eval/12_pages.ipynb #826d1723
 def comparison_rows(
@@ -52,8 +51,10 @@ def verdict_section(
     a, b = metrics.columns
     head = ["score", f"{b} - {a}", "p (Holm)", f"{a} better / same / {b} better", "detectable", "over"]
     said = {"a_better": f"{a} is better", "b_better": f"{b} is better", "no_evidence": "no evidence of a difference"}
+    said |= {"trade_off": "a trade-off", "insufficient_data": "too few prompts to tell"}
     word = text(said.get(j.verdict, j.verdict.replace("_", " ")))
-    note = f"Level {j.alpha:g} for all declared scores together, differences within {j.margin:g} are taken for none."
+    none = "; ".join(f"{name} {m.value:.2g} ({m.reason})" for name, m in j.margins.items()) or "none"
+    note = text(f"Level {j.alpha:g} for all declared scores together. Differences that are taken for none: {none}.")
     content = f'<p class="verdict">{word}</p><p>{text(j.why)}</p>{html_table(head, comparison_rows(j.comparisons))}'
     return section("verdict", "Verdict", content, note)
 

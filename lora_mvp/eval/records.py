@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, field_validator
 
 from .copies import CopyShare
 from .extractors import ExtractorRecord
-from .verdicts import Judgement
+from .verdicts import ANCHORS, Judgement
 from ..sheets import text_table
 from ..stats import Estimate
 
@@ -49,14 +49,14 @@ def with_interval(
 
 # %% ../../nbs/5_eval/08_records.ipynb #b02944e3
 class Score(BaseModel):
-    "One score of both models and the change between them."
+    "One score of both models, of known pictures, and the difference between the models."
 
     unit: str
     higher_is_better: bool
     base: Measured
     lora: Measured
-    change: Measured
-    change_is: Literal["difference", "relative"]
+    anchors: dict[str, float] = Field(default_factory=dict)  # of known pictures: `real`, `train`, `wrong` prompts
+    change: Measured  # lora - base
     p: float | None = None  # of a paired test that the change is zero
     n: int  # how many of `counted` the change rests on
     counted: Literal["prompts", "pairs"]
@@ -84,7 +84,7 @@ class Warned(BaseModel):
 class Metrics(BaseModel):
     "Everything that one evaluation found."
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     n_pairs: int
     n_prompts: int
     n_real: int
@@ -124,11 +124,12 @@ def table(
 ) -> str:  # lines of text
     "The scores as a table for a terminal, with the warnings below."
     m = Metrics.model_validate(metrics)
-    rows = [("score", "better", *m.columns, "change", "")]
+    anchors = list(dict.fromkeys(k for s in m.scores.values() for k in s.anchors))
+    rows = [("score", "better", *m.columns, *(ANCHORS.get(k, k) for k in anchors), "change", "")]
     for name, s in m.scores.items():
-        form, better = (".2f", "higher") if s.higher_is_better else (".3f", "lower")
-        change = with_interval(s.change, "+.2f" if s.change_is == "difference" else "+.0%")
+        both, better = map(with_interval, (s.base, s.lora)), "higher" if s.higher_is_better else "lower"
+        known = (f"{s.anchors[k]:.2f}" if k in s.anchors else "" for k in anchors)
         p = "" if s.p is None or s.change.low is None else f"p = {s.p:.2g}, {s.n} {s.counted}"
-        rows.append((name, better, with_interval(s.base, form), with_interval(s.lora, form), change, p))
+        rows.append((name, better, *both, *known, with_interval(s.change, "+.2f"), p))
     head = f"{m.n_pairs} pairs of {m.n_prompts} prompts, {m.n_real} real pictures, features of {m.extractor.name}"
     return "\n".join([head, "", text_table(rows, rule=True), *findings(m), *(f"note: {w.message}" for w in m.warnings)])

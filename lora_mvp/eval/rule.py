@@ -14,6 +14,7 @@ from scipy.stats import rankdata
 from ..errors import LoraMvpError
 from .copies import CopyShare
 from .records import Measured, with_interval
+from .verdicts import MAX_COPIED
 
 # %% ../../nbs/5_eval/15_rule.ipynb #c0c5d095
 @dataclass
@@ -40,8 +41,7 @@ def keep_comparable(
     return found, [name for name in names if name not in kept]
 
 # %% ../../nbs/5_eval/15_rule.ipynb #aefe8077
-MAX_COPIED = 0.05  # share of copies that the interval must not lie above
-MAX_FORGOTTEN = 1.0  # points of match with the prompt that the interval must not lie below
+MAX_FORGOTTEN = 1.0  # points of match with the prompt, where the margin of that score is not known
 
 
 def objection(

@@ -6,7 +6,7 @@
 __all__ = ['score']
 
 # %% ../../nbs/5_eval/09_scores.ipynb #6164d527
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -16,24 +16,14 @@ from pydantic import BaseModel
 from ..errors import LoraMvpError
 from .extractors import Extractor
 from .features import FeatureCache, features_of
-from lora_mvp.eval.metrics import (
-    alignment,
-    diversity,
-    frechet_distance,
-    frechet_relative_change,
-    mmd2_interval,
-    mmd2_relative_change,
-    nearest,
-    similarity,
-    unit_rows,
-)
+from .metrics import alignment, diversity, frechet_distance, gap_values, nearest, similarity, unit_rows
 from .records import Measured, Metrics, PairScore, Score, Warned
-from .verdicts import Comparison, compare_scores, judge_scores
+from .verdicts import MAX_COPIED, Comparison, Fault, Goal, Margin, compare_scores, judge_scores
 from ..sheets import Tile, contact_sheet
-from ..stats import MIN_PAIRS, group_means, mean_interval, paired_test
+from ..stats import MIN_PAIRS, group_means, group_members, mean_interval, paired_test
 
 # %% ../../nbs/5_eval/09_scores.ipynb #1685d18f
-MATCH, LIKENESS = "100 x cosine of picture and prompt", "100 x mean cosine to the real pictures"
+MATCH = "100 x cosine of picture and prompt"
 
 
 def paired_score(
@@ -43,46 +33,77 @@ def paired_score(
     unit: str = MATCH,
     higher_is_better: bool = True,
     seed: int = 0,  # of the resampling
+    anchors: dict[str, float] | None = None,  # the same score of known pictures
 ) -> Score:
     "One score before and after, and the paired difference."
     counted: Literal["prompts", "pairs"] = "prompts" if len(set(prompts)) >= MIN_PAIRS else "pairs"
     if counted == "prompts":
         base, lora = group_means(base, prompts), group_means(lora, prompts)
     change = paired_test(base, lora, seed=seed)
-    method = f"bootstrap over {counted}; p by Wilcoxon's signed-rank test"
+    method = f"bootstrap over {counted}; p by the sign-flip test of the mean"
     means = {"base": Measured.of(mean_interval(base, seed)), "lora": Measured.of(mean_interval(lora, seed))}
     about = {"unit": unit, "higher_is_better": higher_is_better, "counted": counted, "method": method}
-    found = {"change": Measured.of(change.estimate), "p": change.wilcoxon_p, "n": change.n}
-    return Score(**about, **means, **found, change_is="difference")
+    found = {"change": Measured.of(change.estimate), "p": change.p, "n": change.n}
+    return Score(**about, **means, **found, anchors=anchors or {})
 
 # %% ../../nbs/5_eval/09_scores.ipynb #8e8d9032
 def sample_scores(
     match: np.ndarray,  # 100 x cosine of each picture and its prompt (n,)
     features: np.ndarray,  # of the pictures (n, d)
-    real: np.ndarray,  # of the real pictures (m, d)
     train: np.ndarray | None = None,  # of the training pictures (k, d)
 ) -> dict[str, np.ndarray]:  # names of `KINDS` to values (n,)
     "Every score of single pictures."
-    found = {"clip_score": match, "likeness": 100 * similarity(features, real).mean(1)}
+    found = {"clip_score": match}
     if train is not None and len(train):
-        found["likeness_gap"] = 100 * similarity(features, train).mean(1) - found["likeness"]
         found["nearest_train"] = 100 * nearest(features, train)[1]
     return found
 
+# %% ../../nbs/5_eval/09_scores.ipynb #5c0a0018
+def variety_values(
+    features: np.ndarray,  # of the pictures (n, d)
+    prompts: list[str] | None = None,  # of each picture; None: each stands for itself
+) -> np.ndarray:  # one value per prompt, in order of first appearance (p,)
+    "100 times one minus the mean cosine of pictures of different prompts; a pseudo-value for each prompt."
+    member = group_members(list(range(len(features))) if prompts is None else prompts).astype(np.float64)
+    means = (member @ unit_rows(features)) / member.sum(1, keepdims=True)
+    others = (means @ means.sum(0) - (means**2).sum(1)) / (len(means) - 1)
+    return 100 * (1 - 2 * others + others.mean())
+
+# %% ../../nbs/5_eval/09_scores.ipynb #5c0a0002
+def prompt_scores(
+    features: np.ndarray,  # of the pictures (n, d)
+    real: np.ndarray,  # of the real pictures (m, d)
+    prompts: list[str],  # of each picture
+) -> dict[str, np.ndarray]:  # names of `KINDS` to values, one per prompt (p,)
+    "Every score that needs more than one picture."
+    found = {}
+    if len(set(prompts)) > 1:
+        found = {"gap": gap_values(features, real, prompts), "variety": variety_values(features, prompts)}
+    varied = 100 * diversity(features, prompts)
+    return found | ({"diversity": varied[np.isfinite(varied)]} if np.isfinite(varied).any() else {})
+
 # %% ../../nbs/5_eval/09_scores.ipynb #3bd9160d
 class ScoreKind(BaseModel):
-    "What a score of single pictures means."
+    "What a score means."
 
     unit: str
     higher_is_better: bool
     declared: bool  # whether it takes part in the verdict
+    guard: bool = False  # to be worse is a loss, to be better is no merit
 
 # %% ../../nbs/5_eval/09_scores.ipynb #834a4272
 KINDS = {
     "clip_score": ScoreKind(unit=MATCH, higher_is_better=True, declared=True),
-    "likeness": ScoreKind(unit=LIKENESS, higher_is_better=True, declared=True),
-    "likeness_gap": ScoreKind(
-        unit="likeness to training pictures minus likeness", higher_is_better=False, declared=False
+    "gap": ScoreKind(
+        unit="100 x squared distance of mean unit features from the real pictures",
+        higher_is_better=False,
+        declared=True,
+    ),
+    "diversity": ScoreKind(
+        unit="1 - mean cosine of the pictures of a prompt, x 100", higher_is_better=True, declared=True, guard=True
+    ),
+    "variety": ScoreKind(
+        unit="1 - mean cosine of the pictures of different prompts, x 100", higher_is_better=True, declared=False
     ),
     "nearest_train": ScoreKind(
         unit="100 x cosine to the nearest training picture", higher_is_better=False, declared=False
@@ -90,62 +111,73 @@ KINDS = {
 }
 
 
-def compare_samples(
-    a: dict[str, np.ndarray],  # of `sample_scores`
+def compare_values(
+    a: dict[str, np.ndarray],  # of `sample_scores` and `prompt_scores`
     b: dict[str, np.ndarray],
     prompts: list[str],  # of each pair
     seed: int = 0,  # of the bootstrap
+    anchors: dict[str, dict[str, float]] | None = None,  # score to the same score of known pictures
 ) -> dict[str, Comparison]:
     "The paired comparison of every score that both have."
-    return {
-        name: compare_scores(a[name], b[name], prompts, kind.unit, kind.higher_is_better, kind.declared, seed)
-        for name, kind in KINDS.items()
-        if name in a and name in b
-    }
+    found = {}
+    for name in (name for name in KINDS if name in a and name in b):
+        kind, pair = KINDS[name], (a[name], b[name])
+        of = prompts if len(pair[0]) == len(prompts) else [str(k) for k in range(len(pair[0]))]
+        about = {"guard": kind.guard, "pairs": len(prompts), "anchors": (anchors or {}).get(name, {})}
+        about |= {"higher_is_better": kind.higher_is_better, "declared": kind.declared, "seed": seed}
+        found[name] = compare_scores(*pair, of, kind.unit, **about)
+    return found
 
 # %% ../../nbs/5_eval/09_scores.ipynb #bdb7d6c9
-def set_scores(
+def frechet_score(
     base: np.ndarray,  # features of the first model's pictures (n, d)
     lora: np.ndarray,  # of the second, paired (n, d)
     real: np.ndarray,  # of the real pictures (m, d)
-    seed: int = 0,  # of the resampling
-) -> dict[str, Score]:  # frechet, mmd
-    "Distances to the real pictures, before and after, and the relative change."
-    shared = {"higher_is_better": False, "change_is": "relative", "n": len(base), "counted": "pairs"}
-    frechet = Score(
+) -> Score:
+    "The Fréchet distance to the real pictures, before and after."
+    before, after = frechet_distance(base, real), frechet_distance(lora, real)
+    return Score(
         unit="squared Fréchet distance",
-        base=Measured(value=frechet_distance(base, real)),
-        lora=Measured(value=frechet_distance(lora, real)),
-        change=Measured.of(frechet_relative_change(base, lora, real, seed=seed)),
-        method="delete-half jackknife over pairs and real pictures",
-        **shared,
+        higher_is_better=False,
+        base=Measured(value=before),
+        lora=Measured(value=after),
+        anchors={"real": frechet_distance(real[::2], real[1::2])} if len(real) > 3 else {},
+        change=Measured(value=after - before),
+        n=len(base),
+        counted="pairs",
+        method="none: a description of these samples at these numbers",
     )
-    base, lora, real = map(unit_rows, (base, lora, real))  # as CMMD does
-    mmd = Score(
-        unit="1000 x squared MMD, RBF kernel with sigma 10, of unit features",
-        base=Measured.of(mmd2_interval(base, real, seed=seed), 1000),
-        lora=Measured.of(mmd2_interval(lora, real, seed=seed), 1000),
-        change=Measured.of(mmd2_relative_change(base, lora, real, seed=seed)),
-        method="weighted bootstrap over pairs and real pictures, equal indices left out",
-        **shared,
-    )
-    return {"frechet": frechet, "mmd": mmd}
 
-# %% ../../nbs/5_eval/09_scores.ipynb #368b161c
-def diversity_score(
-    base: np.ndarray,  # features of the first model's pictures (n, d)
-    lora: np.ndarray,  # of the second, paired (n, d)
-    prompts: list[str],  # of each pair
+# %% ../../nbs/5_eval/09_scores.ipynb #5c0a0004
+def prompt_score(
+    name: str,  # of `KINDS`
+    base: np.ndarray,  # values of the first model, one per prompt (p,)
+    lora: np.ndarray,  # of the second (p,)
     seed: int = 0,  # of the resampling
-) -> Score | None:  # None when no prompt has two pictures
-    "How different the pictures of one prompt are, before and after."
-    before, after = diversity(base, prompts), diversity(lora, prompts)
-    known = np.isfinite(before) & np.isfinite(after)
-    if not known.any():
-        return None
-    names = [name for name, ok in zip(dict.fromkeys(prompts), known) if ok]
-    unit = "1 - mean cosine of the pictures of a prompt, x 100"
-    return paired_score(100 * before[known], 100 * after[known], names, unit, seed=seed)
+    anchors: dict[str, float] | None = None,
+    counted: Literal["prompts", "pairs"] = "prompts",  # what each value stands for
+) -> Score:
+    "A score that has one value for each prompt, before and after."
+    kind, each = KINDS[name], [str(k) for k in range(len(base))]
+    found = paired_score(base, lora, each, kind.unit, kind.higher_is_better, seed, anchors)
+    return found.model_copy(update={"counted": counted})
+
+# %% ../../nbs/5_eval/09_scores.ipynb #5c0a0006
+def anchors_of(
+    real: np.ndarray,  # features of the real pictures (m, d)
+    train: np.ndarray | None = None,  # of the training pictures (k, d)
+    match: dict[str, float] | None = None,  # `clip_score` of known pictures with their own captions
+) -> dict[str, dict[str, float]]:  # score to anchors
+    "What the scores come to on pictures that are known."
+    found = {"clip_score": dict(match or {}), "gap": {}, "nearest_train": {}}
+    found["variety"] = {"real": float(variety_values(real).mean())}
+    if len(real) > 3:
+        found["gap"]["real"] = float(gap_values(real[::2], real[1::2]).mean())
+    if train is not None and len(train) > 1:
+        found["gap"]["train"] = float(gap_values(train, real).mean())
+        found["variety"]["train"] = float(variety_values(train).mean())
+        found["nearest_train"]["real"] = float(100 * nearest(real, train)[1].mean())
+    return found
 
 # %% ../../nbs/5_eval/09_scores.ipynb #bb47abb5
 def find_warnings(
@@ -164,7 +196,7 @@ def find_warnings(
         f"{n_prompts} prompts: the intervals speak about these prompts only, not about others; use {MIN_PAIRS} or more."
     )
     long = f"CLIP reads only the beginning of {len(cut)} prompts, the first: {cut[0][:60]!r}." if cut else ""
-    no = f"no interval for the change of {', '.join(unsure)}: too few pictures, or the first distance is not clearly above 0."
+    no = f"no interval for the change of {', '.join(unsure)}: too few prompts."
     noise = f"{', '.join(random)} has random weights: its numbers show that the program runs, and nothing else."
     found = {
         "n_too_small": (min(n_pairs, n_real) < 50, rough + "Compare them only with others at the same numbers."),
@@ -195,6 +227,19 @@ class Side:
     images: list[Image.Image]
     features: np.ndarray  # of the extractor for pictures (n, d)
     values: dict[str, np.ndarray]  # of `sample_scores`
+    of_prompts: dict[str, np.ndarray] = field(default_factory=dict)  # of `prompt_scores`
+    wrong: float = float("nan")  # mean match of the pictures with the prompts of others
+    trained: bool = True  # False: a base, which has learnt nothing
+
+# %% ../../nbs/5_eval/09_scores.ipynb #5c0a0008
+def wrong_match(
+    pictures: np.ndarray,  # features of pictures (n, d)
+    texts: np.ndarray,  # of their prompts (n, d)
+    prompts: list[str],  # of each picture
+) -> float:  # `nan` for a single prompt
+    "The mean match of pictures with the prompts of the others: what no understanding at all comes to."
+    other = np.array(prompts)[:, None] != np.array(prompts)[None]
+    return float(100 * similarity(pictures, texts)[other].mean()) if other.any() else float("nan")
 
 # %% ../../nbs/5_eval/09_scores.ipynb #f5a23eb7
 def look_at(
@@ -205,12 +250,72 @@ def look_at(
     extractors: tuple[Extractor, Extractor],  # of texts and pictures; of pictures alone
     cache: FeatureCache | None = None,
     train: np.ndarray | None = None,  # features of the training pictures (k, d)
+    trained: bool = True,  # False: a base
 ) -> Side:
     "See the pictures of one model."
     scorer, look = extractors
-    match = alignment(features_of(scorer, images, cache), scorer.text_features(prompts))
+    seen, texts = features_of(scorer, images, cache), scorer.text_features(prompts)
     features = features_of(look, images, cache)
-    return Side(name, images, features, sample_scores(match, features, real, train))
+    values = sample_scores(alignment(seen, texts), features, train)
+    wrong = wrong_match(seen, texts, prompts)
+    return Side(name, images, features, values, prompt_scores(features, real, prompts), wrong, trained)
+
+# %% ../../nbs/5_eval/09_scores.ipynb #5c0a0010
+def margins_of(
+    a: Side,
+    b: Side,
+    share: float = 0.1,  # of the span: evaluation.margin
+) -> dict[str, Margin]:  # of the declared scores whose span is known
+    "Up to which size a difference of each score is taken for none, and why."
+    spans = {"clip_score": max(s.values["clip_score"].mean() - s.wrong for s in (a, b))}
+    spans |= {k: max(s.of_prompts[k].mean() for s in (a, b)) for k in ("gap", "diversity") if k in a.of_prompts}
+    what = {
+        "clip_score": "between wrong prompts and right ones",
+        "gap": "from the real pictures to the further model",
+        "diversity": "of the more varied model",
+    }
+    return {
+        name: Margin(value=share * span, share=share, reason=f"{share:.0%} of the {span:.1f} {what[name]}")
+        for name, span in spans.items()
+        if span > 0
+    }
+
+# %% ../../nbs/5_eval/09_scores.ipynb #5c0a0013
+@dataclass(frozen=True)
+class Terms:
+    "What is fixed before anything is drawn."
+
+    goal: Goal = "both"  # what B should be better in
+    margin: float = 0.1  # share of a score's span that is taken for no difference
+    max_copied: float = MAX_COPIED  # share of copies that the interval must not lie above
+    max_forgotten: float | None = None  # points of match that may be lost on other prompts; None: the margin
+
+
+TERMS = Terms()  # if nothing else is said
+
+# %% ../../nbs/5_eval/09_scores.ipynb #5c0a0014
+def collapse_faults(
+    a: Side,
+    b: Side,
+    comparisons: dict[str, Comparison],  # of `compare_values`
+) -> list[Fault]:
+    "Which model draws nearly the same picture for every seed, or for every prompt."
+    found, c = [], comparisons.get("diversity")
+    for side, model in (("a", a), ("b", b)):
+        if not model.trained:
+            continue
+        if c is not None and c.low is not None:
+            own, other, most = (c.b, c.a, c.high) if side == "b" else (c.a, c.b, -c.low)
+            if most < -other / 2:
+                text = f"draws nearly the same picture for every seed (variety {own:.1f}, the other {other:.1f})"
+                found.append(Fault(side=side, name="diversity", text=text))
+        spread = comparisons.get("variety")
+        real = spread.anchors.get("real", 0.0) if spread else 0.0
+        own = mean_interval(model.of_prompts["variety"]) if spread else None
+        if own and own.high < real / 2:
+            text = f"draws nearly the same picture for every prompt (variety {own.value:.1f}, real pictures {real:.1f})"
+            found.append(Fault(side=side, name="variety", text=text))
+    return found
 
 # %% ../../nbs/5_eval/09_scores.ipynb #38f3ea7d
 def name_scores(
@@ -220,16 +325,37 @@ def name_scores(
     real: np.ndarray,  # features of the real pictures (m, d)
     extractors: tuple[Extractor, Extractor],
     seed: int,
+    anchors: dict[str, dict[str, float]],  # of `anchors_of`
 ) -> dict[str, Score]:
     "Every score under its name with the extractor's in it."
     scorer, look = extractors
-    first, second = a.values, b.values
-    found = {f"clip_score[{scorer.name}]": paired_score(first["clip_score"], second["clip_score"], prompts, seed=seed)}
-    likeness = paired_score(first["likeness"], second["likeness"], prompts, LIKENESS, seed=seed)
-    varied = diversity_score(a.features, b.features, prompts, seed)
-    sets = set_scores(a.features, b.features, real, seed)
-    found |= {f"likeness[{look.name}]": likeness} | ({f"diversity[{look.name}]": varied} if varied else {})
-    return found | {look.frechet_name: sets["frechet"], f"mmd[{look.name}]": sets["mmd"]}
+    match = paired_score(*(s.values["clip_score"] for s in (a, b)), prompts, seed=seed, anchors=anchors["clip_score"])
+    found = {f"clip_score[{scorer.name}]": match}
+    if len(set(prompts)) >= MIN_PAIRS:
+        gap = prompt_score("gap", a.of_prompts["gap"], b.of_prompts["gap"], seed, anchors["gap"])
+    else:  # of the pairs, which speaks about these prompts only
+        gap = [gap_values(s.features, real) for s in (a, b)]
+        gap = prompt_score("gap", *gap, seed, anchors["gap"], "pairs")
+    found[f"gap[{look.name}]"] = gap
+    for name in (name for name in ("diversity", "variety") if name in a.of_prompts):
+        each = [s.of_prompts[name] for s in (a, b)]
+        found[f"{name}[{look.name}]"] = prompt_score(name, *each, seed, anchors.get(name))
+    return found | {look.frechet_name: frechet_score(a.features, b.features, real)}
+
+# %% ../../nbs/5_eval/09_scores.ipynb #5c0a0016
+def care_for(
+    a: Side,
+    prompts: list[str],
+    real: np.ndarray,  # features of the real pictures (m, d)
+    extractors: tuple[Extractor, Extractor],
+    scores: dict[str, Score],  # of `name_scores`
+) -> list[Warned]:
+    "What to be careful about."
+    scorer, look = extractors
+    unsure = [name for name, s in scores.items() if s.p is not None and s.change.low is None]
+    random = [e.name for e in {id(e): e for e in extractors}.values() if not e.meaningful]
+    counts = len(prompts), len(set(prompts)), len(real)
+    return find_warnings(*counts, cut=scorer.too_long(prompts), dim=look.dim, unsure=unsure, random=random)
 
 # %% ../../nbs/5_eval/09_scores.ipynb #1eed3cc7
 def score_sides(
@@ -239,23 +365,30 @@ def score_sides(
     real: np.ndarray,  # features of the real pictures (m, d)
     extractors: tuple[Extractor, Extractor],  # of texts and pictures; of pictures alone
     seed: int = 0,  # of the resampling
+    terms: Terms = TERMS,
+    anchors: dict[str, dict[str, float]] | None = None,  # of `anchors_of`
+    faults: list[Fault] = (),  # of either model
 ) -> Metrics:
     "All scores of two models, the verdict, and what to be careful about."
-    scorer, look = extractors
-    found, names = name_scores(a, b, prompts, real, extractors, seed), (a.name, b.name)
-    counts = {"n_pairs": len(prompts), "n_prompts": len(set(prompts)), "n_real": len(real)}
-    unsure = [name for name, s in found.items() if s.change.low is None]
-    random = [e.name for e in {id(e): e for e in extractors}.values() if not e.meaningful]
-    warnings = find_warnings(**counts, cut=scorer.too_long(prompts), dim=look.dim, unsure=unsure, random=random)
+    (scorer, look), names = extractors, (a.name, b.name)
+    anchors = anchors or anchors_of(real)
+    anchors["clip_score"] |= {"wrong": float(np.mean([a.wrong, b.wrong]))} if np.isfinite(a.wrong + b.wrong) else {}
+    scores = name_scores(a, b, prompts, real, extractors, seed, anchors)
+    compared = compare_values(a.values | a.of_prompts, b.values | b.of_prompts, prompts, seed, anchors)
+    bases = "".join(name for name, s in zip("ab", (a, b)) if not s.trained)
+    faults = [*faults, *collapse_faults(a, b, compared)]
+    fixed = {"goal": terms.goal, "margins": margins_of(a, b, terms.margin), "bases": bases, "faults": faults}
     pairs = zip(prompts, a.values["clip_score"], b.values["clip_score"], strict=True)
     return Metrics(
-        **counts,
+        n_pairs=len(prompts),
+        n_prompts=len(set(prompts)),
+        n_real=len(real),
         columns=names,
         extractor=scorer.record,
         picture_extractor=None if look is scorer else look.record,
-        scores=found,
-        judgement=judge_scores(compare_samples(a.values, b.values, prompts, seed), names=names),
-        warnings=warnings,
+        scores=scores,
+        judgement=judge_scores(compared, names=names, **fixed),
+        warnings=care_for(a, prompts, real, extractors, scores),
         samples=[PairScore(prompt=p, base_score=x, lora_score=y) for p, x, y in pairs],
     )
 
@@ -270,15 +403,23 @@ def score(
     pictures: Extractor | None = None,  # for pictures alone; default: `scorer`
     cache: FeatureCache | None = None,
     columns: tuple[str, str] = ("base", "LoRA"),  # what the two models are called
+    terms: Terms = TERMS,  # goal and margin
+    real_prompts: list[str] | None = None,  # captions of the real pictures, for an anchor
+    bases: tuple[bool, bool] = (True, False),  # which of the two has learnt nothing
 ) -> Metrics:
     "Score two sets of samples against their prompts and against real pictures."
     if not len(prompts) == len(base_images) == len(lora_images):
         raise ValueError(f"{len(prompts)} prompts for {len(base_images)} and {len(lora_images)} pictures")
     check_counts(len(prompts), len(real_images))
     extractors = scorer, pictures or scorer
-    real, both = features_of(extractors[1], real_images, cache), zip(columns, (base_images, lora_images))
-    sides = [look_at(name, images, prompts, real, extractors, cache) for name, images in both]
-    return score_sides(*sides, prompts, real, extractors, seed)
+    real, both = features_of(extractors[1], real_images, cache), zip(columns, (base_images, lora_images), bases)
+    sides = [look_at(name, images, prompts, real, extractors, cache, None, not base) for name, images, base in both]
+    match = {}
+    if real_prompts:
+        match["real"] = float(
+            alignment(features_of(scorer, real_images, cache), scorer.text_features(real_prompts)).mean()
+        )
+    return score_sides(*sides, prompts, real, extractors, seed, terms, anchors_of(real, match=match))
 
 # %% ../../nbs/5_eval/09_scores.ipynb #44f44179
 def comparison_sheet(

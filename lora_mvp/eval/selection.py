@@ -37,7 +37,8 @@ from .records import Measured, Warned
 from .results import lines_of, sample_rows
 from .rule import MAX_COPIED, MAX_FORGOTTEN, Candidate, Ruling, apply_rule, keep_comparable
 from .samples import PLAIN, SamplePlan, write_plan
-from .scores import check_counts
+from .scores import Terms, check_counts
+from .verdicts import confirms
 from ..files import atomic_write, make_folder, save_png
 from ..infer import LoadedRun
 from ..models.adapters import adapter_parameters, add_lora, restore_adapter, save_adapter, set_scale
@@ -116,17 +117,33 @@ class Drawer:
 
 # %% ../../nbs/5_eval/17_selection.ipynb #ebacfc19
 PAIRS = 24  # pictures of each candidate, about
+ENOUGH = 16  # prompts that can be dealt into two parts; eight are the least from which something can follow
 
 
-def small_plan(
+def part_of(
+    plan: SamplePlan,
+    part: int,  # 0 or 1
+) -> SamplePlan:
+    "Every other prompt of a plan; prompts without the new thing are in both parts."
+    called = list(dict.fromkeys(plan.rows[k].prompt for k in plan.main))
+    kept = set(called[part::2])
+    rows = [row for row in plan.rows if row.prompt in kept or row.prompt not in called]
+    return plan.model_copy(update={"rows": rows})
+
+
+def two_plans(
     config: AppConfig,
     manifests: list,  # name the subjects
-    purpose: str,  # other purposes have other seeds
-) -> SamplePlan:
-    "The plan that all candidates draw."
-    one = plan_for(config, manifests, per_prompt=1)
-    seed = derive_seed(config.evaluation.seed, purpose) % 2**32
-    return plan_for(config, manifests, seed, ceil(PAIRS / len(one.main)))
+) -> tuple[SamplePlan, SamplePlan]:  # to choose on, and to confirm on
+    "The plans that all candidates draw, with seeds of their own and, where there are enough, prompts of their own."
+    one, plans = plan_for(config, manifests, per_prompt=1), []
+    dealt = len(one.main) >= ENOUGH
+    for part, purpose in enumerate(("choose", "confirm")):
+        seed = derive_seed(config.evaluation.seed, purpose) % 2**32
+        each = ceil(PAIRS / len((part_of(one, part) if dealt else one).main))
+        plan = plan_for(config, manifests, seed, each)
+        plans.append(part_of(plan, part) if dealt else plan)
+    return tuple(plans)
 
 # %% ../../nbs/5_eval/17_selection.ipynb #e7a70a99
 def validation_losses(
@@ -149,8 +166,11 @@ class Chooser:
         root: str | Path,  # a run's folder
         real_glob: str | None = None,  # pattern of real pictures; default: the validation split of the manifest
         manifest: str | Path | None = None,  # default: the one that the run names
+        max_copied: float = MAX_COPIED,
+        max_forgotten: float | None = None,  # default: the margin of the match with the prompt
     ):
         self.root, self.config = Path(root), config
+        self.terms = Terms(config.evaluation.goal, config.evaluation.margin, max_copied, max_forgotten)
         self.folders, self.warnings = whole_checkpoints(self.root)
         self.training = training_of(self.root)
         self.data = data_of(self.root, manifest)
@@ -180,9 +200,12 @@ class Chooser:
         "One candidate against the base."
         check_counts(len(plan.main), len(self.real.images))
         seed = self.config.evaluation.seed
-        return compare_columns(plan, [base, other], self.real, self.extractors, self.cache, seed)
+        return compare_columns(plan, [base, other], self.real, self.extractors, self.cache, seed, self.terms)
 
 # %% ../../nbs/5_eval/17_selection.ipynb #e66d0299
+CRITERIA = {"style": ["gap"], "subject": ["clip_score"], "both": ["clip_score", "gap"]}  # by evaluation.goal
+
+
 def candidate_of(
     step: int,  # 0 is the base
     done: Compared,  # with the base
@@ -190,12 +213,26 @@ def candidate_of(
     losses: dict[int, np.ndarray],  # of `validation_losses`
 ) -> Candidate:
     "What the rule looks at, of one column of a comparison."
-    prompts = [done.plan.rows[i].prompt for i in done.pairs]
-    criteria = {name: group_means(done.sides[k].values[name], prompts) for name in ("clip_score", "likeness")}
+    prompts, side = [done.plan.rows[i].prompt for i in done.pairs], done.sides[k]
+    found = {"clip_score": group_means(side.values["clip_score"], prompts)}
+    if "gap" in side.of_prompts:
+        found["gap"] = -side.of_prompts["gap"]
+    criteria = {name: found[name] for name in CRITERIA[done.metrics.judgement.goal] if name in found}
     if step in losses:
         criteria["val_loss"] = -losses[step]  # more is better
     forgetting = done.metrics.forgetting.change if done.metrics.forgetting and k else None
     return Candidate(step, criteria, done.metrics.copies.get(done.columns[k].name), forgetting)
+
+# %% ../../nbs/5_eval/17_selection.ipynb #4e0c0001
+def forgetting_limit(
+    compared: list[Compared],  # every checkpoint with the base
+    given: float | None,  # by the user
+) -> float:  # points of match with the prompt
+    "How much may be lost on other prompts: what was asked for, or the largest margin of that score."
+    known = [
+        j.margins["clip_score"].value for j in (c.metrics.judgement for c in compared) if "clip_score" in j.margins
+    ]
+    return given if given is not None else max(known, default=MAX_FORGOTTEN)
 
 # %% ../../nbs/5_eval/17_selection.ipynb #335bc9dd
 def checkpoint_score(
@@ -208,7 +245,7 @@ def checkpoint_score(
     found = compared[c.step].metrics.judgement.comparisons if c.step else {}
     change = {k: Measured(value=v.difference, low=v.low, high=v.high) for k, v in found.items()}
     about = {"path": f"checkpoint-{c.step}" if c.step else None, "copies": c.copies, "forgetting": c.forgetting}
-    means = {k: float(-v.mean() if k == "val_loss" else v.mean()) for k, v in c.criteria.items()}  # the loss itself
+    means = {k: float((-v if k in ("val_loss", "gap") else v).mean()) for k, v in c.criteria.items()}  # the loss itself
     return CheckpointScore(step=c.step, criteria=means, change=change, out=ruling.out.get(c.step), **about)
 
 # %% ../../nbs/5_eval/17_selection.ipynb #86318443
@@ -248,19 +285,20 @@ def make_choice(
 def confirm(
     chooser: Chooser,
     step: int,
-    plan: SamplePlan,  # with seeds that took no part in the choice
-    max_copied: float,
+    plan: SamplePlan,  # that took no part in the choice
+    fresh_prompts: bool,  # whether its prompts took no part, either
 ) -> Confirmation:
     "The chosen checkpoint against the base, once more."
     base = chooser.column(0, None, plan, "confirm")
     chosen = chooser.column(step, chooser.root / f"checkpoint-{step}", plan, "confirm")
     metrics = chooser.compare(plan, base, chosen).metrics
-    copies = metrics.copies.get(chosen.name)
-    clean = copies is None or copies.low <= max_copied
+    confirmed, why = confirms(metrics.judgement, chosen.name)
     return Confirmation(
-        confirmed=metrics.judgement.verdict == "b_better" and clean,
+        confirmed=confirmed,
+        why=why,
+        fresh_prompts=fresh_prompts,
         judgement=metrics.judgement,
-        copies=copies,
+        copies=metrics.copies.get(chosen.name),
         forgetting=metrics.forgetting.change if metrics.forgetting else None,
         plan_sha256=plan.sha256,
     )
@@ -295,15 +333,11 @@ def choose(
     real_glob: str | None = None,  # pattern of real pictures; default: the validation split of the manifest
     manifest: str | Path | None = None,  # default: the one that the run names
     max_copied: float = MAX_COPIED,
-    max_forgotten: float = MAX_FORGOTTEN,
+    max_forgotten: float | None = None,  # points; default: the margin of the match with the prompt
 ) -> Choice:
-    "Score the base and every checkpoint, choose by the rule, confirm on fresh seeds, write best.json."
-    chooser, limits = (
-        Chooser(config, root, real_glob, manifest),
-        {"max_copied": max_copied, "max_forgotten": max_forgotten},
-    )
-    manifests = [chooser.data.manifest] if chooser.data.manifest else []
-    plan = small_plan(config, manifests, "choose")
+    "Score the base and every checkpoint, choose by the rule, confirm on prompts that took no part, write best.json."
+    chooser = Chooser(config, root, real_glob, manifest, max_copied, max_forgotten)
+    plan, fresh = two_plans(config, [chooser.data.manifest] if chooser.data.manifest else [])
     write_plan(plan, chooser.out / "plan.json")
     losses = validation_losses(chooser.folders[-1])
     base, compared = chooser.column(0, None, plan, "samples"), {}
@@ -316,11 +350,13 @@ def choose(
     if left_out:
         text = f"{', '.join(left_out)} took no part: it needs at least two prompts or validation pictures, the same for all."
         chooser.warnings.append(Warned(code="criterion_left_out", message=text))
+    limits = {"max_copied": max_copied, "max_forgotten": forgetting_limit(list(compared.values()), max_forgotten)}
     ruling = apply_rule(candidates, **limits)
     choice = make_choice(chooser, plan, candidates, compared, ruling, limits)
     if ruling.step:
-        fresh = small_plan(config, manifests, "confirm")
         write_plan(fresh, chooser.out / "plan_confirm.json")
-        choice.confirm = confirm(chooser, ruling.step, fresh, max_copied)
+        seen = {plan.rows[k].prompt for k in plan.main}
+        apart = seen.isdisjoint(fresh.rows[k].prompt for k in fresh.main)
+        choice.confirm = confirm(chooser, ruling.step, fresh, apart)
     write_choice(chooser, choice, base, compared)
     return choice
