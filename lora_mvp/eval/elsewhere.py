@@ -17,7 +17,7 @@ from ..errors import LoraMvpError
 from .columns import Column, Data, data_of, real_for
 from .comparison import Compared, compare_columns
 from .copies import RealSet
-from .evaluator import extractors_for
+from .evaluator import extractors_for, liked_scores, preference_of
 from .extractors import Extractor
 from .features import FeatureCache
 from .matching import Folder, Found, Matching, find_pictures, match_pictures, named, use_table
@@ -25,7 +25,7 @@ from .one_set import OneSet, describe_set, write_set
 from .records import Metrics, Warned
 from .results import write_results
 from .samples import OWN, PlanRow, Sample, SamplePlan, prompt_id, write_plan
-from .scores import check_counts
+from .scores import Terms, check_counts
 from ..files import make_folder
 
 # %% ../../nbs/5_eval/14c_elsewhere.ipynb #59d00eeb
@@ -145,7 +145,7 @@ def compare_pairs(
     real: RealSet,
     extractors: tuple[Extractor, Extractor],
     out: Path,
-    seed: int,
+    config: AppConfig,
 ) -> Compared:
     "The comparison of two folders, as that of two models."
     prompts = [b.origin.prompt or a.origin.prompt for a, b in pairs]
@@ -157,7 +157,8 @@ def compare_pairs(
         column.pictures = [one.image for one in some]
         columns.append(column)
     write_plan(plan, out / "plan.json")
-    done = compare_columns(plan, columns, real, extractors, FeatureCache(out / "features"), seed)
+    e, cache = config.evaluation, FeatureCache(out / "features")
+    done = compare_columns(plan, columns, real, extractors, cache, e.seed, Terms(e.goal, e.margin))
     if not all(a.origin.seed is not None and a.origin.seed == b.origin.seed for a, b in pairs):
         kept = {name: s for name, s in done.metrics.scores.items() if not name.startswith("kept[")}
         done.metrics = done.metrics.model_copy(update={"scores": kept})
@@ -234,9 +235,10 @@ def evaluate_pictures(
     made = match_pictures(folders["base"].found, folders["pictures"].found, by_name)
     pairs, nameless = with_prompts(made)
     check_counts(len(pairs), len(real.images))
-    extractors = extractors_for(config, base_of([one for pair in pairs for one in pair]))
+    extractors, liked = extractors_for(config, base_of([one for pair in pairs for one in pair])), preference_of(config)
     make_folder(out, "the output folder", code="output_not_writable")
-    done = compare_pairs(pairs, data, real, extractors, out, config.evaluation.seed)
+    done = compare_pairs(pairs, data, real, extractors, out, config)
+    done.metrics.scores |= liked_scores(liked, done, config.evaluation.seed)
     done.metrics.settings = settings
     done.metrics.warnings = done.metrics.warnings + reading_warnings(folders, nameless) + matching_warnings(made)
     write_results(done, out)

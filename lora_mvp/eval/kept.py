@@ -76,10 +76,10 @@ def kept_anchors(
     prompts: list[str],  # of each picture
     extractor: Extractor | None = None,  # as for `kept_values`
     cache: FeatureCache | None = None,
-) -> dict[str, float]:  # `another seed` where a prompt has two pictures, `another prompt` where there are two prompts
+) -> dict[str, float]:  # `seed` where a prompt has two pictures, `wrong` where there are two prompts
     "What the base's own pictures keep of each other."
     n, found = len(base), {}
-    for name, alike in (("another seed", True), ("another prompt", False)):
+    for name, alike in (("seed", True), ("wrong", False)):
         step = {
             k: next(((k + d) % n for d in range(1, n) if (prompts[(k + d) % n] == prompts[k]) == alike), None)
             for k in range(n)
@@ -105,7 +105,7 @@ def kept_score(
     values = group_means(values, prompts) if counted == "prompts" else values
     mean = mean_interval(values, seed)
     about = {"unit": "agreement with the base's picture of the same noise, 0 to 100", "higher_is_better": True}
-    about |= {"counted": counted, "n": len(values), "method": f"bootstrap over {counted}", "change_is": "difference"}
+    about |= {"counted": counted, "n": len(values), "method": f"bootstrap over {counted}"}
     change = Measured(value=mean.value - 100, low=mean.low - 100, high=mean.high - 100)
     found = {"base": Measured(value=100), "lora": Measured.of(mean), "change": change}
     return Score(**about, **found, anchors=kept_anchors(base, prompts, extractor, cache))

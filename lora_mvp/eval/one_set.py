@@ -14,16 +14,18 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from .columns import Data, real_warnings
+from .columns import Column, Data, real_warnings
+from .comparison import caption_anchors
 from .copies import CopyEvidence, CopyShare, RealSet, calibrate, check_copies, nearest_sheet, scenes
 from .extractors import Extractor, ExtractorRecord
 from .features import FeatureCache, features_of
 from .matching import Found, named
-from .metrics import alignment, diversity, similarity, unit_rows
 from .pages import extractor_note
 from .records import Measured, Warned, with_interval
 from .results import environment
 from .samples import SamplePlan, contact_sheets
+from .scores import KINDS, Side, anchors_of, look_at
+from .verdicts import ANCHORS
 from ..files import atomic_write, save_png
 from ..html import gallery, html_table, jpeg_uri, page, section, text, tile
 from ..sheets import text_table
@@ -64,60 +66,22 @@ class OneSet(BaseModel):
     samples: list[OnePicture]
     settings: dict[str, Any] = Field(default_factory=dict)
 
-# %% ../../nbs/5_eval/14b_one_set.ipynb #75b24cfc
-def squared_distance(
-    x: np.ndarray,  # features of some pictures (n, d)
-    y: np.ndarray,  # of others (m, d)
-) -> float:
-    "100 x squared distance of the mean unit features, without bias (Gretton et al. 2012, equation 3, cosine kernel)."
-    own = [(np.square(u.sum(0)).sum() - len(u)) / (len(u) * (len(u) - 1)) for u in map(unit_rows, (x, y))]
-    return float(100 * (sum(own) - 2 * similarity(x, y).mean()))
-
 # %% ../../nbs/5_eval/14b_one_set.ipynb #6c12b773
-def wrong_prompts(
-    prompts: list[str],  # of each picture
-) -> list[int] | None:  # for each, the position of a picture with another prompt; None: all are the same
-    "Whose prompt to use where the wrong one is wanted."
-    names = list(dict.fromkeys(prompts))
-    first = {name: prompts.index(name) for name in names}
-    following = dict(zip(names, names[1:] + names[:1]))
-    return [first[following[p]] for p in prompts] if len(names) > 1 else None
-
-
 def one_scores(
-    images: list[Image.Image],
-    prompts: list[str],
-    real: np.ndarray,  # features of the real pictures (m, d)
-    train: np.ndarray | None,  # of the training pictures (k, d)
+    side: Side,  # what the extractors see in the pictures
+    prompts: list[str],  # of each
+    anchors: dict[str, dict[str, float]],  # of `anchors_of`
     extractors: tuple[Extractor, Extractor],
-    cache: FeatureCache | None = None,
     seed: int = 0,  # of the resampling
-) -> tuple[dict[str, OneScore], np.ndarray]:  # scores, and the match of each picture
-    "The scores of one set, with their anchors."
-    scorer, look = extractors
-    seen, texts, features = (
-        features_of(scorer, images, cache),
-        scorer.text_features(prompts),
-        features_of(look, images, cache),
-    )
-    match, other = alignment(seen, texts), wrong_prompts(prompts)
-    mean = mean_interval(group_means(match, prompts), seed)
-    anchors = {} if other is None else {"wrong prompts": float(alignment(seen, texts[other]).mean())}
-    about = {"unit": "100 x cosine of picture and prompt", "higher_is_better": True}
-    found = {f"clip_score[{scorer.name}]": OneScore(**about, value=Measured.of(mean), anchors=anchors)}
-    anchors = {"training pictures": squared_distance(train, real)} if train is not None and len(train) > 1 else {}
-    anchors |= {"real, half against half": squared_distance(real[::2], real[1::2])} if len(real) > 3 else {}
-    gap = {"unit": "100 x squared distance of mean features to the real pictures", "higher_is_better": False}
-    found[f"gap[{look.name}]"] = OneScore(
-        **gap, value=Measured(value=squared_distance(features, real)), anchors=anchors
-    )
-    varied = 100 * diversity(features, prompts)
-    if np.isfinite(varied).any():
-        mean = mean_interval(varied[np.isfinite(varied)], seed)
-        about = {"unit": "1 - mean cosine of the pictures of a prompt, x 100", "higher_is_better": True}
-        of_real = {"real pictures": float(100 * diversity(real, [0] * len(real))[0])}
-        found[f"diversity[{look.name}]"] = OneScore(**about, value=Measured.of(mean), anchors=of_real)
-    return found, match
+) -> dict[str, OneScore]:
+    "The scores of one set under their names, with their anchors."
+    found = {}
+    for name, values in (side.values | side.of_prompts).items():
+        kind, seen_by = KINDS[name], extractors[0] if name == "clip_score" else extractors[1]
+        values = group_means(values, prompts) if name in side.values else values
+        about = {"unit": kind.unit, "higher_is_better": kind.higher_is_better, "anchors": anchors.get(name, {})}
+        found[f"{name}[{seen_by.name}]"] = OneScore(**about, value=Measured.of(mean_interval(values, seed)))
+    return found
 
 # %% ../../nbs/5_eval/14b_one_set.ipynb #884613cc
 def one_evidence(
@@ -178,12 +142,17 @@ def describe_set(
     scorer, look = extractors
     images, prompts = [one.image for one in pictures], [one.origin.prompt for one in pictures]
     train = features_of(look, data.train.images, cache) if data.train and data.train.images else None
-    scores, match = one_scores(images, prompts, features_of(look, real.images, cache), train, extractors, cache, seed)
+    seen = features_of(look, real.images, cache)
+    side = look_at("pictures", images, prompts, seen, extractors, cache, train)
+    column = Column("pictures", "pictures", pictures[0].file.parent, 1.0, data)
+    anchors = anchors_of(seen, train, caption_anchors([column], real, scorer, cache))
+    anchors["clip_score"] |= {"wrong": side.wrong} if np.isfinite(side.wrong) else {}
+    scores = one_scores(side, prompts, anchors, extractors, seed)
     evidence = one_evidence(images, data, real, look, cache)
     share = CopyShare(**evidence.check.model_dump(exclude={"rows"})) if evidence else None
     samples = [
         OnePicture(prompt=one.origin.prompt, seed=one.origin.seed, file=one.name, clip_score=round(float(value), 6))
-        for one, value in zip(pictures, match)
+        for one, value in zip(pictures, side.values["clip_score"])
     ]
     about = {"n": len(images), "n_prompts": len(set(prompts)), "n_real": len(real.images), "copies": share}
     about |= {"extractor": scorer.record, "picture_extractor": None if look is scorer else look.record}
@@ -197,7 +166,7 @@ def score_rows(
     "The scores of one set, a row each."
     rows = []
     for name, s in found.scores.items():
-        anchors = "; ".join(f"{what} {value:.2f}" for what, value in s.anchors.items())
+        anchors = "; ".join(f"{ANCHORS.get(what, what)} {value:.2f}" for what, value in s.anchors.items())
         rows.append([name, "higher" if s.higher_is_better else "lower", with_interval(s.value), anchors])
     return rows
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from ..errors import LoraMvpError
 from .extractors import Extractor
 from .features import FeatureCache, features_of
+from .kept import kept_scores
 from .metrics import alignment, diversity, frechet_distance, gap_values, nearest, similarity, unit_rows
 from .records import Measured, Metrics, PairScore, Score, Warned
 from .verdicts import MAX_COPIED, Comparison, Fault, Goal, Margin, compare_scores, judge_scores
@@ -340,6 +341,8 @@ def name_scores(
     for name in (name for name in ("diversity", "variety") if name in a.of_prompts):
         each = [s.of_prompts[name] for s in (a, b)]
         found[f"{name}[{look.name}]"] = prompt_score(name, *each, seed, anchors.get(name))
+    if b.trained and not a.trained:  # what a LoRA kept of its base
+        found |= kept_scores(a.images, b.images, prompts, look, seed=seed)
     return found | {look.frechet_name: frechet_score(a.features, b.features, real)}
 
 # %% ../../nbs/5_eval/09_scores.ipynb #5c0a0016
