@@ -6,7 +6,6 @@
 __all__ = ['evaluate_pictures']
 
 # %% ../../nbs/5_eval/14c_elsewhere.ipynb #10ecbe3f
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -41,22 +40,13 @@ def reading_warnings(
 ) -> list[Warned]:
     "What could not be read."
     broken = [f"{side}: {reason}" for side, folder in folders.items() for reason in folder.broken]
-    lossy = [
-        f"{side}: {one.name}"
-        for side, folder in folders.items()
-        for one in folder.found
-        if one.file.suffix.lower() != ".png"
-    ]
+    endings = [one.file.suffix.lower() for folder in folders.values() for one in folder.found]
+    lossy = sum(ending != ".png" for ending in endings)
+    none = f"{len(nameless)} pictures have no prompt and are left out: {named(nameless)}. {WHERE_PROMPTS}"
     found = {
         "pictures_unreadable": (broken, f"{len(broken)} files are no pictures and are left out: {named(broken)}."),
-        "no_prompt": (
-            nameless,
-            f"{len(nameless)} pictures have no prompt and are left out: {named(nameless)}. {WHERE_PROMPTS}",
-        ),
-        "lossy_pictures": (
-            lossy,
-            f"{len(lossy)} pictures are JPEG or WebP; compression alone moves distances a little.",
-        ),
+        "no_prompt": (nameless, none),
+        "lossy_pictures": (lossy, f"{lossy} pictures are JPEG or WebP; compression alone moves distances a little."),
     }
     return [Warned(code=code, message=message) for code, (some, message) in found.items() if some]
 
@@ -65,27 +55,17 @@ def matching_warnings(
     made: Matching,
 ) -> list[Warned]:
     "What to know about the pairs."
-    differ = [
-        b.name for a, b in made.pairs if a.origin.prompt and b.origin.prompt and a.origin.prompt != b.origin.prompt
-    ]
-    loose = [b.name for a, b in made.pairs if a.origin.seed is None or a.origin.seed != b.origin.seed]
+    origins = [(a.origin, b.origin, b.name) for a, b in made.pairs]
+    differ = [name for a, b, name in origins if a.prompt and b.prompt and a.prompt != b.prompt]
+    loose = [name for a, b, name in origins if a.seed is None or a.seed != b.seed]
     texts = {
         "pictures_twice": (made.twice, "are of a prompt and seed that is paired already and are left out"),
         "pictures_alone": (made.alone, "have no partner of the same prompt and seed and are left out"),
-        "prompts_differ": (
-            differ,
-            "have another prompt than their partner; both are held against the prompt of the former",
-        ),
-        "seeds_unknown": (
-            loose,
-            "are not known to start from the noise of their partner, so what was kept is not measured",
-        ),
+        "prompts_differ": (differ, "have another prompt than the base's; both are held against that of the pictures"),
+        "seeds_unknown": (loose, "may not start from the noise of their partner, so what was kept is not measured"),
     }
-    return [
-        Warned(code=code, message=f"{len(some)} pictures {what}: {named(some)}.")
-        for code, (some, what) in texts.items()
-        if some
-    ]
+    found = {code: f"{len(some)} pictures {what}: {named(some)}." for code, (some, what) in texts.items() if some}
+    return [Warned(code=code, message=message) for code, message in found.items()]
 
 # %% ../../nbs/5_eval/14c_elsewhere.ipynb #1db0468b
 def with_prompts(
@@ -113,7 +93,7 @@ def plan_of(
     ]
     return SamplePlan(num_inference_steps=None, guidance_scale=None, rows=rows)
 
-
+# %% ../../nbs/5_eval/14c_elsewhere.ipynb #0072e0d9
 def copied(
     pictures: list[Found],
     plan: SamplePlan,
@@ -138,7 +118,7 @@ def base_of(
     "`tiny` where this package drew them with it, else anything."
     return "tiny" if {one.origin.base for one in pictures} == {"tiny"} else "unknown"
 
-
+# %% ../../nbs/5_eval/14c_elsewhere.ipynb #8b3302e9
 def compare_pairs(
     pairs: list[tuple[Found, Found]],
     data: Data,
@@ -164,10 +144,7 @@ def compare_pairs(
         done.metrics = done.metrics.model_copy(update={"scores": kept})
     return done
 
-# %% ../../nbs/5_eval/14c_elsewhere.ipynb #a7a7061d
-log = logging.getLogger("lora_mvp")
-
-
+# %% ../../nbs/5_eval/14c_elsewhere.ipynb #ebb07ead
 def read_folders(
     pictures: Path,
     baseline: str | Path | None,
@@ -179,7 +156,7 @@ def read_folders(
     folders = [find_pictures(place, out) for place in places.values()]
     return dict(zip(places, use_table(table, folders) if table else folders))
 
-
+# %% ../../nbs/5_eval/14c_elsewhere.ipynb #1ae0ee8e
 def describe_folder(
     config: AppConfig,
     folder: Folder,
@@ -205,14 +182,36 @@ def describe_folder(
     write_set(found, evidence, known, plan, out)
     return found
 
+# %% ../../nbs/5_eval/14c_elsewhere.ipynb #e04cb9d9
+def compare_folders(
+    config: AppConfig,
+    folders: dict[str, Folder],  # `base` and `pictures`
+    data: Data,
+    real: RealSet,
+    out: Path,
+    settings: dict[str, Any],  # `by_name` and more
+) -> Metrics:
+    "Two folders: the comparison, written down."
+    made = match_pictures(folders["base"].found, folders["pictures"].found, settings["by_name"])
+    pairs, nameless = with_prompts(made)
+    check_counts(len(pairs), len(real.images))
+    extractors = extractors_for(config, base_of([one for pair in pairs for one in pair]))
+    liked = preference_of(config)
+    make_folder(out, "the output folder", code="output_not_writable")
+    done = compare_pairs(pairs, data, real, extractors, out, config)
+    metrics = done.metrics
+    metrics.scores |= liked_scores(liked, done, config.evaluation.seed)
+    metrics.settings = settings
+    metrics.warnings = metrics.warnings + reading_warnings(folders, nameless) + matching_warnings(made)
+    write_results(done, out)
+    return metrics
+
 # %% ../../nbs/5_eval/14c_elsewhere.ipynb #6c74f43f
 def evaluate_pictures(
     config: AppConfig,
     pictures: str | Path,  # a folder
     baseline: str | Path | None = None,  # a folder of the base's pictures of the same prompts and seeds
-    table: str
-    | Path
-    | None = None,  # .csv with the columns file, prompt and perhaps seed; default: the notes in the files
+    table: str | Path | None = None,  # .csv with file, prompt and perhaps seed; default: the notes in the files
     real_glob: str | None = None,  # pattern of real pictures; default: the validation split of the manifest
     manifest: str | Path | None = None,  # of the training, for the copy check
     out: str | Path | None = None,  # default: beside the pictures, with -evaluation at the end
@@ -226,21 +225,9 @@ def evaluate_pictures(
     out = Path(out or pictures.with_name(f"{pictures.resolve().name}-evaluation"))
     folders = read_folders(pictures, baseline, table, out)
     data = Data() if manifest is None else data_of(pictures, manifest)
+    given = {"pictures": pictures, "baseline": baseline, "table": table, "real_glob": real_glob, "out": out}
+    settings = {k: v if v is None else str(v) for k, v in given.items()} | {"by_name": by_name}
     real = real_for(real_glob, [data])
-    settings = {"pictures": str(pictures), "baseline": None if baseline is None else str(baseline)}
-    settings |= {"table": None if table is None else str(table), "real_glob": real_glob, "by_name": by_name}
-    settings |= {"out": str(out)}
-    if baseline is None:
-        return describe_folder(config, folders["pictures"], data, real, out, settings)
-    made = match_pictures(folders["base"].found, folders["pictures"].found, by_name)
-    pairs, nameless = with_prompts(made)
-    check_counts(len(pairs), len(real.images))
-    extractors, liked = extractors_for(config, base_of([one for pair in pairs for one in pair])), preference_of(config)
-    make_folder(out, "the output folder", code="output_not_writable")
-    done = compare_pairs(pairs, data, real, extractors, out, config)
-    done.metrics.scores |= liked_scores(liked, done, config.evaluation.seed)
-    done.metrics.settings = settings
-    done.metrics.warnings = done.metrics.warnings + reading_warnings(folders, nameless) + matching_warnings(made)
-    write_results(done, out)
-    log.info("scores and copies of the pictures are in %s", out)
-    return done.metrics
+    if baseline is not None:
+        return compare_folders(config, folders, data, real, out, settings)
+    return describe_folder(config, folders["pictures"], data, real, out, settings)

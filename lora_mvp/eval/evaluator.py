@@ -67,7 +67,7 @@ def preference_of(
     name = config.evaluation.preference
     return find_preference(name, config) if name else None
 
-
+# %% ../../nbs/5_eval/14_evaluator.ipynb #e7f221c9
 def liked_scores(
     liked: Preference | None,
     done: Compared,

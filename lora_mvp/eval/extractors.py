@@ -294,6 +294,11 @@ class ClipExtractor(Extractor):
         "The projected features of the picture tower."
         return projected(self.module.get_image_features(pixel_values=pixels))
 
+    def tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        "Texts as the network reads them; what is beyond the model's length is cut off."
+        cut = {"padding": True, "truncation": True, "max_length": self.max_tokens, "return_tensors": "pt"}
+        return self.tokenizer(texts, **cut).to(self.device)
+
     @torch.no_grad()
     def text_features(
         self,
@@ -302,10 +307,9 @@ class ClipExtractor(Extractor):
     ) -> np.ndarray:  # (n, d) float64, unit rows
         "Texts as unit vectors; what is beyond the model's length is cut off."
         rows, step = [np.zeros((0, self.dim))], batch_size or self.batch_size
-        cut = {"padding": True, "truncation": True, "max_length": self.max_tokens, "return_tensors": "pt"}
         for k in range(0, len(texts), step):
-            tokens = self.tokenizer(texts[k : k + step], **cut).to(self.device)
-            rows.append(projected(self.module.get_text_features(**tokens)).double().cpu().numpy())
+            found = self.module.get_text_features(**self.tokens(texts[k : k + step]))
+            rows.append(projected(found).double().cpu().numpy())
         return unit_rows(np.concatenate(rows))
 
     def too_long(self, texts: list[str]) -> list[str]:

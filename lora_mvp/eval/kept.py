@@ -110,7 +110,7 @@ def kept_score(
     found = {"base": Measured(value=100), "lora": Measured.of(mean), "change": change}
     return Score(**about, **found, anchors=kept_anchors(base, prompts, extractor, cache))
 
-
+# %% ../../nbs/5_eval/08a_kept.ipynb #481f266d
 def kept_scores(
     base: list[Image.Image],
     lora: list[Image.Image],

@@ -30,7 +30,7 @@ class Found(NamedTuple):
         "Its name without the ending."
         return str(Path(self.name).with_suffix("").as_posix())
 
-
+# %% ../../nbs/5_eval/14a_matching.ipynb #c29d8a20
 class Folder(NamedTuple):
     "The pictures of a folder."
 
@@ -97,7 +97,7 @@ class Matching:
     twice: list[str] = field(default_factory=list)  # further pictures of a prompt and seed that is paired
     alone: list[str] = field(default_factory=list)  # without a partner
 
-
+# %% ../../nbs/5_eval/14a_matching.ipynb #a54c6594
 def by_prompt(
     base: list[Found],
     pictures: list[Found],
@@ -116,7 +116,7 @@ def by_prompt(
         made.twice += [f"base: {one.name}" for one in a[1:]] + [f"pictures: {one.name}" for one in b[1:]]
     return made
 
-
+# %% ../../nbs/5_eval/14a_matching.ipynb #3d56fecc
 def may_pair(
     a: Found,
     b: Found,

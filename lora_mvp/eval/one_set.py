@@ -40,7 +40,7 @@ class OneScore(BaseModel):
     value: Measured
     anchors: dict[str, float] = Field(default_factory=dict)  # what it is to be held against
 
-
+# %% ../../nbs/5_eval/14b_one_set.ipynb #e648e468
 class OnePicture(BaseModel):
     "One picture and its match with its prompt."
 
@@ -49,7 +49,7 @@ class OnePicture(BaseModel):
     file: str  # relative to the folder that was given
     clip_score: float
 
-
+# %% ../../nbs/5_eval/14b_one_set.ipynb #753161fc
 class OneSet(BaseModel):
     "What can be said of pictures with nothing to compare them with."
 
@@ -99,35 +99,37 @@ def one_evidence(
     check = check_copies(features_of(look, images, cache), images, train, data.train, threshold)
     return CopyEvidence("pictures", check, images, data.train)
 
-
+# %% ../../nbs/5_eval/14b_one_set.ipynb #d4d6f049
 NO_VERDICT = "No verdict: one set of pictures can be described, but whether a LoRA improved anything needs those of its base. --baseline FOLDER names them."
 
 
 def one_warnings(
-    n: int,  # pictures
-    prompts: list[str],
+    prompts: list[str],  # of each picture
     scorer: Extractor,
     data: Data,
 ) -> list[Warned]:
     "What to know about the scores of one set."
-    cut, names = scorer.too_long(prompts), len(set(prompts))
+    n, cut, names = len(prompts), scorer.too_long(prompts), len(set(prompts))
+    rough = f"{n} pictures: the distance is rough below 50. Compare it only with others at the same number."
+    long = f"the scorer reads only the beginning of {len(cut)} prompts: {named([p[:60] for p in cut], 1)}."
+    copies = "copies were not looked for. Name the manifest of the training with --manifest."
     found = {
         "no_verdict": (True, NO_VERDICT),
         "too_few_prompts": (names < MIN_PAIRS, f"{names} prompts: no interval is given below {MIN_PAIRS}."),
-        "n_too_small": (
-            n < 50,
-            f"{n} pictures: the distance is rough below 50. Compare it only with others at the same number.",
-        ),
-        "prompt_truncated": (
-            cut,
-            f"CLIP reads only the beginning of {len(cut)} prompts: {named([p[:60] for p in cut], 1)}.",
-        ),
-        "no_training_pictures": (
-            data.train is None,
-            "copies were not looked for. Name the manifest of the training with --manifest.",
-        ),
+        "n_too_small": (n < 50, rough),
+        "prompt_truncated": (cut, long),
+        "no_training_pictures": (data.train is None, copies),
     }
     return [Warned(code=code, message=message) for code, (applies, message) in found.items() if applies]
+
+# %% ../../nbs/5_eval/14b_one_set.ipynb #388e8834
+def picture_rows(
+    pictures: list[Found],
+    match: np.ndarray,  # of each picture and its prompt (n,)
+) -> list[OnePicture]:
+    "What is known of each picture."
+    facts = [(one.origin.prompt, one.origin.seed, one.name, round(float(m), 6)) for one, m in zip(pictures, match)]
+    return [OnePicture(prompt=p, seed=seed, file=file, clip_score=m) for p, seed, file, m in facts]
 
 # %% ../../nbs/5_eval/14b_one_set.ipynb #153daefe
 def describe_set(
@@ -139,25 +141,19 @@ def describe_set(
     seed: int = 0,  # of the resampling
 ) -> tuple[OneSet, CopyEvidence | None]:
     "Scores, copies and warnings of one set."
-    scorer, look = extractors
-    images, prompts = [one.image for one in pictures], [one.origin.prompt for one in pictures]
+    (scorer, look), prompts = extractors, [one.origin.prompt for one in pictures]
     train = features_of(look, data.train.images, cache) if data.train and data.train.images else None
-    seen = features_of(look, real.images, cache)
+    images, seen = [one.image for one in pictures], features_of(look, real.images, cache)
     side = look_at("pictures", images, prompts, seen, extractors, cache, train)
-    column = Column("pictures", "pictures", pictures[0].file.parent, 1.0, data)
-    anchors = anchors_of(seen, train, caption_anchors([column], real, scorer, cache))
-    anchors["clip_score"] |= {"wrong": side.wrong} if np.isfinite(side.wrong) else {}
-    scores = one_scores(side, prompts, anchors, extractors, seed)
+    captions = caption_anchors([Column("pictures", "pictures", "", 1.0, data)], real, scorer, cache)
+    anchors = anchors_of(seen, train, captions | ({"wrong": side.wrong} if np.isfinite(side.wrong) else {}))
     evidence = one_evidence(images, data, real, look, cache)
-    share = CopyShare(**evidence.check.model_dump(exclude={"rows"})) if evidence else None
-    samples = [
-        OnePicture(prompt=one.origin.prompt, seed=one.origin.seed, file=one.name, clip_score=round(float(value), 6))
-        for one, value in zip(pictures, side.values["clip_score"])
-    ]
-    about = {"n": len(images), "n_prompts": len(set(prompts)), "n_real": len(real.images), "copies": share}
-    about |= {"extractor": scorer.record, "picture_extractor": None if look is scorer else look.record}
-    warnings = one_warnings(len(images), prompts, scorer, data) + real_warnings(real, data.train)
-    return OneSet(**about, scores=scores, samples=samples, warnings=warnings), evidence
+    about = {"n": len(images), "n_prompts": len(set(prompts)), "n_real": len(real.images), "extractor": scorer.record}
+    about |= {"picture_extractor": None if look is scorer else look.record}
+    about |= {"copies": CopyShare(**evidence.check.model_dump(exclude={"rows"})) if evidence else None}
+    about |= {"scores": one_scores(side, prompts, anchors, extractors, seed)}
+    warnings = one_warnings(prompts, scorer, data) + real_warnings(real, data.train)
+    return OneSet(**about, samples=picture_rows(pictures, side.values["clip_score"]), warnings=warnings), evidence
 
 # %% ../../nbs/5_eval/14b_one_set.ipynb #45d23816
 def score_rows(
@@ -170,7 +166,7 @@ def score_rows(
         rows.append([name, "higher" if s.higher_is_better else "lower", with_interval(s.value), anchors])
     return rows
 
-
+# %% ../../nbs/5_eval/14b_one_set.ipynb #60c971fc
 def one_set_text(
     found: OneSet,
 ) -> str:  # lines of text
@@ -185,32 +181,21 @@ def one_set_text(
         lines.append(f"copies: {c.copied} of {c.n} [{c.low:.0%}, {c.high:.0%}] of {c.n_train} training pictures")
     return "\n".join(lines + [f"note: {w.message}" for w in found.warnings])
 
-
+# %% ../../nbs/5_eval/14b_one_set.ipynb #296e6aac
 def one_set_page(
     found: OneSet,
     images: list[Image.Image],  # in the order of its samples
     most: int = 120,  # pictures shown
 ) -> str:  # one HTML file
     "One set of pictures as a page."
-    tiles = [
-        tile(jpeg_uri(image, 160), s.prompt, [f"match {s.clip_score:.1f}", s.file])
-        for s, image in zip(found.samples, images)
-    ]
-    head, careful = (
-        ["score", "better", "pictures", "for comparison"],
-        [text(w.message) for w in found.warnings if w.code != "no_verdict"],
-    )
+    shown = list(zip(found.samples, images))[:most]
+    tiles = [tile(jpeg_uri(i, 160), s.prompt, [f"match {s.clip_score:.1f}", s.file]) for s, i in shown]
+    careful = "".join(f"<li>{text(w.message)}</li>" for w in found.warnings if w.code != "no_verdict")
+    scores = html_table(["score", "better", "pictures", "for comparison"], score_rows(found))
     parts = [
-        section("pictures", "Pictures", gallery(tiles[:most], len(tiles)), text(NO_VERDICT)),
-        section(
-            "scores",
-            "Scores",
-            html_table(head, score_rows(found)),
-            "Brackets hold 95 % intervals. " + extractor_note(found),
-        ),
-        section(
-            "careful", "Be careful", f"<ul>{''.join(f'<li>{item}</li>' for item in careful)}</ul>" if careful else ""
-        ),
+        section("pictures", "Pictures", gallery(tiles, len(images)), text(NO_VERDICT)),
+        section("scores", "Scores", scores, "Brackets hold 95 % intervals. " + extractor_note(found)),
+        section("careful", "Be careful", f"<ul>{careful}</ul>" if careful else ""),
     ]
     numbers = {"pictures": f"{found.n:,}", "prompts": f"{found.n_prompts:,}", "real pictures": f"{found.n_real:,}"}
     numbers |= {"copies": f"{found.copies.copied} of {found.copies.n}"} if found.copies else {}

@@ -71,7 +71,7 @@ def linked(
         return str(value[0]), value[1]
     return None
 
-
+# %% ../../nbs/5_eval/05a_origins.ipynb #6b5171ba
 def inputs_of(
     graph: Graph,
     node: str,
@@ -156,7 +156,7 @@ def drawn_by(
     texts = texts_of(graph, *link) if link else []
     return Origin(plain_prompt(", ".join(texts)), seed_at(graph, samplers[-1]), "comfyui")
 
-
+# %% ../../nbs/5_eval/05a_origins.ipynb #158810f6
 def comfy_origin(
     graph: Any,  # of `prompt`, decoded
 ) -> Origin:
@@ -218,7 +218,7 @@ def notes_of(
         notes.setdefault("parameters", text)
     return notes
 
-
+# %% ../../nbs/5_eval/05a_origins.ipynb #64398e9b
 def decoded(text: str | None) -> Any:
     "What JSON says; None for what is none."
     try:
@@ -266,7 +266,7 @@ def table_rows(
     columns = [name.strip().lower() for name in (rows[0] if rows else [])]
     return columns, [dict(zip(columns, row)) for row in rows[1:]]
 
-
+# %% ../../nbs/5_eval/05a_origins.ipynb #764d2a5b
 def read_table(
     file: str | Path,  # .csv
 ) -> dict[str, Origin]:  # by what stands under `file`

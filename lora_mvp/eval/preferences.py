@@ -38,20 +38,13 @@ def read_tokenizer(
     except Exception as e:  # transformers raises many types for one fact: there is none
         raise LoraMvpError("tokenizer_not_found", f"{folder} holds no tokenizer that can be read. {advice}") from e
 
-
+# %% ../../nbs/5_eval/09b_preferences.ipynb #401f3ab1
 class Preference:
     "A network that gives one number for a prompt and a picture."
 
     unit = ""  # what the number is
 
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        tokenizer: Any,
-        preprocess: Preprocess,
-        name: str,  # how results call it
-        batch_size: int = 4,
-    ):
+    def __init__(self, module: torch.nn.Module, tokenizer: Any, preprocess: Preprocess, name: str, batch_size: int = 4):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.module, self.tokenizer = module.float().eval().to(self.device), tokenizer
         self.preprocess, self.name, self.batch_size = preprocess, name, batch_size
@@ -70,6 +63,33 @@ class Preference:
             found.append(self.batch(prompts[some], pixels.to(self.device)).double().cpu().numpy())
         return np.concatenate(found)
 
+# %% ../../nbs/5_eval/09b_preferences.ipynb #1a722a64
+def see_net(
+    w: dict[str, torch.Tensor],  # of the picture tower, in transformers' names
+) -> BlipVisionModel:
+    "The picture tower of ImageReward, in the sizes of its weights; its heads are 64 wide."
+    width, _, patch, _ = w["embeddings.patch_embedding.weight"].shape
+    side = patch * round((w["embeddings.position_embedding"].shape[1] - 1) ** 0.5)
+    sizes = {"hidden_size": width, "patch_size": patch, "image_size": side, "layer_norm_eps": 1e-6}
+    sizes |= {"num_hidden_layers": sum(k.endswith("attn.qkv.weight") for k in w)}
+    sizes |= {"num_attention_heads": max(width // 64, 1), "intermediate_size": len(w["encoder.layers.0.mlp.fc1.bias"])}
+    return BlipVisionModel(BlipVisionConfig(**sizes))
+
+# %% ../../nbs/5_eval/09b_preferences.ipynb #c72ae23f
+def read_net(
+    w: dict[str, torch.Tensor],  # of the text network
+    width: int,  # of the picture tower
+) -> BlipTextModel:
+    "The text network of ImageReward, in the sizes of its weights."
+    words, inner = w["embeddings.word_embeddings.weight"].shape
+    sizes = {"vocab_size": words, "hidden_size": inner, "encoder_hidden_size": width}
+    sizes |= {"num_hidden_layers": sum(k.endswith("intermediate.dense.bias") for k in w)}
+    sizes |= {"num_attention_heads": max(inner // 64, 1)}
+    sizes |= {"intermediate_size": len(w["encoder.layer.0.intermediate.dense.bias"])}
+    sizes |= {"max_position_embeddings": len(w["embeddings.position_embeddings.weight"])}
+    no = dict.fromkeys(("bos_token_id", "eos_token_id", "sep_token_id"))  # it reads and never writes
+    return BlipTextModel(BlipTextConfig(**sizes, **no), add_pooling_layer=False)
+
 # %% ../../nbs/5_eval/09b_preferences.ipynb #a8b4c6e0
 REWARD_ADVICE = "Put ImageReward.pt of THUDM/ImageReward and the tokenizer files of bert-base-uncased into one folder: imagereward:FOLDER."
 REWARD_MEAN, REWARD_STD, REWARD_TOKENS = 0.16717362830052426, 1.0333394966054072, 35  # of the authors' code
@@ -85,38 +105,17 @@ class RewardNet(torch.nn.Module):
         head: dict[str, torch.Tensor],  # of the linear layers
     ):
         super().__init__()
-        width, _, patch, _ = see["embeddings.patch_embedding.weight"].shape
-        side = patch * round((see["embeddings.position_embedding"].shape[1] - 1) ** 0.5)
-        count = {"num_hidden_layers": sum(k.endswith("attn.qkv.weight") for k in see)}
-        sizes = {
-            "hidden_size": width,
-            "intermediate_size": len(see["encoder.layers.0.mlp.fc1.bias"]),
-            "patch_size": patch,
-        }
-        heads = {"num_attention_heads": max(width // 64, 1), "layer_norm_eps": 1e-6, "image_size": side}
-        self.see = BlipVisionModel(BlipVisionConfig(**count, **sizes, **heads))
-        words, inner = read["embeddings.word_embeddings.weight"].shape
-        count = {"num_hidden_layers": sum(k.endswith("intermediate.dense.bias") for k in read), "vocab_size": words}
-        sizes = {"hidden_size": inner, "intermediate_size": len(read["encoder.layer.0.intermediate.dense.bias"])}
-        sizes |= {
-            "max_position_embeddings": len(read["embeddings.position_embeddings.weight"]),
-            "encoder_hidden_size": width,
-        }
-        ends = {"bos_token_id": None, "eos_token_id": None, "sep_token_id": None}
-        self.read = BlipTextModel(
-            BlipTextConfig(**count, **sizes, **ends, num_attention_heads=max(inner // 64, 1)), add_pooling_layer=False
-        )
+        self.see = see_net(see)
+        self.read = read_net(read, self.see.config.hidden_size)
         layers = sorted({int(name.split(".")[0]) for name in head})
         self.head = torch.nn.ModuleDict({str(k): torch.nn.Linear(*reversed(head[f"{k}.weight"].shape)) for k in layers})
 
     def forward(self, pixels: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # (n,)
         "The reward of each pair."
-        seen = self.see(pixel_values=pixels).last_hidden_state
-        about = {
-            "encoder_hidden_states": seen,
-            "encoder_attention_mask": torch.ones(seen.shape[:2], device=seen.device),
-        }
-        x = self.read(input_ids=tokens, attention_mask=mask, is_decoder=False, **about).last_hidden_state[:, 0]
+        x = self.see(pixel_values=pixels).last_hidden_state
+        all_of_it = torch.ones(x.shape[:2], device=x.device)
+        seen = {"encoder_hidden_states": x, "encoder_attention_mask": all_of_it, "is_decoder": False}
+        x = self.read(input_ids=tokens, attention_mask=mask, **seen).last_hidden_state[:, 0]
         for layer in self.head.values():
             x = layer(x)
         return (x[:, 0] - REWARD_MEAN) / REWARD_STD
@@ -138,7 +137,7 @@ def read_reward(
     parts = {"see.": see, "read.": read, "head.": head}
     return fit(net, {at + k: v for at, part in parts.items() for k, v in part.items()}, str(file), REWARD_ADVICE)
 
-
+# %% ../../nbs/5_eval/09b_preferences.ipynb #47bd1346
 class ImageReward(Preference):
     "How much people would like a picture for its prompt, by ImageReward."
 
@@ -162,39 +161,33 @@ class ImageReward(Preference):
 # %% ../../nbs/5_eval/09b_preferences.ipynb #fd49e549
 HPS_FILES = ("HPS_v2.1.safetensors", "HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt")
 HPS_ADVICE = "Put HPS_v2.1_compressed.pt of xswu/HPSv2 and the tokenizer files of openai/clip-vit-large-patch14 into one folder: hpsv2:FOLDER."
-HPS_HEAD = 80  # width of a head of the picture tower; 64 in the text tower
 
 
+def tower_size(
+    w: dict[str, torch.Tensor],  # in open_clip's names
+    start: str,  # how the names of the tower's blocks begin
+    head: int,  # width of a head
+) -> dict[str, Any]:
+    "The sizes that both towers have."
+    width = len(w[f"{start}resblocks.0.ln_1.weight"])
+    layers = sum(k.startswith(start) and k.endswith("in_proj_weight") for k in w)
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 4 * width}
+    return sizes | {"num_attention_heads": max(width // head, 1), "hidden_act": "gelu"}
+
+# %% ../../nbs/5_eval/09b_preferences.ipynb #b0b3fc9c
 def hps_shape(
     w: dict[str, torch.Tensor],  # in open_clip's names
 ) -> CLIPConfig:
-    "The sizes of a CLIP of open_clip; `KeyError` for what is none."
-    width, _, patch, _ = w["visual.conv1.weight"].shape
+    "The sizes of open_clip's ViT-H/14, whose heads are 80 and 64 wide; `KeyError` for what is no CLIP."
+    patch, words = w["visual.conv1.weight"].shape[-1], len(w["token_embedding.weight"])
     side = patch * round((len(w["visual.positional_embedding"]) - 1) ** 0.5)
-    words, inner = w["token_embedding.weight"].shape
-    layers = {
-        at: sum(k.startswith(at) and k.endswith("in_proj_weight") for k in w) for at in ("visual.", "transformer.")
-    }
-    see = {
-        "hidden_size": width,
-        "num_hidden_layers": layers["visual."],
-        "num_attention_heads": max(width // HPS_HEAD, 1),
-    }
-    see |= {"intermediate_size": 4 * width, "patch_size": patch, "image_size": side, "hidden_act": "gelu"}
-    read = {
-        "hidden_size": inner,
-        "num_hidden_layers": layers["transformer."],
-        "num_attention_heads": max(inner // 64, 1),
-    }
-    read |= {
-        "intermediate_size": 4 * inner,
-        "vocab_size": words,
-        "max_position_embeddings": len(w["positional_embedding"]),
-    }
-    read |= {"hidden_act": "gelu", "eos_token_id": words - 1, "bos_token_id": words - 2, "pad_token_id": words - 1}
+    see = tower_size(w, "visual.transformer.", 80) | {"patch_size": patch, "image_size": side}
+    read = {"vocab_size": words, "max_position_embeddings": len(w["positional_embedding"])}
+    read |= {"bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": words - 1}
+    read |= tower_size(w, "transformer.", 64)
     return CLIPConfig(vision_config=see, text_config=read, projection_dim=w["text_projection"].shape[1])
 
-
+# %% ../../nbs/5_eval/09b_preferences.ipynb #a360f4bb
 class Hps(Preference):
     "How much people would like a picture for its prompt, by HPS v2."
 
@@ -208,10 +201,10 @@ class Hps(Preference):
         file = find_published(place, HPS_FILES, HPS_ADVICE)
         found = {k: v for k, v in read_published(file, HPS_ADVICE).items() if k != "attn_mask"}
         try:
-            shape = hps_shape(found)
+            model = CLIPModel(hps_shape(found))
         except (KeyError, ValueError) as e:
             raise LoraMvpError("weights_unknown", f"{file} is no HPS v2: it has no {e}. {HPS_ADVICE}") from e
-        model = fit(CLIPModel(shape), clip_names(found), str(file), HPS_ADVICE)
+        fit(model, clip_names(found), str(file), HPS_ADVICE)
         side = model.config.vision_config.image_size
         how = Preprocess(edge=None, size=(side, side), whole=True)
         super().__init__(model, read_tokenizer(place, HPS_ADVICE), how, "hpsv2", **options)
@@ -221,9 +214,8 @@ class Hps(Preference):
         longest = self.module.config.text_config.max_position_embeddings
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
         texts = self.module.get_text_features(**tokens.to(self.device))
-        return 100 * torch.cosine_similarity(
-            projected(texts), projected(self.module.get_image_features(pixel_values=pixels))
-        )
+        seen = self.module.get_image_features(pixel_values=pixels)
+        return 100 * torch.cosine_similarity(projected(texts), projected(seen))
 
 # %% ../../nbs/5_eval/09b_preferences.ipynb #57fa089c
 PREFERENCES = {"imagereward": ImageReward, "hpsv2": Hps}

@@ -22,7 +22,7 @@ from ..errors import LoraMvpError
 HARMLESS = [argparse.Namespace, np.dtype, type(np.dtype("float64")), type(np.dtype("int64"))]
 HARMLESS += [np.float64(0).__reduce__()[0], (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar")]
 
-
+# %% ../../nbs/5_eval/02a_published.ipynb #642b3ec3
 def read_published(
     file: Path,  # .safetensors, or a pickle that torch wrote
     advice: str,  # what to do, as a sentence
@@ -82,7 +82,7 @@ CLIP_NAMES = {
     "logit_scale": "logit_scale",
 }
 
-
+# %% ../../nbs/5_eval/02a_published.ipynb #d3e61072
 def clip_names(
     weights: dict[str, torch.Tensor],  # in the names of OpenAI's CLIP and of open_clip
 ) -> dict[str, torch.Tensor]:  # in those of transformers' CLIPModel; what is unknown keeps its name
@@ -120,7 +120,7 @@ BLIP_NAMES = {
     "norm.bias": "post_layernorm.bias",
 }
 
-
+# %% ../../nbs/5_eval/02a_published.ipynb #d5bd2300
 def blip_names(
     weights: dict[str, torch.Tensor],  # of a picture tower, in the names of BLIP's authors
 ) -> dict[str, torch.Tensor]:  # in those of transformers' BlipVisionModel; what is unknown keeps its name
@@ -134,7 +134,7 @@ def blip_names(
             found[BLIP_NAMES.get(name, name)] = tensor
     return found
 
-
+# %% ../../nbs/5_eval/02a_published.ipynb #7598b44a
 def part_of(
     weights: dict[str, torch.Tensor],
     start: str,  # how the names begin

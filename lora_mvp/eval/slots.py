@@ -9,13 +9,11 @@ __all__ = []
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection, SiglipModel
 
 from ..errors import LoraMvpError
-from .extractors import Extractor, Preprocess, name_of, projected, read_model, read_preprocess
-from .metrics import unit_rows
+from .extractors import ClipExtractor, Extractor, Preprocess, name_of, read_model, read_preprocess
 from .published import clip_names, find_published, fit, part_of, read_published
 from ..files import no_bars
 
@@ -36,7 +34,7 @@ def csd_shape(
     out = weights["visual.proj"].shape[1]
     return CLIPVisionConfig(**inner, **heads, patch_size=patch, image_size=side * patch, projection_dim=out)
 
-
+# %% ../../nbs/5_eval/03a_slots.ipynb #d8ca9c9f
 def read_csd(
     place: str | Path,  # the published file, or its folder
 ) -> CLIPVisionModelWithProjection:
@@ -51,7 +49,7 @@ def read_csd(
     weights["visual.proj"] = found["last_layer_style"]
     return fit(CLIPVisionModelWithProjection(csd_shape(weights)), clip_names(weights), str(file), CSD_ADVICE)
 
-
+# %% ../../nbs/5_eval/03a_slots.ipynb #bf42c8cc
 class CsdExtractor(Extractor):
     "The style head of CSD: pictures only."
 
@@ -93,11 +91,9 @@ def read_siglip(
     side = model.config.vision_config.image_size
     return model, tokenizer, read_preprocess({"size": {"height": side, "width": side}} | SIGLIP_COLOURS | notes, side)
 
-
-class SiglipExtractor(Extractor):
+# %% ../../nbs/5_eval/03a_slots.ipynb #06581e81
+class SiglipExtractor(ClipExtractor):
     "A SigLIP: pictures and texts as comparable unit vectors."
-
-    unit = True
 
     def __init__(
         self,
@@ -106,22 +102,9 @@ class SiglipExtractor(Extractor):
     ):
         model, self.tokenizer, preprocess = read_siglip(folder)
         self.max_tokens = model.config.text_config.max_position_embeddings
-        super().__init__(model, preprocess, name_of("siglip", folder), str(folder), **options)
+        Extractor.__init__(self, model, preprocess, name_of("siglip", folder), str(folder), **options)
 
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        "The pooled features of the picture tower."
-        return projected(self.module.get_image_features(pixel_values=pixels))
-
-    @torch.no_grad()
-    def text_features(self, texts: list[str]) -> np.ndarray:  # (n, d) float64, unit rows
-        "Texts as unit vectors, each padded to the model's length; what is beyond it is cut off."
-        rows, cut = [np.zeros((0, self.dim))], {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        for k in range(0, len(texts), self.batch_size):
-            tokens = self.tokenizer(texts[k : k + self.batch_size], max_length=self.max_tokens, **cut)
-            found = self.module.get_text_features(input_ids=tokens.input_ids.to(self.device))
-            rows.append(projected(found).double().cpu().numpy())
-        return unit_rows(np.concatenate(rows))
-
-    def too_long(self, texts: list[str]) -> list[str]:
-        "The texts that are cut off, each once."
-        return [t for t in dict.fromkeys(texts) if len(self.tokenizer(t, verbose=False).input_ids) > self.max_tokens]
+    def tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        "Texts as the network reads them: padded to the model's length, without a mask."
+        cut = {"padding": "max_length", "truncation": True, "max_length": self.max_tokens, "return_tensors": "pt"}
+        return {"input_ids": self.tokenizer(texts, **cut).input_ids.to(self.device)}
