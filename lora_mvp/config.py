@@ -273,14 +273,14 @@ class EvaluationConfig(_Section):
     num_samples: Count = Field(4, description="pictures per prompt")
     fid_batch_size: Count = Field(4, description="pictures per step of the feature extractor")
     clip_model: ScorerKey | None = Field(
-        None, description="CLIP that scores: name, hub id, folder or siglip:folder; null: the one that suits the base"
+        None, description="CLIP that scores: name, hub id, folder, siglip:folder; null: suits the base"
     )
     clip_pretrained: str | None = Field(None, description="which weights of clip_model, for open_clip names")
     extractor: ExtractorKey | None = Field(
         None, description="network that compares pictures, such as dinov2:folder; null: the scoring CLIP"
     )
     preference: ExtractorKey | None = Field(
-        None, description="what people would like, beside the other scores: imagereward:folder or hpsv2:folder"
+        None, description="what people would like, for the record: imagereward:folder or hpsv2:folder"
     )
     baseline_model_path: ModelKey | None = Field(None, description="model to compare with; null: the bare base model")
     num_inference_steps: Count = Field(30, description="denoising steps per picture")
