@@ -358,7 +358,9 @@ def _add_judging(commands) -> None:
     choose = _command(commands, "choose", cmd_choose)
     choose.add_argument("run", metavar="OUT", help="output folder of a training, finished or not")
     choose.add_argument("--max-copied", type=_number, help="largest share of copies (default 0.05)")
-    choose.add_argument("--max-forgotten", type=_number, help="largest loss on other prompts, points (default 1)")
+    choose.add_argument(
+        "--max-forgotten", type=_number, help="largest loss on other prompts, points (default: the margin)"
+    )
     for parser in (evaluate, compare, choose):
         _add_real(parser)
 

@@ -21,49 +21,56 @@ class Estimate(NamedTuple):
     low: float = np.nan
     high: float = np.nan
 
-# %% ../nbs/01_stats.ipynb #f435aa99
-def bootstrap_weights(
-    rng: np.random.Generator,  # source of the draws
-    n: int,  # number of pictures
-    repeats: int,  # number of resamples
-) -> np.ndarray:  # (repeats, n); each line sums to n
-    "How often each picture counts in each resample; a draw of a single picture has no pairs and becomes all ones."
-    weights = rng.multinomial(n, np.full(n, 1 / n), size=repeats).astype(np.float64)
-    weights[(weights > 0).sum(1) < 2] = 1
-    return weights
+# %% ../nbs/01_stats.ipynb #154ffd60
+SKEW_BOUND = -1.5  # least of skewness x mean / spread: the factor does not fall below 0.58
 
-# %% ../nbs/01_stats.ipynb #8805b961
-def percentile_interval(
-    value: float,  # the estimate itself
-    draws: np.ndarray,  # its resampled values (repeats,)
-    tail: float = 0.025,  # part of them to leave out at each end
-) -> Estimate:  # its ends are members of `draws`, so that negated draws give exactly the negated interval
-    "The estimate with the middle of its resampled values."
-    draws, k = np.sort(draws), int(tail * len(draws))
-    return Estimate(float(value), float(draws[k]), float(draws[len(draws) - 1 - k]))
+# %% ../nbs/01_stats.ipynb #ec96cbcc
+def skew_factor(
+    skewed: np.ndarray,  # skewness x mean / standard deviation
+) -> np.ndarray:  # by what `t` is multiplied
+    "The correction of `t` for skewness (Hall 1992, bounded below)."
+    u = np.maximum(skewed, SKEW_BOUND)
+    return 1 + u / 3 + u * u / 27
 
-# %% ../nbs/01_stats.ipynb #5a34847b
-def student_tail(
-    n: int,  # number of values
-) -> float:  # below 0.025, towards which it grows
-    "What to leave out at each end of a bootstrap of n values for a 95 % interval (Hesterberg 2015)."
-    return float(scipy.stats.norm.cdf(-np.sqrt(n / (n - 1)) * scipy.stats.t.ppf(0.975, n - 1)))
+# %% ../nbs/01_stats.ipynb #51d0ab1e
+def undo_skew(
+    x: float,  # a quantile of `t` divided by the root of n
+    skewness: float,
+) -> float:  # `w` with `w * skew_factor(skewness * w) == x`
+    "The mean, in standard deviations, whose corrected `t` is the one asked for."
+    w = 3 / skewness * (np.cbrt(1 + skewness * x) - 1) if abs(skewness) > 1e-6 else x
+    return float(w if skewness * w > SKEW_BOUND else x / skew_factor(SKEW_BOUND))
 
 # %% ../nbs/01_stats.ipynb #4e765fbe
 MIN_PAIRS = 6  # 2 / 2**6 = 0.03 is the first smallest p value below 0.05
 
 
 def mean_interval(
-    values: np.ndarray,  # independent scores (n,)
-    seed: int = 0,  # of the resampling
-    repeats: int = 4000,  # bootstrap resamples
+    values: np.ndarray,  # independent scores (n,), one per prompt
 ) -> Estimate:  # no interval below six values
-    "Mean with its expanded percentile bootstrap interval."
+    """Mean with its 95 % interval: Student's t corrected for skewness (Hall 1992).
+
+    In simulations of 6 to 48 values it holds the mean of normal, t with 3 degrees of freedom, exponential and averaged values in 92
+    to 96 % of cases, of log-normal ones (sigma 1) in 87 to 93 %. It does not hold where a rare catastrophe makes the mean:
+    of that n values know nothing (`unseen_share`).
+    """
     v = np.asarray(values, dtype=np.float64)
-    if len(v) < MIN_PAIRS:
-        return Estimate(float(v.mean()))
-    rows = np.random.default_rng([seed, 5]).integers(0, len(v), (repeats, len(v)))
-    return percentile_interval(v.mean(), v[rows].mean(1), student_tail(len(v)))
+    n, mean, spread = len(v), float(v.mean()), float(v.std())
+    if n < MIN_PAIRS:
+        return Estimate(mean)
+    if spread == 0:
+        return Estimate(mean, mean, mean)
+    z = (v - mean) / spread
+    skewness, x = float((z * z * z).mean()), scipy.stats.t.ppf(0.975, n - 1) / np.sqrt(n - 1)
+    return Estimate(mean, mean - spread * undo_skew(x, skewness), mean - spread * undo_skew(-x, skewness))
+
+# %% ../nbs/01_stats.ipynb #ccb5dcde
+def unseen_share(
+    n: int,  # prompts, none of which failed
+    alpha: float = 0.05,  # chance of being wrong
+) -> float:  # between 0 and 1
+    "The share of all prompts that may still fail when none of n did (the exact rule of three, Hanley 1983)."
+    return float(1 - alpha ** (1 / n)) if n else 1.0
 
 # %% ../nbs/01_stats.ipynb #6fe0f782
 def group_members(
@@ -86,21 +93,44 @@ def group_means(
 @lru_cache(maxsize=8)
 def sign_patterns(
     n: int,  # pairs
+    seed: int = 0,  # of the random ones
 ) -> np.ndarray:  # (patterns, n) of -1 and 1; the first is all 1
     "All sign patterns of n differences, above 12 the one that was seen and a random 9,999."
     if n <= 12:
         return np.array(list(itertools.product([1.0, -1.0], repeat=n)))
-    drawn = np.random.default_rng(4).choice([1.0, -1.0], size=(9999, n))
+    drawn = np.random.default_rng([seed, 4]).choice([1.0, -1.0], size=(9999, n))
     return np.concatenate([np.ones((1, n)), drawn])
+
+# %% ../nbs/01_stats.ipynb #4b3080a6
+def corrected_t(
+    means: np.ndarray,  # of n values (k,)
+    squares: float,  # mean of their squares, above 0
+    cubes: np.ndarray,  # means of their cubes (k,)
+    n: int,
+) -> np.ndarray:  # (k,)
+    "The statistic for several signs of the same values, from their moments; its sign is that of the mean."
+    variance = np.maximum(squares - means * means, 1e-9 * squares)
+    w = means / np.sqrt(variance)
+    skewed = w * (cubes - means * (3 * squares - 2 * means * means)) / (variance * np.sqrt(variance))
+    return np.sqrt(n) * w * skew_factor(skewed)
 
 # %% ../nbs/01_stats.ipynb #255c2cf1
 def sign_flip_p(
     differences: np.ndarray,  # paired differences (n,)
-) -> float:  # two-sided p value
-    "Sign-flip permutation test (Fisher 1935) that the paired differences have mean zero."
+    seed: int = 0,  # of the random patterns, used above 12 pairs
+) -> float:  # two-sided p value; 1 when all are zero
+    """Sign-flip permutation test (Fisher 1935) that the paired differences have mean zero.
+
+    Exact for symmetric differences at any n. For skewed ones at level 0.05 and n = 12, 24, 48 it finds a difference of mean zero
+    significant in 9, 6, 6 % (exponential) and 13, 8, 5 % of cases (log-normal, sigma 1).
+    """
     d = np.asarray(differences, dtype=np.float64)
-    flipped = np.abs(sign_patterns(len(d)) @ d)
-    return float((flipped >= abs(d.sum()) - 1e-12 * np.abs(d).sum()).mean())
+    if not d.any():
+        return 1.0
+    d = d / np.abs(d).max()
+    means, cubes = (sign_patterns(len(d), seed) @ np.stack([d, d * d * d], axis=1) / len(d)).T
+    flipped = np.abs(corrected_t(means, (d * d).mean(), cubes, len(d)))
+    return float((flipped >= flipped[0] * (1 - 1e-9) - 1e-9).mean())  # the first pattern is the one that was seen
 
 # %% ../nbs/01_stats.ipynb #aede90e8
 def smallest_p(
@@ -175,19 +205,19 @@ def paired_test(
     a: np.ndarray,  # scores of the first model (n,)
     b: np.ndarray,  # of the second; score k belongs to the same prompt and seed (n,)
     clusters: list | None = None,  # the prompt of each pair, length n; None: each pair stands for itself
-    seed: int = 0,  # of the bootstrap
+    seed: int = 0,  # of the sign patterns, above 12 pairs
     alpha: float = 0.05,  # level at which `detectable` has its power; 0.05 / k for one of k declared scores
 ) -> PairedTest:
     "Statistics of `b - a`, averaged within clusters; `ValueError` for scores that are no pairs or not finite."
     d = cluster_differences(a, b, clusters)
-    mean, win, loss = mean_interval(d, seed), int((d > 0).sum()), int((d < 0).sum())
+    mean, win, loss = mean_interval(d), int((d > 0).sum()), int((d < 0).sum())
     return PairedTest(
         n=len(d),
         mean=mean.value,
         median=float(np.median(d)),
         low=mean.low,
         high=mean.high,
-        p=sign_flip_p(d),
+        p=sign_flip_p(d, seed),
         sign_p=float(scipy.stats.binomtest(win, win + loss).pvalue) if win + loss else 1.0,
         win=win,
         tie=len(d) - win - loss,

@@ -8,12 +8,15 @@ from lora_mvp.eval.metrics import (
     alignment,
     diversity,
     frechet_distance,
+    frechet_halves,
+    gap_values,
     mmd2_interval,
     mmd2_unbiased,
     nearest,
     similarity,
     unit_rows,
 )
+from lora_mvp.stats import paired_test
 
 
 @pytest.fixture
@@ -91,6 +94,72 @@ def test_intervals_of_distances_hold_the_truth(rng):
     found = [mmd2_interval(rng.normal(size=(20, 8)), rng.normal(size=(40, 8)) + 0.4, 3.0, 300, k) for k in range(200)]
     assert 0.88 <= np.mean([e.low <= truth <= e.high for e in found]) <= 1
     assert np.mean([e.low > truth for e in found]) < 0.06  # the ordinary bootstrap has 0.13 here and more
+
+
+def test_few_pictures_have_no_interval_of_their_distance(rng):
+    x, y = rng.normal(size=(5, 8)), rng.normal(size=(30, 8))
+    for few in (x, x[:2]):
+        for e in (mmd2_interval(few, y), mmd2_interval(y, few)):
+            assert np.isfinite(e.value) and np.isnan([e.low, e.high]).all()
+    e = mmd2_interval(y[:6], y[6:])
+    assert e.low < e.value < e.high
+
+
+def test_real_pictures_lie_as_far_from_each_other_as_a_perfect_model_from_them(rng):
+    real, perfect, worse = (rng.normal(size=(n, 48)) + s for n, s in ((24, 0.0), (60, 0.0), (60, 0.6)))
+    alike = frechet_halves(real)
+    assert frechet_halves(real, perfect) == pytest.approx(alike, rel=0.1)
+    assert frechet_halves(real, worse) > 1.15 * alike
+    assert np.isnan(frechet_halves(real[:3])) and np.isnan(frechet_halves(real, perfect[:1]))
+    assert frechet_halves(real, perfect) == frechet_halves(real, perfect)
+
+
+# -- the gap: a distance with a value for each prompt -------------------------------------------------------------------
+
+
+def test_gap_values_by_hand_and_by_the_jackknife(rng):
+    real, drawn, prompts = rng.normal(size=(9, 5)) + 1, rng.normal(size=(13, 5)), list("aaabbccccdeef")
+    x, y = unit_rows(drawn), unit_rows(real)
+    means = np.array([x[[p == name for p in prompts]].mean(0) for name in "abcdef"])
+
+    def gap(m):
+        own = [m[i] @ m[j] for i in range(len(m)) for j in range(len(m)) if i != j]
+        theirs = [y[i] @ y[j] for i in range(9) for j in range(9) if i != j]
+        return 100 * (np.mean(own) + np.mean(theirs) - 2 * (m @ y.T).mean())
+
+    values = gap_values(drawn, real, prompts)
+    assert values.mean() == pytest.approx(gap(means))
+    pseudo = [6 * gap(means) - 5 * gap(np.delete(means, k, 0)) for k in range(6)]
+    assert np.mean(pseudo) == pytest.approx(values.mean()) and np.corrcoef(pseudo, values)[0, 1] > 0.95
+    assert gap_values(7 * drawn, 0.1 * real, prompts) == pytest.approx(values)  # lengths do not count
+    with pytest.raises(ValueError, match="two prompts"):
+        gap_values(drawn, real, ["a"] * 13)
+
+
+def test_one_picture_for_all_prompts_does_not_win_the_gap(rng):
+    style = 2 * np.eye(16)[0]
+    real, perfect = rng.normal(size=(24, 16)) + style, rng.normal(size=(24, 16)) + style
+    collapsed = [gap_values(np.repeat(real[k : k + 1], 24, 0), real).mean() for k in range(24)]
+    assert abs(gap_values(perfect, real).mean()) < 15 < min(collapsed)
+
+
+@pytest.mark.parametrize("n, seeds, n_real", [(8, 1, 8), (12, 4, 24), (24, 1, 8)])
+def test_the_paired_test_of_gaps_keeps_its_level_and_its_interval_holds(rng, n, seeds, n_real):
+    style, found, names = np.array([1.5, 1.0, 1.0] + [0.0] * 13), [], np.repeat(np.arange(n), seeds).tolist()
+
+    def look(subjects, shift, k=seeds):
+        return (subjects[:, None] + shift * style + 0.6 * rng.normal(size=(len(subjects), k, 16))).reshape(-1, 16)
+
+    centres = [unit_rows(look(rng.normal(size=(20_000, 16)), s, 1)).mean(0) for s in (0.2, 0.6)]
+    for _ in range(200):
+        real, subjects = look(rng.normal(size=(n_real, 16)), 1.0, 1), rng.normal(size=(n, 16))
+        first, again, closer = (gap_values(look(subjects, s), real, names) for s in (0.2, 0.2, 0.6))
+        mean = unit_rows(real).mean(0)
+        truth = np.subtract(*[100 * (c @ c - 2 * c @ mean) for c in centres[::-1]])
+        d = paired_test(first, closer)
+        found.append((paired_test(first, again).p < 0.05, d.low <= truth <= d.high))
+    level, held = np.mean(found, axis=0)
+    assert level <= 0.09 and held >= 0.89
 
 
 # -- cosines ----------------------------------------------------------------------------------------------------------

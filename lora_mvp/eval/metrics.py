@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/5_eval/01_metrics.ipynb #65991dfa
 import numpy as np
 
-from ..stats import Estimate, bootstrap_weights, group_members, percentile_interval
+from ..stats import MIN_PAIRS, Estimate, group_members
 
 # %% ../../nbs/5_eval/01_metrics.ipynb #47aa3406
 def as_sets(
@@ -54,6 +54,25 @@ def frechet_distance(
     root_trace = root_trace_gram if min(len(x), len(y)) < x.shape[1] else root_trace_eigh
     spread = (xc**2).sum() / (len(x) - 1) + (yc**2).sum() / (len(y) - 1)
     return float(max(shift @ shift + spread - 2 * root_trace(xc, yc), 0.0))
+
+# %% ../../nbs/5_eval/01_metrics.ipynb #a80f4dc5
+def frechet_halves(
+    real: np.ndarray,  # features of the real pictures (m, d)
+    drawn: np.ndarray | None = None,  # of a model's pictures (n, d); None: the other half of the real ones
+    size: int | None = None,  # pictures a side; None: m // 2, or n where that is less
+    repeats: int = 20,  # random halves
+    seed: int = 0,  # of the halves
+) -> float:  # `nan` with fewer than two pictures a side
+    "Mean squared Fréchet distance of random real pictures to as many drawn ones, or to as many other real ones."
+    real, rng, found = as_sets(real)[0], np.random.default_rng([seed, 3]), []
+    size = min(size or len(real), len(real) // 2, len(real) if drawn is None else len(drawn))
+    if size < 2:
+        return float("nan")
+    for _ in range(repeats):
+        rows = rng.permutation(len(real))
+        others = real[rows[size : 2 * size]] if drawn is None else drawn[rng.permutation(len(drawn))[:size]]
+        found.append(frechet_distance(real[rows[:size]], others))
+    return float(np.mean(found))
 
 # %% ../../nbs/5_eval/01_metrics.ipynb #4d7db231
 def unit_rows(
@@ -101,6 +120,27 @@ def mmd2_unbiased(
     kernels = rbf_kernel(x, x, sigma), rbf_kernel(y, y, sigma), rbf_kernel(x, y, sigma)
     return float(weighted_mmd2(*kernels, np.ones((1, len(x))), np.ones((1, len(y))))[0])
 
+# %% ../../nbs/5_eval/01_metrics.ipynb #d157d5d8
+def bootstrap_weights(
+    rng: np.random.Generator,  # source of the draws
+    n: int,  # number of pictures
+    repeats: int,  # number of resamples
+) -> np.ndarray:  # (repeats, n); each line sums to n
+    "How often each picture counts in each resample; a draw of a single picture has no pairs and becomes all ones."
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=repeats).astype(np.float64)
+    weights[(weights > 0).sum(1) < 2] = 1
+    return weights
+
+# %% ../../nbs/5_eval/01_metrics.ipynb #f6f84e15
+def percentile_interval(
+    value: float,  # the estimate itself
+    draws: np.ndarray,  # its resampled values (repeats,)
+    tail: float = 0.025,  # part of them to leave out at each end
+) -> Estimate:  # its ends are members of `draws`, so that negated draws give exactly the negated interval
+    "The estimate with the middle of its resampled values."
+    draws, k = np.sort(draws), int(tail * len(draws))
+    return Estimate(float(value), float(draws[k]), float(draws[len(draws) - 1 - k]))
+
 # %% ../../nbs/5_eval/01_metrics.ipynb #89519be9
 def mmd2_interval(
     x: np.ndarray,  # features (n, d), unit rows for the CMMD form
@@ -109,64 +149,17 @@ def mmd2_interval(
     repeats: int = 1000,  # bootstrap resamples
     seed: int = 0,  # of the resampling
 ) -> Estimate:  # unbiased squared MMD with its interval
-    "Squared MMD with a 95 % interval by a weighted bootstrap that leaves out pairs of equal index."
+    """Squared MMD with a 95 % interval by a weighted bootstrap that leaves out pairs of equal index.
+
+    No interval with fewer than six rows on a side: of two there are no resamples, and up to five it is too short.
+    """
     x, y = as_sets(x, y)
+    if min(len(x), len(y)) < MIN_PAIRS:
+        return Estimate(mmd2_unbiased(x, y, sigma))
     rng = np.random.default_rng([seed, 1])
     weights = bootstrap_weights(rng, len(x), repeats), bootstrap_weights(rng, len(y), repeats)
     kernels = rbf_kernel(x, x, sigma), rbf_kernel(y, y, sigma), rbf_kernel(x, y, sigma)
     return percentile_interval(mmd2_unbiased(x, y, sigma), weighted_mmd2(*kernels, *weights))
-
-# %% ../../nbs/5_eval/01_metrics.ipynb #ee6c8126
-def relative_change(
-    before: float,  # a distance, should be positive
-    after: float,  # the other one
-) -> float:  # (after - before) / before
-    "Change relative to `before`; `nan` where `before` is not positive, since a part of nothing says nothing."
-    return float((after - before) / before) if before > 0 else float("nan")
-
-# %% ../../nbs/5_eval/01_metrics.ipynb #f2d14a8b
-def mmd2_relative_change(
-    base: np.ndarray,  # features of the first model's samples (n, d)
-    lora: np.ndarray,  # of the second, row i paired with row i of `base` (n, d)
-    real: np.ndarray,  # of the real pictures (m, d)
-    sigma: float = 10.0,  # width of the kernel
-    repeats: int = 1000,  # bootstrap resamples
-    seed: int = 0,  # of the resampling
-) -> Estimate:  # relative change of the squared MMD to `real`
-    "Relative change of the squared MMD from `base` to `lora`, pairs resampled together (weighted bootstrap)."
-    base, lora, real = as_sets(base, lora, real)
-    rng = np.random.default_rng([seed, 2])
-    pairs, reals = bootstrap_weights(rng, len(base), repeats), bootstrap_weights(rng, len(real), repeats)
-    within = rbf_kernel(real, real, sigma)
-    before, after = (
-        weighted_mmd2(rbf_kernel(s, s, sigma), within, rbf_kernel(s, real, sigma), pairs, reals) for s in (base, lora)
-    )
-    value = relative_change(mmd2_unbiased(base, real, sigma), mmd2_unbiased(lora, real, sigma))
-    if not np.isfinite(value) or (before <= 0).mean() > 0.01:
-        return Estimate(value)  # the distance before is not clearly above zero: no ratio can be trusted
-    return percentile_interval(value, ((after - before) / before)[before > 0])
-
-# %% ../../nbs/5_eval/01_metrics.ipynb #f5487e30
-def frechet_relative_change(
-    base: np.ndarray,  # features of the first model's samples (n, d)
-    lora: np.ndarray,  # of the second, row i paired with row i of `base` (n, d)
-    real: np.ndarray,  # of the real pictures (m, d)
-    repeats: int = 100,  # random halves
-    seed: int = 0,  # of the halves
-) -> Estimate:  # relative change of the squared Fréchet distance to `real`
-    "Relative change of the Fréchet distance from `base` to `lora`, interval by the delete-half jackknife over pairs."
-    base, lora, real = as_sets(base, lora, real)
-    value = relative_change(frechet_distance(base, real), frechet_distance(lora, real))
-    if min(len(base), len(real)) < 4 or not np.isfinite(value):
-        return Estimate(value)  # a half must itself hold two pictures
-    rng = np.random.default_rng([seed, 3])
-    draws = []
-    for _ in range(repeats):
-        pairs = rng.permutation(len(base))[: len(base) // 2]
-        reals = real[rng.permutation(len(real))[: len(real) // 2]]
-        draws.append(relative_change(frechet_distance(base[pairs], reals), frechet_distance(lora[pairs], reals)))
-    margin = 1.96 * float(np.std(draws, ddof=1))
-    return Estimate(value, value - margin, value + margin)
 
 # %% ../../nbs/5_eval/01_metrics.ipynb #7bf2a12f
 def gap_values(
@@ -174,7 +167,11 @@ def gap_values(
     real: np.ndarray,  # features of the real pictures (m, d)
     prompts: list | None = None,  # the prompt of each drawn picture, length n; None: each stands for itself
 ) -> np.ndarray:  # one value per prompt, in order of first appearance, whose mean is the distance x 100
-    "Squared distance of mean unit features as a U-statistic (MMD with a cosine kernel), a pseudo-value per prompt."
+    """Squared distance of mean unit features as a U-statistic (MMD with a cosine kernel), a pseudo-value per prompt.
+
+    Its paired test and interval hold for other prompts and for *these* real pictures (simulated from 8 prompts and 8 real
+    pictures on: level 1 to 7 %, coverage 93 to 97 %). `ValueError` for fewer than two prompts, pictures or real pictures.
+    """
     drawn, real = map(unit_rows, as_sets(drawn, real))
     member = group_members(list(range(len(drawn))) if prompts is None else prompts).astype(np.float64)
     means, (p, m) = (member @ drawn) / member.sum(1, keepdims=True), (len(member), len(real))

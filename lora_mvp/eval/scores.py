@@ -17,7 +17,16 @@ from ..errors import LoraMvpError
 from .extractors import Extractor
 from .features import FeatureCache, features_of
 from .kept import kept_scores
-from .metrics import alignment, diversity, frechet_distance, gap_values, nearest, similarity, unit_rows
+from lora_mvp.eval.metrics import (
+    alignment,
+    diversity,
+    frechet_distance,
+    frechet_halves,
+    gap_values,
+    nearest,
+    similarity,
+    unit_rows,
+)
 from .records import Measured, Metrics, PairScore, Score, Warned
 from .verdicts import MAX_COPIED, Comparison, Fault, Goal, Margin, compare_scores, judge_scores
 from ..sheets import Tile, contact_sheet
@@ -41,8 +50,8 @@ def paired_score(
     if counted == "prompts":
         base, lora = group_means(base, prompts), group_means(lora, prompts)
     change = paired_test(base, lora, seed=seed)
-    method = f"bootstrap over {counted}; p by the sign-flip test of the mean"
-    means = {"base": Measured.of(mean_interval(base, seed)), "lora": Measured.of(mean_interval(lora, seed))}
+    method = f"Student's t over {counted}, corrected for skewness; p by the sign-flip test"
+    means = {"base": Measured.of(mean_interval(base)), "lora": Measured.of(mean_interval(lora))}
     about = {"unit": unit, "higher_is_better": higher_is_better, "counted": counted, "method": method}
     found = {"change": Measured.of(change.estimate), "p": change.p, "n": change.n}
     return Score(**about, **means, **found, anchors=anchors or {})
@@ -135,14 +144,18 @@ def frechet_score(
     lora: np.ndarray,  # of the second, paired (n, d)
     real: np.ndarray,  # of the real pictures (m, d)
 ) -> Score:
-    "The Fréchet distance to the real pictures, before and after."
-    before, after = frechet_distance(base, real), frechet_distance(lora, real)
+    "The Fréchet distance to the real pictures, before and after, and theirs to each other, all at one number of pictures."
+    size = min(len(real) // 2, len(base))
+    if size > 1:
+        before, after, alike = (frechet_halves(real, x, size) for x in (base, lora, None))
+    else:
+        before, after, alike = frechet_distance(base, real), frechet_distance(lora, real), None
     return Score(
-        unit="squared Fréchet distance",
+        unit=f"squared Fréchet distance, {size} pictures a side" if size > 1 else "squared Fréchet distance",
         higher_is_better=False,
         base=Measured(value=before),
         lora=Measured(value=after),
-        anchors={"real": frechet_distance(real[::2], real[1::2])} if len(real) > 3 else {},
+        anchors={} if alike is None else {"real": alike},
         change=Measured(value=after - before),
         n=len(base),
         counted="pairs",
@@ -347,7 +360,6 @@ def name_scores(
 
 # %% ../../nbs/5_eval/09_scores.ipynb #5c0a0016
 def care_for(
-    a: Side,
     prompts: list[str],
     real: np.ndarray,  # features of the real pictures (m, d)
     extractors: tuple[Extractor, Extractor],
@@ -391,7 +403,7 @@ def score_sides(
         picture_extractor=None if look is scorer else look.record,
         scores=scores,
         judgement=judge_scores(compared, names=names, **fixed),
-        warnings=care_for(a, prompts, real, extractors, scores),
+        warnings=care_for(prompts, real, extractors, scores),
         samples=[PairScore(prompt=p, base_score=x, lora_score=y) for p, x, y in pairs],
     )
 

@@ -120,7 +120,7 @@ PAIRS = 24  # pictures of each candidate, about
 ENOUGH = 16  # prompts that can be dealt into two parts; eight are the least from which something can follow
 
 
-def part_of(
+def half_of(
     plan: SamplePlan,
     part: int,  # 0 or 1
 ) -> SamplePlan:
@@ -130,7 +130,7 @@ def part_of(
     rows = [row for row in plan.rows if row.prompt in kept or row.prompt not in called]
     return plan.model_copy(update={"rows": rows})
 
-
+# %% ../../nbs/5_eval/17_selection.ipynb #4e0c0004
 def two_plans(
     config: AppConfig,
     manifests: list,  # name the subjects
@@ -140,9 +140,9 @@ def two_plans(
     dealt = len(one.main) >= ENOUGH
     for part, purpose in enumerate(("choose", "confirm")):
         seed = derive_seed(config.evaluation.seed, purpose) % 2**32
-        each = ceil(PAIRS / len((part_of(one, part) if dealt else one).main))
+        each = ceil(PAIRS / len((half_of(one, part) if dealt else one).main))
         plan = plan_for(config, manifests, seed, each)
-        plans.append(part_of(plan, part) if dealt else plan)
+        plans.append(half_of(plan, part) if dealt else plan)
     return tuple(plans)
 
 # %% ../../nbs/5_eval/17_selection.ipynb #e7a70a99

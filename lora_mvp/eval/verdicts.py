@@ -21,6 +21,7 @@ from lora_mvp.stats import (
     holm,
     paired_test,
     pairs_needed,
+    unseen_share,
 )
 
 # %% ../../nbs/5_eval/07_verdicts.ipynb #f33a1610
@@ -223,14 +224,11 @@ def nothing_sentence(
         return "equivalent", f"{names[0]} and {names[1]} score exactly alike in all {n} prompts."
     needed = max((m.prompts for k, m in margins.items() if k in declared), default=2**31)
     if len(small) == len(declared) and n >= needed:
-        within = listed([f"{margins[k].value:.2g} in the {words_of(k).what}" for k in declared])
-        text = f"{names[0]} and {names[1]} differ by less than matters: {within}. "
-        return (
-            "equivalent",
-            text + f"What goes wrong in fewer than {3 / n:.0%} of all prompts may not have shown in these {n}.",
-        )
+        within = listed([f"{margins[k].value:.2g} in the {words_of(k).what}" for k in declared if k in margins])
+        text = f"{names[0]} and {names[1]} differ by less than matters: {within}. What goes wrong in fewer than "
+        return "equivalent", text + f"{unseen_share(n):.0%} of all prompts may not have shown in these {n}."
     least = [f"{c.detectable:.2g} in the {words_of(k).what}" for k, c in declared.items() if c.detectable is not None]
-    text = f"these {n} prompts show no difference. One of {listed(least)} would probably have shown."
+    text = f"these {n} prompts show no clear difference; one of {' or '.join(least)} would probably have shown."
     if len(small) == len(declared):
         text += f" To call the two equivalent, {needed} prompts are needed."
     return "no_evidence", text
