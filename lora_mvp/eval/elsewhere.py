@@ -83,7 +83,7 @@ def with_prompts(
     return known, nameless
 
 # %% ../../nbs/5_eval/14c_elsewhere.ipynb #6f07505d
-def plan_of(
+def plan_of_pictures(
     pictures: list[Found],
     prompts: list[str],  # of each
 ) -> SamplePlan:
@@ -129,7 +129,7 @@ def compare_pairs(
 ) -> Compared:
     "The comparison of two folders, as that of two models."
     prompts = [b.origin.prompt or a.origin.prompt for a, b in pairs]
-    plan, columns = plan_of([b for _, b in pairs], prompts), []
+    plan, columns = plan_of_pictures([b for _, b in pairs], prompts), []
     for k, (name, folder) in enumerate((("baseline", "base"), ("pictures", "lora"))):
         some = [pair[k] for pair in pairs]
         column = Column(name, folder, some[0].file.parent, float(k), data)  # a base at strength 0 has copied nothing
@@ -173,7 +173,7 @@ def describe_folder(
     check_counts(len(known), len(real.images))
     extractors = extractors_for(config, base_of(known))
     make_folder(out, "the output folder", code="output_not_writable")
-    plan = plan_of(known, [one.origin.prompt for one in known])
+    plan = plan_of_pictures(known, [one.origin.prompt for one in known])
     write_plan(plan, out / "plan.json")
     found, evidence = describe_set(
         known, data, real, extractors, FeatureCache(out / "features"), config.evaluation.seed

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..data.images import open_rgb
 from ..errors import LoraMvpError
-from .origins import Origin, origin_of, read_table
+from .origins import Origin, origin_of, prompt_table
 
 # %% ../../nbs/5_eval/14a_matching.ipynb #1bed0e58
 class Found(NamedTuple):
@@ -72,7 +72,7 @@ def use_table(
     folders: list[Folder],
 ) -> list[Folder]:  # with the origins that the table gives
     "Pictures with what a table says of them; `LoraMvpError` (`table_invalid`), also for rows that name no picture."
-    rows, used, home = read_table(table), set(), Path(table).resolve().parent
+    rows, used, home = prompt_table(table), set(), Path(table).resolve().parent
     by_file = {(home / name).resolve(): name for name in rows}
     renewed = []
     for folder in folders:

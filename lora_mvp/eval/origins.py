@@ -267,7 +267,7 @@ def table_rows(
     return columns, [dict(zip(columns, row)) for row in rows[1:]]
 
 # %% ../../nbs/5_eval/05a_origins.ipynb #764d2a5b
-def read_table(
+def prompt_table(
     file: str | Path,  # .csv
 ) -> dict[str, Origin]:  # by what stands under `file`
     "Prompts and seeds of a table; `LoraMvpError` (`table_invalid`) that names the row."

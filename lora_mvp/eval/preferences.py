@@ -19,7 +19,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from ..config import AppConfig
 from ..errors import LoraMvpError
 from .extractors import Preprocess, projected, to_pixels
-from .published import blip_names, clip_names, find_published, fit, part_of, read_published
+from .published import blip_names, clip_names, find_published, fit, read_published, weights_of
 from .records import Score
 from .scores import paired_score
 from ..files import no_bars
@@ -127,8 +127,8 @@ def read_reward(
     "The network with its weights; `LoraMvpError` (`weights_not_found`, `weights_unknown`)."
     file = find_published(place, ("ImageReward.safetensors", "ImageReward.pt"), REWARD_ADVICE)
     found = read_published(file, REWARD_ADVICE)
-    see, head = blip_names(part_of(found, "blip.visual_encoder.")), part_of(found, "mlp.layers.")
-    read = {k: v for k, v in part_of(found, "blip.text_encoder.").items() if not k.endswith("position_ids")}
+    see, head = blip_names(weights_of(found, "blip.visual_encoder.")), weights_of(found, "mlp.layers.")
+    read = {k: v for k, v in weights_of(found, "blip.text_encoder.").items() if not k.endswith("position_ids")}
     try:
         net = RewardNet(see, read, head)
     except (KeyError, ValueError) as e:

@@ -135,7 +135,7 @@ def blip_names(
     return found
 
 # %% ../../nbs/5_eval/02a_published.ipynb #7598b44a
-def part_of(
+def weights_of(
     weights: dict[str, torch.Tensor],
     start: str,  # how the names begin
 ) -> dict[str, torch.Tensor]:  # without that beginning

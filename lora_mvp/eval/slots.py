@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModelWithPro
 
 from ..errors import LoraMvpError
 from .extractors import ClipExtractor, Extractor, Preprocess, name_of, read_model, read_preprocess
-from .published import clip_names, find_published, fit, part_of, read_published
+from .published import clip_names, find_published, fit, read_published, weights_of
 from ..files import no_bars
 
 # %% ../../nbs/5_eval/03a_slots.ipynb #7c193991
@@ -41,7 +41,7 @@ def read_csd(
     "The tower with its style head; `LoraMvpError` (`weights_not_found`, `weights_unknown`)."
     file = find_published(place, CSD_FILES, CSD_ADVICE)
     found = read_published(file, CSD_ADVICE)
-    weights = {"visual." + name: tensor for name, tensor in part_of(found, "backbone.").items()}
+    weights = {"visual." + name: tensor for name, tensor in weights_of(found, "backbone.").items()}
     need = {"last_layer_style"} - found.keys() | {"visual.conv1.weight", "visual.positional_embedding"} - weights.keys()
     if need:
         names = ", ".join(sorted(name.replace("visual.", "backbone.") for name in need))
