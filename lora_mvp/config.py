@@ -56,6 +56,11 @@ def _anchor_extractor(name: str, info) -> str:
     kind, colon, place = name.partition(":")
     return kind + colon + _anchor_model(place, info) if place else name
 
+
+def _anchor_scorer(name: str, info) -> str:
+    "The name of a model, or `siglip:place`."
+    return (_anchor_extractor if name.startswith("siglip:") else _anchor_model)(name, info)
+
 # %% ../nbs/08_config.ipynb #3c471d3d
 _logger = logging.getLogger("lora_mvp")
 _MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
@@ -100,6 +105,7 @@ def _plain_fields(template: str) -> str:
 PathKey = Annotated[Path, Field(strict=False), BeforeValidator(_not_empty), AfterValidator(_anchor_path)]
 ModelKey = Annotated[str, BeforeValidator(_as_text), BeforeValidator(_not_empty), AfterValidator(_anchor_model)]
 ExtractorKey = Annotated[str, BeforeValidator(_as_text), BeforeValidator(_not_empty), AfterValidator(_anchor_extractor)]
+ScorerKey = Annotated[str, BeforeValidator(_as_text), BeforeValidator(_not_empty), AfterValidator(_anchor_scorer)]
 Template = Annotated[str, BeforeValidator(_not_empty), AfterValidator(_known_fields), AfterValidator(_plain_fields)]
 Size = Annotated[int, Field(ge=32, le=4096, multiple_of=8)]  # the autoencoder divides by 8; 32 leaves 4 latent pixels
 Count = Annotated[int, Field(ge=1)]
@@ -266,12 +272,15 @@ class EvaluationConfig(_Section):
     )
     num_samples: Count = Field(4, description="pictures per prompt")
     fid_batch_size: Count = Field(4, description="pictures per step of the feature extractor")
-    clip_model: ModelKey | None = Field(
-        None, description="CLIP that scores: name, hub id or folder; null: the one that suits the base"
+    clip_model: ScorerKey | None = Field(
+        None, description="CLIP that scores: name, hub id, folder, siglip:folder; null: suits the base"
     )
     clip_pretrained: str | None = Field(None, description="which weights of clip_model, for open_clip names")
     extractor: ExtractorKey | None = Field(
         None, description="network that compares pictures, such as dinov2:folder; null: the scoring CLIP"
+    )
+    preference: ExtractorKey | None = Field(
+        None, description="what people would like, for the record: imagereward:folder or hpsv2:folder"
     )
     baseline_model_path: ModelKey | None = Field(None, description="model to compare with; null: the bare base model")
     num_inference_steps: Count = Field(30, description="denoising steps per picture")

@@ -196,7 +196,6 @@ def test_help_is_light():
 
 FIGURES = {item.name: item for item in map(house.figures, house.chapters()) if item.module_lines}
 LONG_CELLS = {
-    "5_eval/evaluator",
     "6_api/sql_store",
     "3_train/loop",
     "6_api/client",

@@ -13,10 +13,11 @@ from typing import Any
 from ..config import AppConfig
 from ..errors import LoraMvpError
 from .columns import Column, data_of, draw_columns, plan_for, real_for
-from .comparison import compare_columns
+from .comparison import Compared, compare_columns
 from .extractors import Extractor, find_extractor, scorer_for
 from .features import FeatureCache
-from .records import Metrics
+from .preferences import Preference, find_preference, preference_score
+from .records import Metrics, Score
 from .results import write_results
 from .samples import write_plan
 from .scores import Terms, check_counts
@@ -57,6 +58,27 @@ def extractors_for(
     "The extractors that a configuration names."
     scorer, name = scorer_for(base, config), config.evaluation.extractor
     return scorer, find_extractor(name, config) if name else scorer
+
+# %% ../../nbs/5_eval/14_evaluator.ipynb #82260579
+def preference_of(
+    config: AppConfig,
+) -> Preference | None:  # None: none is named
+    "The preference scorer that a configuration names, loaded before anything is drawn."
+    name = config.evaluation.preference
+    return find_preference(name, config) if name else None
+
+# %% ../../nbs/5_eval/14_evaluator.ipynb #e7f221c9
+def liked_scores(
+    liked: Preference | None,
+    done: Compared,
+    seed: int,  # of the resampling
+) -> dict[str, Score]:  # empty without a scorer
+    "What people would like, for the record: it takes no part in the verdict."
+    if liked is None:
+        return {}
+    return preference_score(
+        liked, [s.prompt for s in done.metrics.samples], *(side.images for side in done.sides), seed
+    )
 
 # %% ../../nbs/5_eval/14_evaluator.ipynb #ea0e6431
 def own_columns(
@@ -153,12 +175,13 @@ class Evaluator:
         plan = plan_for(self.config, [d.manifest for d in data if d.manifest])
         real = real_for(self.real_glob, data)
         check_counts(len(plan.main), len(real.images))
-        extractors = extractors_for(self.config, base)
+        extractors, liked = extractors_for(self.config, base), preference_of(self.config)
         make_folder(out, "the output folder", code="output_not_writable")
         write_plan(plan, out / "plan.json")
         columns = draw_columns(columns, plan, out, e.fid_batch_size)
         terms, cache = Terms(e.goal, e.margin), FeatureCache(out / "features")
         done = compare_columns(plan, columns, real, extractors, cache, e.seed, terms)
+        done.metrics.scores |= liked_scores(liked, done, e.seed)
         done.metrics.settings = drawing_settings(self.config, columns, base, self.real_glob)
         write_results(done, out)
         log.info("scores and samples are in %s", out)

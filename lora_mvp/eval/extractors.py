@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/5_eval/03_extractors.ipynb #eded0e9a
 import hashlib
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ class Preprocess(BaseModel):
     mean: tuple[float, float, float] = CLIP_MEAN  # per colour, of values in 0 to 1
     std: tuple[float, float, float] = CLIP_STD
     filter: Literal["bicubic"] = "bicubic"  # of Pillow
+    whole: bool = False  # with `edge` None: keep the proportions, black around
 
 # %% ../../nbs/5_eval/03_extractors.ipynb #83c59d27
 def read_preprocess(
@@ -79,6 +81,11 @@ def to_pixels(
         image = image.resize([how.edge * side // short for side in image.size], Image.Resampling.BICUBIC)
         left, top = ((image.size[k] - how.size[k]) // 2 for k in (0, 1))
         image = image.crop((left, top, left + how.size[0], top + how.size[1]))
+    elif how.whole:
+        scale = min(how.size[0] / image.width, how.size[1] / image.height)
+        small = image.resize([max(round(scale * side), 1) for side in image.size], Image.Resampling.BICUBIC)
+        image = Image.new("RGB", how.size)
+        image.paste(small, ((how.size[0] - small.width) // 2, (how.size[1] - small.height) // 2))
     else:
         image = image.resize(how.size, Image.Resampling.BICUBIC)
     values = (np.asarray(image, dtype=np.float32) / 255 - how.mean) / how.std
@@ -287,6 +294,11 @@ class ClipExtractor(Extractor):
         "The projected features of the picture tower."
         return projected(self.module.get_image_features(pixel_values=pixels))
 
+    def tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        "Texts as the network reads them; what is beyond the model's length is cut off."
+        cut = {"padding": True, "truncation": True, "max_length": self.max_tokens, "return_tensors": "pt"}
+        return self.tokenizer(texts, **cut).to(self.device)
+
     @torch.no_grad()
     def text_features(
         self,
@@ -295,10 +307,9 @@ class ClipExtractor(Extractor):
     ) -> np.ndarray:  # (n, d) float64, unit rows
         "Texts as unit vectors; what is beyond the model's length is cut off."
         rows, step = [np.zeros((0, self.dim))], batch_size or self.batch_size
-        cut = {"padding": True, "truncation": True, "max_length": self.max_tokens, "return_tensors": "pt"}
         for k in range(0, len(texts), step):
-            tokens = self.tokenizer(texts[k : k + step], **cut).to(self.device)
-            rows.append(projected(self.module.get_text_features(**tokens)).double().cpu().numpy())
+            found = self.module.get_text_features(**self.tokens(texts[k : k + step]))
+            rows.append(projected(found).double().cpu().numpy())
         return unit_rows(np.concatenate(rows))
 
     def too_long(self, texts: list[str]) -> list[str]:
@@ -364,8 +375,11 @@ EXTRACTORS = (
     "clip:<folder or hub id>",
     "dinov2:<folder or hub id>",
     "inception:<weights file>",
+    "csd:<folder or file>",
+    "siglip:<folder>",
     "efficientnet-lite0",
 )
+LATER = {"csd": "CsdExtractor", "siglip": "SiglipExtractor"}  # in the next chapter, loaded when asked for
 
 
 def find_extractor(
@@ -387,6 +401,8 @@ def find_extractor(
         return DinoExtractor(where, **options)
     if kind == "inception" and where:
         return InceptionExtractor(where, **options)
+    if kind in LATER and where:
+        return getattr(import_module("lora_mvp.eval.slots"), LATER[kind])(where, **options)
     raise LoraMvpError("extractor_unknown", f"there is no extractor {name!r}; the names are {', '.join(EXTRACTORS)}.")
 
 # %% ../../nbs/5_eval/03_extractors.ipynb #a56f4da9
@@ -394,6 +410,8 @@ def scorer_for(
     base: str,  # name of the base model whose pictures are scored
     config: AppConfig,
 ) -> Extractor:
-    "The CLIP of `evaluation.clip_model`; when that is not set, the embedded one for the base `tiny`, else OpenAI's ViT-B/32."
+    "The CLIP or SigLIP of `evaluation.clip_model`; when that is not set, the embedded one for the base `tiny`, else OpenAI's ViT-B/32."
     chosen = config.evaluation.clip_model or ("tiny" if base == "tiny" else "ViT-B-32")
+    if chosen.startswith("siglip:"):
+        return find_extractor(chosen, config)
     return find_extractor("tiny-clip" if chosen == "tiny" else f"clip:{chosen}", config)

@@ -88,15 +88,15 @@ class PlanRow(BaseModel):
     prompt_id: str
     group: str
     prompt: str
-    seed: int
+    seed: int | None  # None: drawn elsewhere, and not known
 
 # %% ../../nbs/5_eval/05_samples.ipynb #a4005a90
 class SamplePlan(BaseModel):
     "All pictures to draw and how."
 
     schema_version: Literal[1] = 1
-    num_inference_steps: int
-    guidance_scale: float
+    num_inference_steps: int | None  # None: drawn elsewhere, and not known
+    guidance_scale: float | None
     size: int | None = None  # pixels; None is the base's own
     rows: list[PlanRow]
 
@@ -236,7 +236,7 @@ class Sample(BaseModel):
     "One row of the plan, drawn or not."
 
     prompt_id: str
-    seed: int
+    seed: int | None
     file: str  # relative to the folder
     pixels: str | None = None  # hash of the picture; None when there is none
     error: str | None = None  # why there is none

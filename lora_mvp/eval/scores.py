@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from ..errors import LoraMvpError
 from .extractors import Extractor
 from .features import FeatureCache, features_of
+from .kept import kept_scores
 from lora_mvp.eval.metrics import (
     alignment,
     diversity,
@@ -353,6 +354,8 @@ def name_scores(
     for name in (name for name in ("diversity", "variety") if name in a.of_prompts):
         each = [s.of_prompts[name] for s in (a, b)]
         found[f"{name}[{look.name}]"] = prompt_score(name, *each, seed, anchors.get(name))
+    if b.trained and not a.trained:  # what a LoRA kept of its base
+        found |= kept_scores(a.images, b.images, prompts, look, seed=seed)
     return found | {look.frechet_name: frechet_score(a.features, b.features, real)}
 
 # %% ../../nbs/5_eval/09_scores.ipynb #5c0a0016
