@@ -273,9 +273,29 @@ def _choose(config: AppConfig, root: str, args: argparse.Namespace) -> None:
     print(choice_text(choose(config, root, args.real_glob, _manifest(args), **limits)))
     print(f"wrote {Path(root) / 'best.json'}, and report.html in {Path(root) / 'evaluation' / 'checkpoints'}")
 
+# %% ../nbs/7_doors/03_cli.ipynb #6fb7c762
+def _evaluate_pictures(args: argparse.Namespace) -> None:
+    if not args.pictures:
+        raise LoraMvpError("pictures_options", "--baseline, --prompts and --by-name go with --pictures FOLDER.")
+    if args.checkpoints or args.lora_scale != 1:
+        raise LoraMvpError(
+            "pictures_options", "--pictures draws nothing: no --checkpoints and no --lora-scale with it."
+        )
+    from lora_mvp.eval.elsewhere import evaluate_pictures
+    from lora_mvp.eval.one_set import OneSet, one_set_text
+    from lora_mvp.eval.records import table
+
+    where = {"real_glob": args.real_glob, "manifest": _manifest(args), "out": args.out, "by_name": args.by_name}
+    found = evaluate_pictures(_config(args), args.pictures, args.baseline, args.prompts, **where)
+    print(one_set_text(found) if isinstance(found, OneSet) else table(found))
+    print(f"wrote {found.settings['out']}: report.html, metrics.json")
+
 # %% ../nbs/7_doors/03_cli.ipynb #8942157a
 def cmd_evaluate(args: argparse.Namespace) -> None:
     "Compare base and adapter on the same prompts and seeds."
+    if args.pictures or args.baseline or args.prompts or args.by_name:
+        _evaluate_pictures(args)
+        return
     config, path = _config(args), _model_path(args)
     if args.checkpoints and (args.out or args.lora_scale != 1):
         text = (
@@ -373,9 +393,16 @@ def _add_vote(commands) -> None:
 # %% ../nbs/7_doors/03_cli.ipynb #1dce2046
 def _add_judging(commands) -> None:
     evaluate = _command(commands, "evaluate", cmd_evaluate)
-    evaluate.add_argument("--model-path", required=True, help="output folder of a training, or an adapter folder")
+    what = evaluate.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model-path", help="output folder of a training, or an adapter folder")
+    what.add_argument("--pictures", metavar="FOLDER", help="pictures that another program drew, instead of a model")
+    evaluate.add_argument("--baseline", metavar="FOLDER", help="with --pictures: the base's, same prompts and seeds")
+    evaluate.add_argument(
+        "--prompts", metavar="CSV", help="with --pictures: file,prompt[,seed]; default: the files' notes"
+    )
+    evaluate.add_argument("--by-name", action="store_true", help="with --pictures: pairs by file name alone")
     evaluate.add_argument("--checkpoints", action="store_true", help="all checkpoints of it; the same as `choose`")
-    evaluate.add_argument("--out", help="where to write; default: MODEL_PATH/evaluation")
+    evaluate.add_argument("--out", help="where to write; default: MODEL_PATH/evaluation, or FOLDER-evaluation")
     evaluate.add_argument("--lora-scale", type=_number, default=1.0, help="strength of the adapter (default 1)")
     compare = _command(commands, "compare", cmd_compare)
     which = "output folder of a training, an adapter or a pipeline folder, or `base`"

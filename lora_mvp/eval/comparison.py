@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from .columns import Column, real_warnings
-from .copies import CopyEvidence, CopyShare, RealSet, calibrate, check_copies, scenes
+from .copies import CopyEvidence, CopyShare, RealSet, calibrate, check_copies
 from .extractors import Extractor
 from .features import FeatureCache, features_of
 from .metrics import alignment
@@ -55,14 +56,14 @@ def evidence_of(
     real: RealSet,
     look: Extractor,  # for pictures alone
     cache: FeatureCache | None,
-    control: np.ndarray | None,  # features of the base's pictures, which are no copies
+    control: list[Image.Image] = (),  # the base's pictures, which are no copies
 ) -> CopyEvidence | None:  # None where the training pictures are not known
     "The copy check of one column."
     train = column.data.train
     if not train or not train.images:
         return None
     features = features_of(look, train.images, cache)
-    threshold = calibrate(features, features_of(look, real.images, cache), scenes(train, real), control)
+    threshold = calibrate(train, real, control)
     check = check_copies(side.features, side.images, features, train, threshold, pairs)
     return CopyEvidence(column.name, check, side.images, train)
 
@@ -235,7 +236,7 @@ def find_copies(
     cache: FeatureCache | None = None,
 ) -> tuple[list[CopyEvidence], dict[str, CopyShare]]:  # the second by column
     "The copy check of every column whose training pictures are known."
-    control = next((side.features for column, side in zip(columns, sides) if not column.scale), None)
+    control = next((side.images for column, side in zip(columns, sides) if not column.scale), ())
     found = [evidence_of(c, side, pairs, real, look, cache, control) for c, side in zip(columns, sides)]
     evidence = [proof for proof in found if proof]
     return evidence, {proof.column: CopyShare(**proof.check.model_dump(exclude={"rows"})) for proof in evidence}

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/5_eval/12_pages.ipynb #c9bcac3a
 from PIL import Image
 
-from .copies import CopyEvidence, nearest_first
+from .copies import CopyEvidence, copies_text, nearest_first
 from .records import Metrics, Score, with_interval
 from .verdicts import ANCHORS, Comparison, words_of
 from ..html import Measure, fold, html_table, jpeg_uri, measure_bars, page, section, text, tile
@@ -218,7 +218,7 @@ def copy_tile(
     row = evidence.check.rows[k]
     pair = [("sample", evidence.images[k]), ("training picture", of_file[row.train_file])]
     pictures = "".join(tile(jpeg_uri(image, side), name, []) for name, image in pair)
-    about = f"{'copy: ' if row.copied else ''}cosine {row.cosine:.3f}, {row.bits} of 64 bits"
+    about = f"{'copy: ' if row.copied else ''}agreement {row.agreement:.2f}"
     return f'<div><p>{about}</p><div class="pair">{pictures}</div></div>'
 
 # %% ../../nbs/5_eval/12_pages.ipynb #12aa5a05
@@ -229,10 +229,10 @@ def copy_section(
     "The samples that are nearest to a training picture."
     check, of_file = evidence.check, dict(zip(evidence.train.files, evidence.train.images))
     tiles = "".join(copy_tile(evidence, k, of_file) for k in nearest_first(check)[:most])
-    limit = "There are too few different pictures for a threshold"
+    limit = f"Too few pictures differ to look for changed copies; hashes within {check.near_bits} bits are equal."
     if check.threshold is not None:
-        limit = f"Pictures that are no copies ({check.threshold_n}) reach a cosine of {check.threshold:.3f}"
-    note = f"{check.copied} of {check.n} samples count as copies, interval {check.low:.0%} to {check.high:.0%}. {limit}; hashes within {check.near_bits} bits are the same picture."
+        limit = f"Edges of copies agree to more than {check.threshold:.2f}, as 1 % of pictures that are none do ({check.threshold_n} asked)."
+    note = f"{copies_text(check)}; interval of the share {check.low:.0%} to {check.high:.0%}. {limit}"
     title = f"Nearest training pictures: {evidence.column}"
     return section(f"copies-{text(evidence.column)}", title, f'<div class="pairs">{tiles}</div>', text(note))
 

@@ -365,4 +365,4 @@ def judgement_text(
     return f"{found.verdict}: {found.why}\n\n{text_table(rows, rule=True)}"
 
 
-ANCHORS = {"real": "real pictures", "train": "training pictures", "wrong": "wrong prompts"}  # heads of their columns
+ANCHORS = {"real": "real pictures", "train": "training pictures", "wrong": "wrong prompts", "seed": "another seed"}
