@@ -298,9 +298,7 @@ def cmd_evaluate(args: argparse.Namespace) -> None:
         return
     config, path = _config(args), _model_path(args)
     if args.checkpoints and (args.out or args.lora_scale != 1):
-        text = (
-            "--checkpoints goes with neither --out nor --lora-scale: each checkpoint is drawn at strength 1, beside it"
-        )
+        text = "--checkpoints goes with neither --out nor --lora-scale: each is drawn at strength 1, beside it"
         raise LoraMvpError("checkpoints_options", f"{text}.")
     if args.checkpoints:
         _choose(config, path, args)
@@ -357,8 +355,7 @@ def cmd_grid(args: argparse.Namespace) -> None:
 def _add_grid(commands) -> None:
     grid = _command(commands, "grid", cmd_grid)
     grid.add_argument("run", metavar="OUT", help="output folder of a training, finished or not")
-    usual = [0.4, 0.6, 0.8, 1.0, 1.2]
-    grid.add_argument("--strengths", type=_strengths, default=usual, help="default: 0.4,0.6,0.8,1,1.2")
+    grid.add_argument("--strengths", type=_strengths, default=[0.4, 0.6, 0.8, 1, 1.2], help="0.4,0.6,0.8,1,1.2")
     grid.add_argument("--max-copied", type=_number, help="largest share of copies (default 0.05)")
     grid.add_argument("--max-forgotten", type=_number, help="largest loss on other prompts, points")
     _add_real(grid)
@@ -397,9 +394,7 @@ def _add_judging(commands) -> None:
     what.add_argument("--model-path", help="output folder of a training, or an adapter folder")
     what.add_argument("--pictures", metavar="FOLDER", help="pictures that another program drew, instead of a model")
     evaluate.add_argument("--baseline", metavar="FOLDER", help="with --pictures: the base's, same prompts and seeds")
-    evaluate.add_argument(
-        "--prompts", metavar="CSV", help="with --pictures: file,prompt[,seed]; default: the files' notes"
-    )
+    evaluate.add_argument("--prompts", metavar="CSV", help="with --pictures: file,prompt[,seed]; else the files' notes")
     evaluate.add_argument("--by-name", action="store_true", help="with --pictures: pairs by file name alone")
     evaluate.add_argument("--checkpoints", action="store_true", help="all checkpoints of it; the same as `choose`")
     evaluate.add_argument("--out", help="where to write; default: MODEL_PATH/evaluation, or FOLDER-evaluation")
@@ -413,9 +408,7 @@ def _add_judging(commands) -> None:
     choose = _command(commands, "choose", cmd_choose)
     choose.add_argument("run", metavar="OUT", help="output folder of a training, finished or not")
     choose.add_argument("--max-copied", type=_number, help="largest share of copies (default 0.05)")
-    choose.add_argument(
-        "--max-forgotten", type=_number, help="largest loss on other prompts, points (default: the margin)"
-    )
+    choose.add_argument("--max-forgotten", type=_number, help="largest loss on other prompts, points; else the margin")
     for parser in (evaluate, compare, choose):
         _add_real(parser)
 

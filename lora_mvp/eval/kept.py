@@ -103,7 +103,7 @@ def kept_score(
     counted = "prompts" if len(set(prompts)) >= MIN_PAIRS else "pairs"
     values = kept_values(base, lora, extractor, cache)
     values = group_means(values, prompts) if counted == "prompts" else values
-    mean = mean_interval(values, seed)
+    mean = mean_interval(values)
     about = {"unit": "agreement with the base's picture of the same noise, 0 to 100", "higher_is_better": True}
     about |= {"counted": counted, "n": len(values), "method": f"bootstrap over {counted}"}
     change = Measured(value=mean.value - 100, low=mean.low - 100, high=mean.high - 100)

@@ -80,7 +80,7 @@ def one_scores(
         kind, seen_by = KINDS[name], extractors[0] if name == "clip_score" else extractors[1]
         values = group_means(values, prompts) if name in side.values else values
         about = {"unit": kind.unit, "higher_is_better": kind.higher_is_better, "anchors": anchors.get(name, {})}
-        found[f"{name}[{seen_by.name}]"] = OneScore(**about, value=Measured.of(mean_interval(values, seed)))
+        found[f"{name}[{seen_by.name}]"] = OneScore(**about, value=Measured.of(mean_interval(values)))
     return found
 
 # %% ../../nbs/5_eval/14b_one_set.ipynb #884613cc
