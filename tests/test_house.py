@@ -280,7 +280,7 @@ def test_what_is_promised_is_a_door_or_used_by_the_name_of_its_module():
     opened = {target.partition(":")[2] or name for face in FACES for name, target in doors_of(face).items()}
     promised = {chapter.module: importlib.import_module(f"{PACKAGE}.{chapter.module}").__all__ for chapter in EXPORTING}
     assert {name for module, names in promised.items() if module not in by_module for name in names} <= opened
-    assert sum(map(len, promised.values())) + sum(len(doors_of(face)) for face in FACES) <= 125
+    assert sum(map(len, promised.values())) + sum(len(doors_of(face)) for face in FACES) <= 126
 
 
 @pytest.mark.parametrize("file", ["nbs/index.ipynb", "docs/architecture.md"])

@@ -164,6 +164,7 @@ NOT_OFFERED = {
     "training.cache_dir",
     "evaluation.prompt_file",
     "evaluation.extractor",
+    "evaluation.preference",
 }
 
 

@@ -54,7 +54,7 @@ def edge_agreement(
         return 100.0 if not a.any() and not b.any() else 0.0
     product = np.fft.irfft2((np.fft.rfft2(a) * np.conj(np.fft.rfft2(b))).sum(0), s=a.shape[1:])
     near = np.r_[0 : SHIFT + 1, -SHIFT:0]
-    return float(100 * np.clip(product[np.ix_(near, near)].max(), 0, 1))
+    return round(float(100 * np.clip(product[np.ix_(near, near)].max(), 0, 1)), 3)  # a picture keeps all of itself
 
 # %% ../../nbs/5_eval/08a_kept.ipynb #b52abb6b
 def kept_values(
@@ -97,7 +97,6 @@ def kept_score(
     prompts: list[str],  # of each pair
     extractor: Extractor | None = None,  # as for `kept_values`
     cache: FeatureCache | None = None,
-    seed: int = 0,  # of the resampling
 ) -> Score:  # its `base` is 100: a picture keeps all of itself
     "How much of the base's pictures a LoRA keeps, with an interval over prompts and its anchors."
     counted = "prompts" if len(set(prompts)) >= MIN_PAIRS else "pairs"
@@ -105,7 +104,7 @@ def kept_score(
     values = group_means(values, prompts) if counted == "prompts" else values
     mean = mean_interval(values)
     about = {"unit": "agreement with the base's picture of the same noise, 0 to 100", "higher_is_better": True}
-    about |= {"counted": counted, "n": len(values), "method": f"bootstrap over {counted}"}
+    about |= {"counted": counted, "n": len(values), "method": f"Student's t over {counted}, corrected for skewness"}
     change = Measured(value=mean.value - 100, low=mean.low - 100, high=mean.high - 100)
     found = {"base": Measured(value=100), "lora": Measured.of(mean), "change": change}
     return Score(**about, **found, anchors=kept_anchors(base, prompts, extractor, cache))
@@ -117,10 +116,9 @@ def kept_scores(
     prompts: list[str],  # of each pair
     extractor: Extractor | None = None,  # the one for pictures; used beside the edges if it is a DINO
     cache: FeatureCache | None = None,
-    seed: int = 0,  # of the resampling
 ) -> dict[str, Score]:  # `kept[edges]`, and `kept[name of the extractor]`
     "The scores of what was kept, by name."
-    found = {"kept[edges]": kept_score(base, lora, prompts, seed=seed)}
+    found = {"kept[edges]": kept_score(base, lora, prompts)}
     if isinstance(extractor, DinoExtractor):
-        found[f"kept[{extractor.name}]"] = kept_score(base, lora, prompts, extractor, cache, seed)
+        found[f"kept[{extractor.name}]"] = kept_score(base, lora, prompts, extractor, cache)
     return found

@@ -355,7 +355,7 @@ def name_scores(
         each = [s.of_prompts[name] for s in (a, b)]
         found[f"{name}[{look.name}]"] = prompt_score(name, *each, seed, anchors.get(name))
     if b.trained and not a.trained:  # what a LoRA kept of its base
-        found |= kept_scores(a.images, b.images, prompts, look, seed=seed)
+        found |= kept_scores(a.images, b.images, prompts, look)
     return found | {look.frechet_name: frechet_score(a.features, b.features, real)}
 
 # %% ../../nbs/5_eval/09_scores.ipynb #5c0a0016
