@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 
 from .columns import Column, Data, real_warnings
 from .comparison import caption_anchors
-from .copies import CopyEvidence, CopyShare, RealSet, calibrate, check_copies, nearest_sheet, scenes
+from .copies import CopyEvidence, CopyShare, RealSet, calibrate, check_copies, nearest_sheet
 from .extractors import Extractor, ExtractorRecord
 from .features import FeatureCache, features_of
 from .matching import Found, named
@@ -95,7 +95,7 @@ def one_evidence(
     if not data.train or not data.train.images:
         return None
     train = features_of(look, data.train.images, cache)
-    threshold = calibrate(train, features_of(look, real.images, cache), scenes(data.train, real))
+    threshold = calibrate(data.train, real)
     check = check_copies(features_of(look, images, cache), images, train, data.train, threshold)
     return CopyEvidence("pictures", check, images, data.train)
 

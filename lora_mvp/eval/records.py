@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, Field, field_validator
 
-from .copies import CopyShare
+from .copies import CopyShare, copies_text
 from .extractors import ExtractorRecord
 from .verdicts import ANCHORS, Judgement
 from ..sheets import text_table
@@ -112,10 +112,8 @@ def findings(
         text = f"{with_interval(m.forgetting.change, '+.2f')} points over {m.forgetting.n} {m.forgetting.counted}"
         found.append(f"forgetting: prompts without the new thing changed by {text}")
     for column, c in m.copies.items():
-        rest = "no threshold: too few different pictures" if c.threshold is None else f"above cosine {c.threshold:.3f}"
-        found.append(
-            f"copies, {column}: {c.copied} of {c.n} [{c.low:.0%}, {c.high:.0%}] of {c.n_train} training pictures, {rest}"
-        )
+        ends = f"interval {c.low:.0%} to {c.high:.0%}, {c.n_train} training pictures looked at"
+        found.append(f"copies, {column}: {copies_text(c)}; {ends}")
     return found + [f"not drawn, {column}: {n}" for column, n in m.failed.items() if n]
 
 # %% ../../nbs/5_eval/08_records.ipynb #3bb597f8
