@@ -89,8 +89,11 @@ def test_two_runs_give_the_same_adapter(full, tmp_path):
 def test_the_style_is_learnt_and_the_subject_kept(full):
     """The bars that the demo promises; the figures of one run are in README.md."""
     scores = metrics(full[0])["scores"]
-    distance, alignment = scores["fd_tiny_clip"]["change"], scores["clip_score[tiny-clip]"]
-    assert distance["value"] <= -0.15 and distance["high"] < 0, distance
+    gap, alignment = scores["gap[tiny-clip]"], scores["clip_score[tiny-clip]"]
+    assert gap["change"]["high"] < 0 and gap["lora"]["value"] <= 0.5 * gap["base"]["value"], gap
+    judgement = metrics(full[0])["judgement"]
+    assert "gap" in judgement["won"] and "closer to the real pictures" in judgement["why"], judgement["why"]
+    assert scores["kept[edges]"]["lora"]["value"] > scores["kept[edges]"]["anchors"]["seed"], scores["kept[edges]"]
     assert alignment["lora"]["value"] >= 0.9 * alignment["base"]["value"], alignment
     losses = list(json.loads((full[0] / "lora" / "run.json").read_text())["validation_loss"].values())
     assert losses[-1] < losses[0]
