@@ -430,10 +430,9 @@ def hold_vote(
     "Show a vote until it is ended or left with Ctrl-C."
     booth = Booth(box, port)
     threading.Thread(target=booth.serve_forever, args=(0.1,), name="booth", daemon=True).start()
-    say(
-        f"vote on {booth.address}\nkeys: 1 left, 2 right, space no preference. Every vote is kept; Ctrl-C leaves, the same command goes on."
-    )
+    keys = "keys: 1 left, 2 right, space no preference. Every vote is kept; Ctrl-C leaves, the same command goes on."
     try:
+        say(f"vote on {booth.address}\n{keys}")
         while not booth.ended.wait(0.5):
             pass
     except KeyboardInterrupt:
