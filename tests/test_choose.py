@@ -98,6 +98,7 @@ def test_the_choice_is_explained_and_can_be_used(choice, overfitted):
         assert np.abs(np.asarray(drawn, dtype=int) - np.asarray(judged, dtype=int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_can_be_chosen_from_and_a_damaged_checkpoint_is_named(choice, overfitted, tmp_path):
     root = tmp_path / "lora"
     shutil.copytree(overfitted / "lora", root)  # with its pictures, so that nothing is drawn again
@@ -119,6 +120,7 @@ def test_a_folder_without_checkpoints_is_refused(overfitted, tmp_path):
     assert e.value.code == "no_checkpoints"
 
 
+@pytest.mark.slow
 def test_every_checkpoint_at_two_strengths(choice, overfitted, monkeypatch):
     root, config = overfitted / "lora", settings(overfitted / "prompts.yaml")
     judged = root / "evaluation" / "checkpoints" / "samples" / "step-000012"

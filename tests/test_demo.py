@@ -1,4 +1,7 @@
-"""The demo keeps its promises: it shows the bad files, learns the style, keeps the subject, repeats to the byte."""
+"""The demo keeps its promises: it shows the bad files, learns the style, keeps the subject, repeats to the byte.
+
+The whole demo takes minutes beside other tests, so it is slow; CI runs a shorter one from the wheel.
+"""
 
 import json
 import os
@@ -36,6 +39,7 @@ def metrics(out: Path) -> dict:
     return json.loads((out / "demo.json").read_text())["metrics"]
 
 
+@pytest.mark.slow
 def test_bad_files_are_named_with_their_reason(full):
     out, printed, _ = full
     rejected = {
@@ -46,6 +50,7 @@ def test_bad_files_are_named_with_their_reason(full):
     assert all(name in printed for name in rejected)
 
 
+@pytest.mark.slow
 def test_everything_is_left_behind(full):
     out, printed, _ = full
     for name in (
@@ -60,6 +65,7 @@ def test_everything_is_left_behind(full):
     assert Image.open(out / "before_after.png").height > 1000  # eight prompts
 
 
+@pytest.mark.slow
 def test_memory(full):
     assert full[2] < 2e9
 
@@ -86,6 +92,7 @@ def test_two_runs_give_the_same_adapter(full, tmp_path):
     assert metrics(tmp_path / "again") == metrics(full[0])
 
 
+@pytest.mark.slow
 def test_the_style_is_learnt_and_the_subject_kept(full):
     """The bars that the demo promises; the figures of one run are in README.md."""
     scores = metrics(full[0])["scores"]
