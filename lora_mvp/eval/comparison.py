@@ -248,7 +248,7 @@ def compare_columns(
     real: RealSet,
     extractors: tuple[Extractor, Extractor],  # of texts and pictures; of pictures alone
     cache: FeatureCache | None = None,
-    seed: int = 0,  # of the resampling
+    seed: int = 0,  # of the sign patterns
     terms: Terms = TERMS,  # what was fixed beforehand
 ) -> Compared:
     "Everything that can be said of two drawn columns."

@@ -175,9 +175,7 @@ def describe_folder(
     make_folder(out, "the output folder", code="output_not_writable")
     plan = plan_of_pictures(known, [one.origin.prompt for one in known])
     write_plan(plan, out / "plan.json")
-    found, evidence = describe_set(
-        known, data, real, extractors, FeatureCache(out / "features"), config.evaluation.seed
-    )
+    found, evidence = describe_set(known, data, real, extractors, FeatureCache(out / "features"))
     found.settings, found.warnings = settings, found.warnings + reading_warnings({"pictures": folder}, nameless)
     write_set(found, evidence, known, plan, out)
     return found

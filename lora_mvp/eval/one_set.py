@@ -15,8 +15,8 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from .columns import Column, Data, real_warnings
-from .comparison import caption_anchors
-from .copies import CopyEvidence, CopyShare, RealSet, calibrate, check_copies, nearest_sheet
+from .comparison import caption_anchors, evidence_of
+from .copies import CopyEvidence, CopyShare, RealSet, nearest_sheet
 from .extractors import Extractor, ExtractorRecord
 from .features import FeatureCache, features_of
 from .matching import Found, named
@@ -72,7 +72,6 @@ def one_scores(
     prompts: list[str],  # of each
     anchors: dict[str, dict[str, float]],  # of `anchors_of`
     extractors: tuple[Extractor, Extractor],
-    seed: int = 0,  # of the resampling
 ) -> dict[str, OneScore]:
     "The scores of one set under their names, with their anchors."
     found = {}
@@ -82,22 +81,6 @@ def one_scores(
         about = {"unit": kind.unit, "higher_is_better": kind.higher_is_better, "anchors": anchors.get(name, {})}
         found[f"{name}[{seen_by.name}]"] = OneScore(**about, value=Measured.of(mean_interval(values)))
     return found
-
-# %% ../../nbs/5_eval/14b_one_set.ipynb #884613cc
-def one_evidence(
-    images: list[Image.Image],
-    data: Data,
-    real: RealSet,
-    look: Extractor,
-    cache: FeatureCache | None = None,
-) -> CopyEvidence | None:  # None where the training pictures are not known
-    "The copy check of one set."
-    if not data.train or not data.train.images:
-        return None
-    train = features_of(look, data.train.images, cache)
-    threshold = calibrate(data.train, real)
-    check = check_copies(features_of(look, images, cache), images, train, data.train, threshold)
-    return CopyEvidence("pictures", check, images, data.train)
 
 # %% ../../nbs/5_eval/14b_one_set.ipynb #d4d6f049
 NO_VERDICT = "No verdict: one set of pictures can be described, but whether a LoRA improved anything needs those of its base. --baseline FOLDER names them."
@@ -138,20 +121,20 @@ def describe_set(
     real: RealSet,
     extractors: tuple[Extractor, Extractor],
     cache: FeatureCache | None = None,
-    seed: int = 0,  # of the resampling
 ) -> tuple[OneSet, CopyEvidence | None]:
     "Scores, copies and warnings of one set."
     (scorer, look), prompts = extractors, [one.origin.prompt for one in pictures]
     train = features_of(look, data.train.images, cache) if data.train and data.train.images else None
     images, seen = [one.image for one in pictures], features_of(look, real.images, cache)
     side = look_at("pictures", images, prompts, seen, extractors, cache, train)
-    captions = caption_anchors([Column("pictures", "pictures", "", 1.0, data)], real, scorer, cache)
+    column = Column("pictures", "pictures", "", 1.0, data)
+    captions = caption_anchors([column], real, scorer, cache)
     anchors = anchors_of(seen, train, captions | ({"wrong": side.wrong} if np.isfinite(side.wrong) else {}))
-    evidence = one_evidence(images, data, real, look, cache)
+    evidence = evidence_of(column, side, list(range(len(images))), real, look, cache)
     about = {"n": len(images), "n_prompts": len(set(prompts)), "n_real": len(real.images), "extractor": scorer.record}
     about |= {"picture_extractor": None if look is scorer else look.record}
     about |= {"copies": CopyShare(**evidence.check.model_dump(exclude={"rows"})) if evidence else None}
-    about |= {"scores": one_scores(side, prompts, anchors, extractors, seed)}
+    about |= {"scores": one_scores(side, prompts, anchors, extractors)}
     warnings = one_warnings(prompts, scorer, data) + real_warnings(real, data.train)
     return OneSet(**about, samples=picture_rows(pictures, side.values["clip_score"]), warnings=warnings), evidence
 

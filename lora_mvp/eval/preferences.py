@@ -238,7 +238,7 @@ def preference_score(
     prompts: list[str],  # of each pair
     base: list[Image.Image],
     lora: list[Image.Image],
-    seed: int = 0,  # of the resampling
+    seed: int = 0,  # of the sign patterns
 ) -> dict[str, Score]:  # `preference[name]`
     "The preference before and after, and what the same pictures get with the prompt of another one."
     values = [scorer.values(prompts, images) for images in (base, lora)]

@@ -42,7 +42,7 @@ def paired_score(
     prompts: list[str],  # the prompt of each pair
     unit: str = MATCH,
     higher_is_better: bool = True,
-    seed: int = 0,  # of the resampling
+    seed: int = 0,  # of the sign patterns
     anchors: dict[str, float] | None = None,  # the same score of known pictures
 ) -> Score:
     "One score before and after, and the paired difference."
@@ -125,7 +125,7 @@ def compare_values(
     a: dict[str, np.ndarray],  # of `sample_scores` and `prompt_scores`
     b: dict[str, np.ndarray],
     prompts: list[str],  # of each pair
-    seed: int = 0,  # of the bootstrap
+    seed: int = 0,  # of the sign patterns
     anchors: dict[str, dict[str, float]] | None = None,  # score to the same score of known pictures
 ) -> dict[str, Comparison]:
     "The paired comparison of every score that both have."
@@ -167,7 +167,7 @@ def prompt_score(
     name: str,  # of `KINDS`
     base: np.ndarray,  # values of the first model, one per prompt (p,)
     lora: np.ndarray,  # of the second (p,)
-    seed: int = 0,  # of the resampling
+    seed: int = 0,  # of the sign patterns
     anchors: dict[str, float] | None = None,
     counted: Literal["prompts", "pairs"] = "prompts",  # what each value stands for
 ) -> Score:
@@ -379,7 +379,7 @@ def score_sides(
     prompts: list[str],  # of each pair
     real: np.ndarray,  # features of the real pictures (m, d)
     extractors: tuple[Extractor, Extractor],  # of texts and pictures; of pictures alone
-    seed: int = 0,  # of the resampling
+    seed: int = 0,  # of the sign patterns
     terms: Terms = TERMS,
     anchors: dict[str, dict[str, float]] | None = None,  # of `anchors_of`
     faults: list[Fault] = (),  # of either model
@@ -414,7 +414,7 @@ def score(
     base_images: list[Image.Image],  # picture k of the first model
     lora_images: list[Image.Image],  # picture k of the second, same prompt and seed
     real_images: list[Image.Image],  # what the samples should look like
-    seed: int = 0,  # of the resampling
+    seed: int = 0,  # of the sign patterns
     pictures: Extractor | None = None,  # for pictures alone; default: `scorer`
     cache: FeatureCache | None = None,
     columns: tuple[str, str] = ("base", "LoRA"),  # what the two models are called

@@ -9,6 +9,8 @@ __all__ = ['choose']
 import json
 import logging
 import shutil
+from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from math import ceil
 from pathlib import Path
@@ -284,23 +286,23 @@ def make_choice(
 # %% ../../nbs/5_eval/17_selection.ipynb #7b036e2a
 def confirm(
     chooser: Chooser,
-    step: int,
-    plan: SamplePlan,  # that took no part in the choice
-    fresh_prompts: bool,  # whether its prompts took no part, either
+    draw: Callable[[SamplePlan, str], Column],  # the chosen one, by a plan, into a folder of that name
+    plan: SamplePlan,  # that was chosen on
+    fresh: SamplePlan,  # that took no part in the choice
 ) -> Confirmation:
-    "The chosen checkpoint against the base, once more."
-    base = chooser.column(0, None, plan, "confirm")
-    chosen = chooser.column(step, chooser.root / f"checkpoint-{step}", plan, "confirm")
-    metrics = chooser.compare(plan, base, chosen).metrics
+    "What was chosen against the base, once more."
+    base, chosen = chooser.column(0, None, fresh, "confirm"), draw(fresh, "confirm")
+    metrics = chooser.compare(fresh, base, chosen).metrics
     confirmed, why = confirms(metrics.judgement, chosen.name)
+    seen = {plan.rows[k].prompt for k in plan.main}
     return Confirmation(
         confirmed=confirmed,
         why=why,
-        fresh_prompts=fresh_prompts,
+        fresh_prompts=seen.isdisjoint(fresh.rows[k].prompt for k in fresh.main),
         judgement=metrics.judgement,
         copies=metrics.copies.get(chosen.name),
         forgetting=metrics.forgetting.change if metrics.forgetting else None,
-        plan_sha256=plan.sha256,
+        plan_sha256=fresh.sha256,
     )
 
 # %% ../../nbs/5_eval/17_selection.ipynb #f494c4e2
@@ -355,8 +357,7 @@ def choose(
     choice = make_choice(chooser, plan, candidates, compared, ruling, limits)
     if ruling.step:
         write_plan(fresh, chooser.out / "plan_confirm.json")
-        seen = {plan.rows[k].prompt for k in plan.main}
-        apart = seen.isdisjoint(fresh.rows[k].prompt for k in fresh.main)
-        choice.confirm = confirm(chooser, ruling.step, fresh, apart)
+        chosen = partial(chooser.column, ruling.step, chooser.root / choice.path)
+        choice.confirm = confirm(chooser, chosen, plan, fresh)
     write_choice(chooser, choice, base, compared)
     return choice

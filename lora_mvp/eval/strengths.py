@@ -7,6 +7,7 @@ __all__ = ['grid', 'grid_text']
 
 # %% ../../nbs/5_eval/19_strengths.ipynb #8192ebe3
 import logging
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +25,8 @@ from .extractors import ExtractorRecord
 from .records import Measured, Warned, with_interval
 from .rule import Ruling, apply_rule, keep_comparable
 from .samples import SamplePlan, write_plan
-from .selection import Chooser, candidate_of, forgetting_limit, step_of, two_plans
-from .verdicts import MAX_COPIED, confirms
+from .selection import Chooser, candidate_of, confirm, forgetting_limit, step_of, two_plans
+from .verdicts import MAX_COPIED
 from ..files import atomic_write, make_folder, save_png
 from ..infer import LoadedRun, load_run
 from ..models.adapters import save_adapter
@@ -85,14 +86,14 @@ def checked_strengths(
     return found
 
 # %% ../../nbs/5_eval/19_strengths.ipynb #495ffe6a
-SHORT = {"clip_score": "match", "gap": "gap", "likeness": "likeness", "diversity": "variety"}
+SHORT = {"clip_score": "match", "gap": "gap", "diversity": "variety"}
 
 
 def cell_words(
     cell: Cell,
 ) -> str:
     "The scores of a cell, short."
-    said = ", ".join(f"{SHORT.get(name, name)} {value:.1f}" for name, value in cell.scores.items() if name in SHORT)
+    said = ", ".join(f"{SHORT[name]} {value:.1f}" for name, value in cell.scores.items() if name in SHORT)
     return said + (" (out)" if cell.out else "")
 
 # %% ../../nbs/5_eval/19_strengths.ipynb #81a2689c
@@ -242,29 +243,13 @@ def grid(
     ruling = apply_rule(keep_comparable(candidates)[0], **limits)
     cells = [cell_of(*place, done, ruling.out.get(k)) for k, (place, done) in enumerate(zip(places, compared), 1)]
     found = grid_record(painter, plan, cells, compared, ruling, limits)
-    found.confirm = confirm_cell(painter, found.best, plan, fresh) if found.best else None
+    if found.best:
+        found.confirm = confirm(painter, partial(painter.cell, found.best.step, found.best.strength), plan, fresh)
     shown = {(0, 0.0): few_of(base, plan)} | {
         place: few_of(done.columns[1], plan) for place, done in zip(places, compared)
     }
     write_grid(painter, found, shown, out)
     return found
-
-# %% ../../nbs/5_eval/19_strengths.ipynb #85cc4ba0
-def confirm_cell(
-    painter: Painter,
-    best: Cell,
-    plan: SamplePlan,  # that was chosen on
-    fresh: SamplePlan,  # that took no part
-) -> Confirmation:
-    "The best cell against the base, once more."
-    base, chosen = painter.column(0, None, fresh, "confirm"), painter.cell(best.step, best.strength, fresh, "confirm")
-    metrics = painter.compare(fresh, base, chosen).metrics
-    confirmed, why = confirms(metrics.judgement, chosen.name)
-    seen = {plan.rows[k].prompt for k in plan.main}
-    apart = seen.isdisjoint(fresh.rows[k].prompt for k in fresh.main)
-    forgetting = metrics.forgetting.change if metrics.forgetting else None
-    about = {"judgement": metrics.judgement, "copies": metrics.copies.get(chosen.name), "forgetting": forgetting}
-    return Confirmation(confirmed=confirmed, why=why, fresh_prompts=apart, plan_sha256=fresh.sha256, **about)
 
 # %% ../../nbs/5_eval/19_strengths.ipynb #c559c7ca
 def grid_record(

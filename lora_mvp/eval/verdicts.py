@@ -70,7 +70,7 @@ def compare_scores(
     unit: str,
     higher_is_better: bool = True,
     declared: bool = True,  # whether it takes part in the verdict
-    seed: int = 0,  # of the bootstrap
+    seed: int = 0,  # of the sign patterns
     **about,  # `guard`, `anchors`, `pairs`
 ) -> Comparison:
     "Paired comparison of one score, with prompts as the unit."
