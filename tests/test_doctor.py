@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+import skimage
 import torch
 from PIL import Image
+from styles import STYLES, pictures_in
 
 from lora_mvp.config import TrainingConfig, load_config
 from lora_mvp.data.prepare import prepare_data
@@ -19,6 +21,8 @@ from lora_mvp.models.miniatures import random_base
 from lora_mvp.train.diagnosis import doctor, doctor_text
 from lora_mvp.train.memory import LiveBytes, MemoryEstimate, advice, full_bytes, skeleton, step_bytes
 from lora_mvp.train.objectives import image_losses
+from lora_mvp.train.pictures import Source, photo_warning
+from lora_mvp.train.streams import load_data
 
 PLENTY = 64e9
 
@@ -33,7 +37,8 @@ def bases(tmp_path_factory):
 def manifest(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for i in range(12):
-        image = Image.effect_noise((64, 64), 60).convert("RGB")
+        image = Image.new("RGB", (64, 64), "white")
+        image.paste(Image.effect_noise((40, 40), 60), (2 * i, 12))
         (folder / "raw" / "thing").mkdir(parents=True, exist_ok=True)
         image.save(folder / "raw" / "thing" / f"{i}.png")
     keys = {"raw_data_dir": folder / "raw", "processed_dir": folder / "out", "image_size": 64, "min_resolution": 32}
@@ -279,3 +284,45 @@ def test_weights_and_adapter_are_counted_exactly(bases):
         phase = next(p for p in estimate.phases(training) if p.name == "train")
         assert (phase.weights, phase.adapter) == (weights, 16 * adapter), family
         assert full_bytes(estimate.pipe(training)[0]) == weights
+
+
+def rows_of(folder, pictures, suffix):
+    """Pictures as sources that can be trained on."""
+    folder.mkdir(parents=True)
+    found = []
+    for k, picture in enumerate(pictures):
+        file = folder / f"{k}.{suffix}"
+        picture.convert("RGB").save(file, quality=85)
+        found.append(Source(file.name, file, "a thing", "", "thing"))
+    return found
+
+
+def test_photographs_are_told_from_drawings(tmp_path):
+    """The sentence about `tiny` comes for photographs, and for none of nine drawn styles."""
+    names = "astronaut brick camera chelsea coffee coins grass gravel moon motorcycle_left ihc retina rocket".split()
+    folder = Path(skimage.__file__).parent / "data"
+    photos = [Image.open(next(folder.glob(f"{name}.*"))) for name in names]
+    for suffix in ("png", "jpg"):
+        taken = rows_of(tmp_path / suffix, photos, suffix)
+        assert "cannot learn" in photo_warning(taken, "tiny")
+        assert photo_warning(taken, "runwayml/stable-diffusion-v1-5") is None
+        for style in STYLES:
+            drawn = rows_of(tmp_path / suffix / style, pictures_in(style, "heldout", slice(None, None, 3))[1], suffix)
+            assert photo_warning(drawn, "tiny") is None, (style, suffix)
+
+
+def test_doctor_and_training_warn_of_photographs_on_tiny(tmp_path, caplog):
+    raw = tmp_path / "raw" / "cat"
+    raw.mkdir(parents=True)
+    cat = Image.open(Path(skimage.__file__).parent / "data" / "chelsea.png")
+    for k in range(4):
+        cat.crop((40 * k, 0, 40 * k + 300, 300)).save(raw / f"{k}.png")
+    training = {"pretrained_model": "tiny", "output_dir": tmp_path / "out", "max_train_steps": 1, "lr_warmup_steps": 0}
+    values = {f"training.{key}": value for key, value in training.items()}
+    values |= {"data.raw_data_dir": tmp_path / "raw", "data.processed_dir": tmp_path / "processed"}
+    config = load_config(overrides=values)
+    manifest = prepare_data(config)
+    found = doctor(config, tmp_path / "processed", device="cpu", memory=PLENTY)
+    assert ["photographs" in f.text for f in found if f.level == "warn"].count(True) == 1
+    load_data(load_base("tiny"), config, manifest)
+    assert "cannot learn those" in caplog.text

@@ -12,7 +12,7 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import BaseModel
 
 from ..config import DataConfig
@@ -27,6 +27,15 @@ def sharpness(
     "Variance of the Laplacian of the grey picture, at its own size."
     edges = cv2.Laplacian(np.asarray(im.convert("L")), cv2.CV_16S)
     return float(cv2.meanStdDev(edges)[1][0, 0] ** 2)
+
+# %% ../../nbs/1_data/02_looks.ipynb #d0e10002
+def plain_share(
+    im: Image.Image,  # RGB or grey
+) -> float:  # 0 to 1
+    "Share of the pixels that differ from those to the right and below by at most 2 of 255 in every colour, at 64 pixels."
+    small = np.asarray(ImageOps.fit(im.convert("RGB"), (64, 64), Image.Resampling.LANCZOS)).astype(int)
+    right, below = (np.abs(np.diff(small, axis=axis)).max(-1) for axis in (1, 0))
+    return float((np.maximum(right[:-1], below[:, :-1]) <= 2).mean())
 
 # %% ../../nbs/1_data/02_looks.ipynb #b529d512
 def pixel_hash(

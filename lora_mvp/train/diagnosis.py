@@ -30,7 +30,7 @@ from ..models.families import family_of, granularity, native_size, text_parts
 from ..models.layouts import check_file, config_folder
 from .memory import MemoryEstimate, advice, amount, full_bytes, largest, skeleton
 from .objectives import noise_schedule
-from .pictures import picture_variants, regularization_sources
+from .pictures import photo_warning, picture_variants, regularization_sources, sources
 
 # %% ../../nbs/3_train/15_diagnosis.ipynb #136ede46
 @dataclass(frozen=True)
@@ -247,6 +247,9 @@ def data_findings(config: AppConfig, manifest: Manifest, multiple: int) -> Itera
     text = f"{len(rows)} images to train on, {len(manifest.rows('val'))} to validate, {captions} different captions"
     yield Finding("ok", "data", f"{text}; {len(manifest.rejected)} files were refused.")
     yield from size_findings(t, rows, multiple)
+    photos = photo_warning(sources(manifest, "train"), t.pretrained_model)
+    if photos:
+        yield Finding("warn", "data", photos)
     if not manifest.rows("val"):
         yield Finding("warn", "data", "no image validates, so nothing will show overfitting; lower data.train_ratio.")
     if t.regularization_dir:

@@ -17,6 +17,7 @@ from ..config import derive_seed
 from ..data.arrays import augment
 from ..data.captions import caption_of
 from ..data.images import claimed_format, decode, read_regular
+from ..data.looks import plain_share
 from ..data.manifest import Manifest
 from ..data.raw import walk
 from ..errors import LoraMvpError
@@ -113,3 +114,21 @@ def picture_variants(
         rngs = [np.random.default_rng(derive_seed(seed, "augment", name, v)) for v in range(VARIANTS)]
         return np.stack([augment(image, augmentations, rng) for rng in rngs])
     return np.stack([image, image[..., ::-1]] if augmentations else [image])
+
+# %% ../../nbs/3_train/01_pictures.ipynb #d0e10005
+PLAIN = 0.15  # a collection with a lower median of `plain_share` looks like photographs
+
+
+def photo_warning(
+    sources: list[Source],
+    base: str,  # training.pretrained_model
+) -> str | None:  # None for another base, and for drawings
+    "What to know before photographs are trained on `tiny`, from at most 24 of the pictures."
+    some = sources[:: -(-len(sources) // 24) or 1]
+    if base != "tiny" or not some:
+        return None
+    shares = [plain_share(decode_picture(read_picture(source.path), source.path)) for source in some]
+    if np.median(shares) >= PLAIN:
+        return None
+    text = "the pictures look like photographs, and the base `tiny` cannot learn those: it knows 171 emoji in drawn styles. The run shows how training works; "
+    return text + "for results leave training.pretrained_model out, which gives Stable Diffusion 1.5, and use a GPU."

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/3_train/05_streams.ipynb #ae251a85
+import logging
 from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline
@@ -15,7 +16,7 @@ from ..data.manifest import Manifest
 from ..data.steps import Plan
 from .cache import cache_folder
 from .latents import LatentSet, encode_images
-from .pictures import regularization_sources, sources
+from .pictures import photo_warning, regularization_sources, sources
 from .texts import TextTable, caption_variants
 
 # %% ../../nbs/3_train/05_streams.ipynb #04dc9e7b
@@ -45,10 +46,16 @@ class TrainingData:
     regularization: list[list[str]]  # content and caption of the class's pictures
 
 # %% ../../nbs/3_train/05_streams.ipynb #6db447bf
+log = logging.getLogger("lora_mvp")
+
+
 def load_data(pipe: DiffusionPipeline, config: AppConfig, manifest: Manifest) -> TrainingData:
     "Encode the images of all streams and of validation, and every caption that may be drawn."
     t, cache = config.training, cache_folder(config.training, manifest)
     train, val = sources(manifest, "train"), sources(manifest, "val")
+    photos = photo_warning(train, t.pretrained_model)
+    if photos:
+        log.warning("%s", photos)
     prior = regularization_sources(t.regularization_dir, t.regularization_prompt) if t.regularization_dir else []
     train_set = encode_images(pipe, train, t, config.data.augmentations, cache)
     streams = [Stream(train_set, Plan(train_set.shapes, t.batch_size, t.seed), 1.0, t.seed)]
