@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageFilter
 
 from .config import AppConfig, load_config
@@ -21,14 +22,25 @@ from .data.manifest import Manifest
 from .data.prepare import prepare_data
 from .data.tables import summary
 from .errors import LoraMvpError
-from .eval.extractors import scorer_for
+from .eval.evaluator import Evaluator
 from .eval.records import Metrics, table
-from .eval.scores import score
 from .files import asset, atomic_write, save_png
-from .infer import load_run, render
 from .sheets import Tile, contact_sheet
 from .train.loop import train
 from .train.runs import RunFolder, RunRecord
+
+# %% ../nbs/7_doors/02_demo.ipynb #5708d72a
+def in_violet(
+    picture: Image.Image,  # RGBA, cut out
+) -> Image.Image:  # RGB, of the same size
+    "The demo's style: a picture on violet light."
+    y, x = np.mgrid[: picture.height, : picture.width]
+    far = np.hypot(x / picture.width - 0.5, y / picture.height - 0.5) / 0.7
+    inner, outer = np.array([120, 90, 230]), np.array([40, 20, 110])
+    light = inner + (outer - inner) * far.clip(0, 1)[..., None]
+    ground = Image.fromarray(light.astype("uint8"))
+    ground.paste(picture, (0, 0), picture)
+    return ground
 
 # %% ../nbs/7_doors/02_demo.ipynb #31e64138
 log = logging.getLogger("lora_mvp")
@@ -46,12 +58,15 @@ def add_bad_files(folder: Path) -> list[Path]:
 
 # %% ../nbs/7_doors/02_demo.ipynb #65ea4229
 def demo_folder(out: str | Path) -> AppConfig:  # the demo's configuration, with paths below `out`
-    "Copy the demo's pictures and its config.yaml into `out`, which must be new or empty."
+    "The demo's pictures in their style and its config.yaml, in `out`, which must be new or empty."
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LoraMvpError("output_in_use", f"{out} is not an empty folder; choose another with --out, or remove it.")
     try:
-        shutil.copytree(asset("demo", "raw"), out / "raw")
+        for part in ("raw", "heldout"):
+            for file in sorted(asset("demo", part).rglob("*.png")):
+                (out / part / file.parent.name).mkdir(parents=True, exist_ok=True)
+                in_violet(Image.open(file).convert("RGBA")).save(out / part / file.parent.name / file.name)
         shutil.copyfile(asset("demo", "config.yaml"), out / "config.yaml")
     except OSError as e:
         raise LoraMvpError("output_not_writable", f"{out} cannot be written: {e.strerror or e}.") from e
@@ -62,11 +77,17 @@ def demo_folder(out: str | Path) -> AppConfig:  # the demo's configuration, with
 def before_after(
     prompts: list[str],
     columns: dict[str, list[Image.Image]],  # title -> one picture per prompt
-    side: int = 128,  # pixels of a picture on the sheet
+    side: int = 96,  # pixels of a picture on the sheet
+    across: int = 3,  # prompts in a row of the sheet
 ) -> Image.Image:
-    "A sheet with a row per prompt and a column per model."
-    rows = [[Tile(picture) for picture in row] for row in zip(*columns.values(), strict=True)]
-    return contact_sheet(rows, side, heads=list(columns), names=prompts)
+    "Pictures of the same prompt side by side, the prompt above them."
+    groups = [
+        [Tile(picture, prompt if k == 0 else "") for k, picture in enumerate(pictures)]
+        for prompt, *pictures in zip(prompts, *columns.values(), strict=True)
+    ]
+    rows = [sum(groups[k : k + across], []) for k in range(0, len(groups), across)]
+    heads = list(columns) * min(across, len(groups))
+    return contact_sheet(rows, side, gap=8, together=len(columns), heads=heads)
 
 # %% ../nbs/7_doors/02_demo.ipynb #0b37f117
 @dataclass
@@ -80,20 +101,16 @@ class DemoResult:
     folder: Path
 
 # %% ../nbs/7_doors/02_demo.ipynb #6ad0e8fa
-def evaluate_demo(config: AppConfig, out: Path) -> Metrics:
-    "Draw every prompt with base and adapter, save before_after.png, score against the held-out pictures."
-    e, n = config.evaluation, len(config.evaluation.prompts)
-    run = load_run(config.training.output_dir, device="cpu")
-    prompts = [p for _ in range(e.num_samples) for p in e.prompts]
-    seeds = [e.seed + k for k in range(e.num_samples) for _ in e.prompts]
-    options = {"num_inference_steps": e.num_inference_steps, "guidance_scale": e.guidance_scale, "batch_size": 8}
-    base = render(run, prompts, seeds, 0, **options)
-    lora = render(run, prompts, seeds, 1.0, **options)
-    shown = slice(0, n, max(1, n // 8))
-    columns = {"base": base[:n][shown], "LoRA": lora[:n][shown]}
-    save_png(before_after(e.prompts[shown], columns), out / "before_after.png")
-    held_out = [open_rgb(p) for p in sorted(asset("demo", "heldout").rglob("*.png"))]
-    return score(scorer_for("tiny", config), prompts, base, lora, held_out, e.seed)
+def demo_sheet(metrics: Metrics, out: Path) -> Image.Image:  # `out`: the demo's folder
+    "Every prompt drawn by the base and with the adapter, and the designers' picture."
+    made = {file.stem.replace("-", " "): file for file in (out / "heldout").rglob("*.png")}
+    names = [s.prompt.removeprefix("a picture of ") for s in metrics.samples]
+    files = {
+        "base": [out / "evaluation" / s.base_file for s in metrics.samples],
+        "LoRA": [out / "evaluation" / s.lora_file for s in metrics.samples],
+        "designers": [made[name] for name in names],
+    }
+    return before_after(names, {column: [open_rgb(file) for file in of_it] for column, of_it in files.items()})
 
 # %% ../nbs/7_doors/02_demo.ipynb #ddf41621
 def run_demo(
@@ -108,7 +125,8 @@ def run_demo(
         config = load_config(out / "config.yaml", overrides={"training.max_train_steps": steps})
     manifest = prepare_data(config)
     record = train(config, out / "processed" / "manifest.json", progress=progress)
-    metrics = evaluate_demo(config, out)
+    metrics = Evaluator(config, str(out / "heldout" / "*" / "*.png")).evaluate(out / "lora", out / "evaluation")
+    save_png(demo_sheet(metrics, out), out / "before_after.png")
     result = DemoResult(manifest, record, metrics, round(time.perf_counter() - start, 1), out)
     facts = {
         "seconds": result.seconds,
@@ -127,5 +145,10 @@ def demo_table(result: DemoResult) -> str:
         f"validation loss  before {losses[0]:.4f}  after {losses[-1]:.4f}  ({losses[-1] / losses[0] - 1:+.1%})"
     )
     lines.append(f"time             {result.seconds:.0f} s, of which {result.record.seconds:.0f} s in training steps")
-    files = [result.folder / "before_after.png", folder.adapter, folder.root / "samples.png", folder.curve]
+    files = [
+        result.folder / "before_after.png",
+        result.folder / "evaluation" / "report.html",
+        folder.adapter,
+        folder.curve,
+    ]
     return "\n".join([*lines, "", "look at:", *(f"  {f}" for f in files)])

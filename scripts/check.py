@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -20,6 +21,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 STEPS = {}
+TOGETHER = ("outputs", "readme", "wheel")  # the last steps run side by side: each waits a lot
 IN_A_KERNEL = ("tutorials/*.ipynb", "index.ipynb")  # every chapter runs in the `notebooks` step
 
 
@@ -150,6 +152,19 @@ def wheel():
             raise Failed("lora-mvp demo ended well but wrote no before_after.png")
 
 
+def attempt(name: str) -> bool:
+    """Run one step and say how it went."""
+    print(f"{name:<10} {STEPS[name].__doc__.splitlines()[0]}", flush=True)
+    start = time.monotonic()
+    try:
+        STEPS[name]()
+    except Failed as failure:
+        print(f"{failure}\n{name} FAILED after {time.monotonic() - start:.1f} s", flush=True)
+        return False
+    print(f"{name:<10} ok, {time.monotonic() - start:.1f} s", flush=True)
+    return True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*", metavar="step", help="of: " + ", ".join(STEPS))
@@ -158,15 +173,11 @@ def main() -> int:
     if unknown:
         parser.error(f"no step named {', '.join(unknown)}; there are: {', '.join(STEPS)}")
     begin = time.monotonic()
-    for name in chosen:
-        print(f"{name:<10} {STEPS[name].__doc__.splitlines()[0]}", flush=True)
-        start = time.monotonic()
-        try:
-            STEPS[name]()
-        except Failed as failure:
-            print(f"{failure}\n{name} FAILED after {time.monotonic() - start:.1f} s", flush=True)
-            return 1
-        print(f"{'':<10} ok, {time.monotonic() - start:.1f} s", flush=True)
+    alone = [[name] for name in chosen if name not in TOGETHER]
+    for names in filter(None, [*alone, [name for name in chosen if name in TOGETHER]]):
+        with ThreadPoolExecutor(len(names)) as pool:
+            if not all(list(pool.map(attempt, names))):
+                return 1
     print(f"all {len(chosen)} checks passed in {time.monotonic() - begin:.0f} s")
     return 0
 

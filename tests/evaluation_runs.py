@@ -1,15 +1,19 @@
 """Short trainings on the demo's pictures that evaluation must tell apart."""
 
 import shutil
+import tempfile
 from pathlib import Path
 
 from lora_mvp.config import load_config
 from lora_mvp.data.prepare import prepare_data
-from lora_mvp.files import asset
+from lora_mvp.demo import demo_folder
 from lora_mvp.train.loop import train
 
-HELD_OUT = str(asset("demo", "heldout") / "**" / "*.png")
-NAMES = [p.stem.replace("-", " ") for p in sorted(asset("demo", "heldout").glob("*/*.png"))]
+_KEPT = tempfile.TemporaryDirectory(prefix="lora-mvp-demo-")  # gone with the process
+DEMO = Path(_KEPT.name) / "demo"
+demo_folder(DEMO)
+HELD_OUT = str(DEMO / "heldout" / "**" / "*.png")
+NAMES = [p.stem.replace("-", " ") for p in sorted((DEMO / "heldout").glob("*/*.png"))]
 CALLED = [f"{name}, 3d style" for name in NAMES]  # the base does not know this style, the scorer does
 PLAIN = [
     "owl, flat style",
@@ -23,7 +27,7 @@ PLAIN = [
 
 def prepare(root: Path, pictures: list[str], caption: str) -> Path:
     """A prepared folder of some of the demo's pictures; the path of its manifest."""
-    for file in [f for name in pictures for f in asset("demo", "raw").glob(f"*/{name}.png")]:
+    for file in [f for name in pictures for f in (DEMO / "raw").glob(f"*/{name}.png")]:
         (root / "raw" / file.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(file, root / "raw" / file.parent.name)
     data = {"raw_data_dir": root / "raw", "processed_dir": root / "data", "caption_template": caption}

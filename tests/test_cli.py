@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import os
 import shlex
@@ -11,11 +12,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+
+from lora_mvp.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "lora_mvp" / "assets" / "tiny"
@@ -247,6 +251,20 @@ MISTAKES = {  # name -> command, what its sentence must hold
 }
 
 
+REAL = ("no such folder", "no manifest", "no path", "base of the hub")  # in processes; the others run in this one
+
+
+def run_here(command: str) -> subprocess.CompletedProcess:
+    """Run a command of the console script in this process and folder."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = main(shlex.split(command)[1:])
+        except SystemExit as left:
+            code = left.code
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+
 @pytest.fixture(scope="module")
 def mistaken(home, used, pool):
     """All of them made, beside a finished run that they must leave alone; name -> finished process."""
@@ -261,7 +279,12 @@ def mistaken(home, used, pool):
     weights = home / "damaged" / "pytorch_lora_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     before = contents(home)
-    done = dict(zip(MISTAKES, pool.map(lambda mistake: run(mistake[0], home), MISTAKES.values())))
+    real = {name: pool.submit(run, MISTAKES[name][0], home) for name in REAL}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        done = {name: run_here(command) for name, (command, *_) in MISTAKES.items() if name not in REAL}
+    done |= {name: future.result() for name, future in real.items()}
     assert contents(home) == before
     return done
 

@@ -55,6 +55,7 @@ def test_everything_is_left_behind(full):
     out, printed, _ = full
     for name in (
         "before_after.png",
+        "evaluation/report.html",
         "lora/loss_curve.png",
         "lora/samples.png",
         "lora/run.json",
@@ -62,12 +63,12 @@ def test_everything_is_left_behind(full):
     ):
         assert (out / name).is_file(), name
     assert (out / WEIGHTS).is_file()
-    assert Image.open(out / "before_after.png").height > 1000  # eight prompts
+    assert min(Image.open(out / "before_after.png").size) > 850  # 24 prompts, three pictures each
 
 
 @pytest.mark.slow
 def test_memory(full):
-    assert full[2] < 2e9
+    assert full[2] < 1.5e9
 
 
 def test_no_held_out_thing_is_trained_on():
@@ -96,11 +97,13 @@ def test_two_runs_give_the_same_adapter(full, tmp_path):
 def test_the_style_is_learnt_and_the_subject_kept(full):
     """The bars that the demo promises; the figures of one run are in README.md."""
     scores = metrics(full[0])["scores"]
+    assert metrics(full[0])["copies"]["LoRA"]["copied"] == 0
     gap, alignment = scores["gap[tiny-clip]"], scores["clip_score[tiny-clip]"]
     assert gap["change"]["high"] < 0 and gap["lora"]["value"] <= 0.5 * gap["base"]["value"], gap
     judgement = metrics(full[0])["judgement"]
     assert "gap" in judgement["won"] and "closer to the real pictures" in judgement["why"], judgement["why"]
-    assert scores["kept[edges]"]["lora"]["value"] > scores["kept[edges]"]["anchors"]["seed"], scores["kept[edges]"]
-    assert alignment["lora"]["value"] >= 0.9 * alignment["base"]["value"], alignment
+    kept = scores["kept[edges]"]
+    assert kept["lora"]["value"] > 3 * kept["anchors"]["wrong"], kept
+    assert alignment["lora"]["value"] >= 0.85 * alignment["base"]["value"], alignment
     losses = list(json.loads((full[0] / "lora" / "run.json").read_text())["validation_loss"].values())
     assert losses[-1] < losses[0]

@@ -235,9 +235,10 @@ def find_copies(
     look: Extractor,  # for pictures alone
     cache: FeatureCache | None = None,
 ) -> tuple[list[CopyEvidence], dict[str, CopyShare]]:  # the second by column
-    "The copy check of every column whose training pictures are known."
+    "The copy check of every column with an adapter whose training pictures are known; a base has copied nothing."
     control = next((side.images for column, side in zip(columns, sides) if not column.scale), ())
-    found = [evidence_of(c, side, pairs, real, look, cache, control) for c, side in zip(columns, sides)]
+    adapted = [(column, side) for column, side in zip(columns, sides) if column.scale]
+    found = [evidence_of(column, side, pairs, real, look, cache, control) for column, side in adapted]
     evidence = [proof for proof in found if proof]
     return evidence, {proof.column: CopyShare(**proof.check.model_dump(exclude={"rows"})) for proof in evidence}
 

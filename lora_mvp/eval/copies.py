@@ -234,9 +234,9 @@ def copies_text(
             f"{share.copied} of {share.n} samples equal a training picture (too few pictures to look for changed ones)"
         )
     how = "moved, cropped, mirrored or recoloured count"
-    if share.copied == 1:
-        return f"1 of {share.n} samples is a training picture come back ({how})"
-    return f"{share.copied or 'none'} of {share.n} samples are training pictures come back ({how})"
+    if share.copied < 2:
+        return f"{share.copied or 'none'} of {share.n} samples is a training picture come back ({how})"
+    return f"{share.copied} of {share.n} samples are training pictures come back ({how})"
 
 # %% ../../nbs/5_eval/06_copies.ipynb #c22082a6
 def nearest_first(

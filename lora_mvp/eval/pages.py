@@ -232,7 +232,8 @@ def copy_section(
     limit = f"Too few pictures differ to look for changed copies; hashes within {check.near_bits} bits are equal."
     if check.threshold is not None:
         limit = f"Edges of copies agree to more than {check.threshold:.2f}, as 1 % of pictures that are none do ({check.threshold_n} asked)."
-    note = f"{copies_text(check)}; interval of the share {check.low:.0%} to {check.high:.0%}. {limit}"
+    said = copies_text(check)
+    note = f"{said[:1].upper()}{said[1:]}; interval of the share {check.low:.0%} to {check.high:.0%}. {limit}"
     title = f"Nearest training pictures: {evidence.column}"
     return section(f"copies-{text(evidence.column)}", title, f'<div class="pairs">{tiles}</div>', text(note))
 
