@@ -23,7 +23,7 @@ from .data.prepare import prepare_data
 from .data.tables import summary
 from .errors import LoraMvpError
 from .eval.evaluator import Evaluator
-from .eval.records import Metrics, table
+from .eval.records import Metrics, table, with_interval
 from .files import asset, atomic_write, save_png
 from .sheets import Tile, contact_sheet
 from .train.loop import train
@@ -136,11 +136,26 @@ def run_demo(
     atomic_write(out / "demo.json", json.dumps(facts, indent=2) + "\n")
     return result
 
+# %% ../nbs/7_doors/02_demo.ipynb #d0e30002
+def in_words(m: Metrics) -> list[str]:  # lines
+    "Style, subject and price of the demo."
+    scores = {name.partition("[")[0]: score for name, score in m.scores.items()}
+    gap, kept, match = scores["gap"], scores["kept"], scores["clip_score"]
+    change = {name: with_interval(score.change, "+.1f") for name, score in scores.items()}
+    train, wrong = gap.anchors.get("train"), kept.anchors.get("wrong")
+    about = f"; training pictures come to {train:.1f}" if train is not None else ""
+    other = f"; pictures of other prompts share {wrong:.0f} %" if wrong is not None else ""
+    return [
+        f"style    distance to the designers' pictures {gap.base.value:.1f} -> {gap.lora.value:.1f} ({change['gap']}){about}",
+        f"subject  {kept.lora.value:.0f} % of the edges of the base's pictures are kept{other}",
+        f"price    match with the prompt {match.base.value:.1f} -> {match.lora.value:.1f} ({change['clip_score']})",
+    ]
+
 # %% ../nbs/7_doors/02_demo.ipynb #e70dae2d
 def demo_table(result: DemoResult) -> str:
     "The demo's end: loss and scores before and after, and where the files are."
     losses, folder = list(result.record.validation_loss.values()), RunFolder(result.folder / "lora")
-    lines = [summary(result.manifest), "", table(result.metrics), ""]
+    lines = [summary(result.manifest), "", table(result.metrics), "", *in_words(result.metrics)]
     lines.append(
         f"validation loss  before {losses[0]:.4f}  after {losses[-1]:.4f}  ({losses[-1] / losses[0] - 1:+.1%})"
     )
