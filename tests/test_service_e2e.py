@@ -17,7 +17,7 @@ from lora_mvp.api.folders import JobFolder
 from lora_mvp.cli import main
 from lora_mvp.config import LoraMvpError
 
-SMALL = {"pretrained_model": "tiny", "resolution": 64, "save_pipeline": False, "max_train_steps": 24, "batch_size": 2}
+SMALL = {"pretrained_model": "tiny", "resolution": 64, "save_pipeline": False, "max_train_steps": 72, "batch_size": 2}
 SMALL |= {"gradient_accumulation": 1, "lr_warmup_steps": 1, "checkpointing_steps": 8, "learning_rate": 1e-3}
 SMALL |= {"lora_rank": 4, "lora_dropout": 0.1, "sample_prompts": ["a disc"]}
 ADAPTER = "lora_adapter/pytorch_lora_weights.safetensors"
@@ -126,8 +126,8 @@ def test_a_submit_over_a_connection_that_breaks_makes_one_job(story):
 def test_a_training_survives_its_trainer_and_the_server(story):
     assert story["end"]["status"] == "succeeded" and story["end"]["attempt"] == 2, story["end"]
     first, second = steps(story["seen"], 1), steps(story["seen"], 2)
-    assert first == list(range(1, len(first) + 1)) and 9 <= len(first) < 24
-    assert second == list(range(second[0], 25)) and second[0] in (9, 17)  # from a checkpoint, not from the start
+    assert first == list(range(1, len(first) + 1)) and 9 <= len(first) < 72
+    assert second == list(range(second[0], 73)) and second[0] in range(9, 73, 8)  # from a checkpoint, not from the start
 
 
 def test_a_client_sees_every_event_once(story):
@@ -215,7 +215,7 @@ def test_commands_look_at_jobs(lora_mvp, story, home):
     id = story["job"]["job_id"]
     assert id in lora_mvp("jobs", "list", "--kind", "train")[1]
     code, out, _ = lora_mvp("jobs", "status", id)
-    assert code == 0 and "succeeded" in out and "step 24 of 24" in out
+    assert code == 0 and "succeeded" in out and "step 72 of 72" in out
     assert json.loads(lora_mvp("jobs", "status", id, "--json")[1])["job_id"] == id
     code, out, err = lora_mvp("jobs", "status", id, "--watch")
     assert code == 0 and "succeeded" in err
