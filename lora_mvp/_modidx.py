@@ -2652,4 +2652,5 @@ d = { 'settings': { 'branch': 'main',
                                   'lora_mvp.widgets.progress_words': ('7_doors/widgets.html#progress_words', 'lora_mvp/widgets.py'),
                                   'lora_mvp.widgets.span': ('7_doors/widgets.html#span', 'lora_mvp/widgets.py')},
             'lora_mvp.words': { 'lora_mvp.words.as_words': ('words.html#as_words', 'lora_mvp/words.py'),
+                                'lora_mvp.words.capital': ('words.html#capital', 'lora_mvp/words.py'),
                                 'lora_mvp.words.printable': ('words.html#printable', 'lora_mvp/words.py')}}}

@@ -23,7 +23,7 @@ from .data.prepare import prepare_data
 from .data.tables import summary
 from .errors import LoraMvpError
 from .eval.evaluator import Evaluator
-from .eval.records import Metrics, table, with_interval
+from .eval.records import Metrics, Score, table, with_interval
 from .files import asset, atomic_write, save_png
 from .sheets import Tile, contact_sheet
 from .train.loop import train
@@ -141,14 +141,15 @@ def in_words(m: Metrics) -> list[str]:  # lines
     "Style, subject and price of the demo."
     scores = {name.partition("[")[0]: score for name, score in m.scores.items()}
     gap, kept, match = scores["gap"], scores["kept"], scores["clip_score"]
-    change = {name: with_interval(score.change, "+.1f") for name, score in scores.items()}
-    train, wrong = gap.anchors.get("train"), kept.anchors.get("wrong")
-    about = f"; training pictures come to {train:.1f}" if train is not None else ""
-    other = f"; pictures of other prompts share {wrong:.0f} %" if wrong is not None else ""
+
+    def moved(score: Score) -> str:
+        return f"{score.base.value:.1f} -> {score.lora.value:.1f} ({with_interval(score.change, '+.1f')})"
+
+    train, other = gap.anchors["train"], kept.anchors["wrong"]
     return [
-        f"style    distance to the designers' pictures {gap.base.value:.1f} -> {gap.lora.value:.1f} ({change['gap']}){about}",
-        f"subject  {kept.lora.value:.0f} % of the edges of the base's pictures are kept{other}",
-        f"price    match with the prompt {match.base.value:.1f} -> {match.lora.value:.1f} ({change['clip_score']})",
+        f"style    distance to the designers' pictures {moved(gap)}; training pictures come to {train:.1f}",
+        f"subject  {kept.lora.value:.0f} % of the edges of the base's pictures are kept; pictures of other prompts share {other:.0f} %",
+        f"price    match with the prompt {moved(match)}",
     ]
 
 # %% ../nbs/7_doors/02_demo.ipynb #e70dae2d

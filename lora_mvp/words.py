@@ -17,6 +17,11 @@ def as_words(
     text = "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in unicodedata.normalize("NFC", text))
     return " ".join(text.split())
 
+# %% ../nbs/03_words.ipynb #d0e40002
+def capital(text: str) -> str:
+    "Text that begins with a capital letter; the rest stays as it is."
+    return text[:1].upper() + text[1:]
+
 # %% ../nbs/03_words.ipynb #d22430f0
 def printable(
     path: str | bytes | os.PathLike,  # any path, also one that is not valid UTF-8

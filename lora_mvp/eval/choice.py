@@ -20,6 +20,7 @@ from .samples import SamplePlan
 from .verdicts import Judgement
 from ..html import fold, html_table, page, png_uri, section, text
 from ..sheets import Tile, contact_sheet, text_table
+from ..words import capital
 
 # %% ../../nbs/5_eval/16_choice.ipynb #2408224c
 class CheckpointScore(BaseModel):
@@ -168,8 +169,7 @@ def choice_page(
     head, *rows = choice_rows(choice)
     items = "".join(f"<li>{text(w.message)}</li>" for w in choice.warnings)
     confirmed = f"<p>Against the base, {text(confirmation_text(choice.confirm))}</p>" if choice.confirm else ""
-    why = choice.why[:1].upper() + choice.why[1:]
-    what = f'<p class="verdict">{text(choice.path or "The base")}: {text(why)}</p>{confirmed}'
+    what = f'<p class="verdict">{text(choice.path or "The base")}: {text(capital(choice.why))}</p>{confirmed}'
     counted = f"{len(choice.scores)} candidates, {choice.n_prompts} prompts, {choice.n_real} real pictures."
     table = fold("All candidates in numbers", f'<p class="note">{text(counted)}</p>{html_table(head, rows)}')
     steps = f'<img class="plot" src="{png_uri(plot)}" alt="scores over the steps">{table}'

@@ -12,6 +12,7 @@ from .copies import CopyEvidence, copies_text, nearest_first
 from .records import Metrics, Score, with_interval
 from .verdicts import ANCHORS, Comparison, words_of
 from ..html import Measure, fold, html_table, jpeg_uri, measure_bars, page, section, text, tile
+from ..words import capital
 
 # %% ../../nbs/5_eval/12_pages.ipynb #ce173782
 def pair_tile(
@@ -67,8 +68,7 @@ def headline(
     j, (a, b) = metrics.judgement, metrics.columns
     if j is None:
         return ""
-    why = j.why[:1].upper() + j.why[1:]
-    return f"{TITLES[j.verdict].format(a=a, b=b)}. {why}"
+    return f"{TITLES[j.verdict].format(a=a, b=b)}. {capital(j.why)}"
 
 # %% ../../nbs/5_eval/12_pages.ipynb #c67e36d8
 def verdict_section(
@@ -113,7 +113,7 @@ def score_bars(
         if change.value is None
         else f'<p class="note">{text(columns[1])} minus {text(columns[0])}: {change.value:+.1f}{ends}, {n}</p>'
     )
-    return f"<h3>{text(what[:1].upper() + what[1:])} <small>{better} is better</small></h3>{measure_bars(rows)}{said}"
+    return f"<h3>{text(capital(what))} <small>{better} is better</small></h3>{measure_bars(rows)}{said}"
 
 # %% ../../nbs/5_eval/12_pages.ipynb #2b81e207
 def bars_section(
@@ -232,8 +232,7 @@ def copy_section(
     limit = f"Too few pictures differ to look for changed copies; hashes within {check.near_bits} bits are equal."
     if check.threshold is not None:
         limit = f"Edges of copies agree to more than {check.threshold:.2f}, as 1 % of pictures that are none do ({check.threshold_n} asked)."
-    said = copies_text(check)
-    note = f"{said[:1].upper()}{said[1:]}; interval of the share {check.low:.0%} to {check.high:.0%}. {limit}"
+    note = f"{capital(copies_text(check))}; interval of the share {check.low:.0%} to {check.high:.0%}. {limit}"
     title = f"Nearest training pictures: {evidence.column}"
     return section(f"copies-{text(evidence.column)}", title, f'<div class="pairs">{tiles}</div>', text(note))
 

@@ -60,7 +60,7 @@ def write_sheets(
         for k, page in enumerate(contact_sheets(done.plan, column.pictures)):
             save_png(page, out / f"contact_{column.folder}{f'-{k + 1}' if k else ''}.png")
     adapted = {c.name: c.folder for c in done.columns if c.scale}  # a base has copied nothing
-    for proof in (proof for proof in done.evidence if proof.column in adapted):
+    for proof in done.evidence:
         name = f"_{adapted[proof.column]}" if len(adapted) > 1 else ""
         save_png(nearest_sheet(proof.check, proof.images, proof.train), out / f"nearest_train{name}.png")
 
