@@ -152,16 +152,21 @@ def wheel():
             raise Failed("lora-mvp demo ended well but wrote no before_after.png")
 
 
+def say(text: str) -> None:
+    """Print in one go, so that lines of steps that run side by side stay whole."""
+    print(f"{text}\n", end="", flush=True)
+
+
 def attempt(name: str) -> bool:
     """Run one step and say how it went."""
-    print(f"{name:<10} {STEPS[name].__doc__.splitlines()[0]}", flush=True)
+    say(f"{name:<10} {STEPS[name].__doc__.splitlines()[0]}")
     start = time.monotonic()
     try:
         STEPS[name]()
     except Failed as failure:
-        print(f"{failure}\n{name} FAILED after {time.monotonic() - start:.1f} s", flush=True)
+        say(f"{failure}\n{name} FAILED after {time.monotonic() - start:.1f} s")
         return False
-    print(f"{name:<10} ok, {time.monotonic() - start:.1f} s", flush=True)
+    say(f"{name:<10} ok, {time.monotonic() - start:.1f} s")
     return True
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the browser and the laboratory of the tests
 
 from browser import browse  # noqa: E402
-from lab import jupyterlab, run_all  # noqa: E402
+from lab import button, cell, jupyterlab, pictures, run_all  # noqa: E402
 from live_service import end_jobs, serving, settings  # noqa: E402
 
 from lora_mvp.api.client import Client  # noqa: E402
@@ -31,26 +31,12 @@ CELLS = (
 PROMPTS = ("a picture of small airplane", "a picture of turtle")  # after the owl
 
 
-def cell(k: int) -> str:
-    """The output of a cell, as an expression."""
-    return f"[...document.querySelectorAll('.jp-CodeCell')][{k}].querySelector('.jp-OutputArea-output')"
-
-
-def button(k: int, word: str) -> str:
-    """A button in it."""
-    return f"[...{cell(k)}.querySelectorAll('button')].find(e => e.innerText.trim() == '{word}' && !e.disabled)"
-
-
-def seen(k: int) -> str:
-    """How many pictures of it can be seen."""
-    return f"[...{cell(k)}.querySelectorAll('img')].filter(e => e.naturalWidth > 0).length"
-
-
 def shot(page, k: int, name: str) -> None:
     """A picture of a cell's output."""
     page.js(f"{cell(k)}.scrollIntoView({{block: 'start', behavior: 'instant'}})")
     page.js("new Promise(done => setTimeout(done, 500))")
-    page.screenshot(IMAGES / name, f"{cell(k)}.firstElementChild")
+    shown = f"[...{cell(k)}.querySelectorAll('.jp-OutputArea-output')].at(-1)"  # below what libraries said
+    page.screenshot(IMAGES / name, f"{shown}.firstElementChild")
 
 
 def widgets(demo: Path) -> None:
@@ -60,34 +46,33 @@ def widgets(demo: Path) -> None:
     changes |= {"training.sample_prompts": ["a picture of fox face", "a picture of rocket"]}
     config = load_config(demo / "config.yaml", overrides=changes)
     with jupyterlab(demo, CELLS) as address, browse(address, demo / "chromium") as page:
-        page.call("Emulation.setDeviceMetricsOverride", width=1300, height=1500, deviceScaleFactor=1, mobile=False)
+        page.resize(1300, 1500)
         run_all(page)
 
         def on_step(report):
             if report.step == 45:
-                page.wait(f"{cell(0)}.innerText.includes('step 44 of 60') && {seen(0)} == 5")
+                page.wait(f"{cell(0)}.innerText.includes('step 44 of 60') && {pictures(0)} == 5")
                 shot(page, 0, "watch.png")
 
         train(config, demo / "processed" / "manifest.json", on_step=on_step, progress=False)
-        page.click(button(1, "draw"))
-        page.wait(f"{seen(1)} == 2 && {cell(1)}.innerText.includes('drawn in')")
+        page.wait(f"{pictures(1)} == 2 && {cell(1)}.innerText.includes('drawn in')")  # it draws at once
         shot(page, 1, "compare.png")
         page.click(button(2, "draw"))
         words = f"{cell(2)}.querySelector('input[type=text]')"
         for k, prompt in enumerate(PROMPTS, 1):
-            page.wait(f"{seen(2)} == {k} && {button(2, 'draw')}")
+            page.wait(f"{pictures(2)} == {k} && !{button(2, 'draw')}.disabled")
             page.click(words)
             page.js(f"{words}.select()")
             page.type(prompt)
             page.click(button(2, "draw"))
-        page.wait(f"{seen(2)} == {len(PROMPTS) + 1} && {button(2, 'draw')}")
+        page.wait(f"{pictures(2)} == {len(PROMPTS) + 1} && !{button(2, 'draw')}.disabled")
         page.click(button(2, "save"))
         page.wait(f"{cell(2)}.innerText.includes('saved as')")
         shot(page, 2, "playground.png")
 
 
 def service(demo: Path, home: Path) -> None:
-    """The page of the service after two trainings and an evaluation."""
+    """The page of the service after two trainings."""
     config = settings(home, demo, {}, tokens_file=None)
     changes = {"pretrained_model": "tiny", "max_train_steps": 100, "learning_rate": 8e-4, "batch_size": 8}
     changes |= {"gradient_accumulation": 1, "lr_warmup_steps": 10, "lora_rank": 8, "lora_targets": "all"}
@@ -99,9 +84,7 @@ def service(demo: Path, home: Path) -> None:
             for job in jobs:
                 client.wait(job["job_id"])
             with browse(url, home / "chromium") as page:
-                page.call(
-                    "Emulation.setDeviceMetricsOverride", width=1180, height=820, deviceScaleFactor=1, mobile=False
-                )
+                page.resize(1180, 820)
                 page.click("document.querySelector('.job')")
                 page.wait("[...document.querySelectorAll('#shown img')].filter(e => e.naturalWidth > 0).length >= 4")
                 page.js("scrollTo(0, 0)")

@@ -112,6 +112,11 @@ class Page:
         self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **options)
         self.call("Input.dispatchKeyEvent", type="keyUp", **options)
 
+    def resize(self, width, height):
+        """Another size of the window, in pixels; a narrow one is a phone's."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+
     def screenshot(self, file, element=None):
         """The window as a PNG file, or what lies around the element that an expression gives."""
         box = f"(b => ({{x: b.x, y: b.y, width: b.width, height: b.height, scale: 1}}))({element}.getBoundingClientRect())"

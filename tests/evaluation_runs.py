@@ -7,13 +7,13 @@ from pathlib import Path
 from lora_mvp.config import load_config
 from lora_mvp.data.prepare import prepare_data
 from lora_mvp.demo import demo_folder
+from lora_mvp.files import asset
 from lora_mvp.train.loop import train
 
 _KEPT = tempfile.TemporaryDirectory(prefix="lora-mvp-demo-")  # gone with the process
-DEMO = Path(_KEPT.name) / "demo"
-demo_folder(DEMO)
+DEMO = Path(_KEPT.name) / "demo"  # made by the first `prepare`
 HELD_OUT = str(DEMO / "heldout" / "**" / "*.png")
-NAMES = [p.stem.replace("-", " ") for p in sorted((DEMO / "heldout").glob("*/*.png"))]
+NAMES = [p.stem.replace("-", " ") for p in sorted(asset("demo", "heldout").glob("*/*.png"))]
 CALLED = [f"{name}, 3d style" for name in NAMES]  # the base does not know this style, the scorer does
 PLAIN = [
     "owl, flat style",
@@ -27,6 +27,8 @@ PLAIN = [
 
 def prepare(root: Path, pictures: list[str], caption: str) -> Path:
     """A prepared folder of some of the demo's pictures; the path of its manifest."""
+    if not DEMO.exists():
+        demo_folder(DEMO)
     for file in [f for name in pictures for f in (DEMO / "raw").glob(f"*/{name}.png")]:
         (root / "raw" / file.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(file, root / "raw" / file.parent.name)

@@ -57,3 +57,18 @@ def run_all(page):
     """Run all cells of the notebook that the page shows."""
     start_all(page)
     page.wait("window.ran", 180)  # Python's heavy modules are imported meanwhile
+
+
+def cell(k):
+    """The output of a cell, as an expression."""
+    return f"[...document.querySelectorAll('.jp-CodeCell')][{k}].querySelector('.jp-OutputArea')"
+
+
+def button(k, word):
+    """The button in it that says `word`."""
+    return f"[...{cell(k)}.querySelectorAll('button')].find(e => e.innerText.trim() == '{word}')"
+
+
+def pictures(k):
+    """How many pictures of a cell can be seen."""
+    return f"[...{cell(k)}.querySelectorAll('img')].filter(e => e.naturalWidth > 0).length"

@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
+from lora_mvp.demo import in_violet
 from lora_mvp.files import asset
 
 SIDE = 192
@@ -53,12 +54,7 @@ def duo(picture):
 
 
 def purple(picture):
-    y, x = np.mgrid[0:SIDE, 0:SIDE]
-    far = np.clip(np.hypot(x - SIDE / 2, y - SIDE / 2) / (SIDE * 0.7), 0, 1)[..., None]
-    inner, outer = np.array([120, 90, 230]), np.array([40, 20, 110])
-    ground = Image.fromarray((inner + (outer - inner) * far).astype("uint8"))
-    ground.paste(picture, (0, 0), picture.getchannel("A"))
-    return ground
+    return in_violet(picture)
 
 
 def sticker(picture):

@@ -104,6 +104,6 @@ def test_the_style_is_learnt_and_the_subject_kept(full):
     assert "gap" in judgement["won"] and "closer to the real pictures" in judgement["why"], judgement["why"]
     kept = scores["kept[edges]"]
     assert kept["lora"]["value"] > 3 * kept["anchors"]["wrong"], kept
-    assert alignment["lora"]["value"] >= 0.85 * alignment["base"]["value"], alignment
+    assert alignment["lora"]["value"] >= 0.9 * alignment["base"]["value"], alignment
     losses = list(json.loads((full[0] / "lora" / "run.json").read_text())["validation_loss"].values())
     assert losses[-1] < losses[0]

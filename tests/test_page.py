@@ -61,10 +61,6 @@ def service(tmp_path_factory, drawings):
         end_jobs(home / "jobs")
 
 
-def resize(page, width, height):
-    page.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
-
-
 def find(text):
     """The button that says `text`, as an expression."""
     return f"[...document.querySelectorAll('button')].find(b => b.textContent === '{text}' && b.offsetParent)"
@@ -74,7 +70,7 @@ def find(text):
 def page(service, tmp_path_factory):
     """The page, with the token typed in and the job chosen."""
     with browse("about:blank", tmp_path_factory.mktemp("browser")) as page:
-        resize(page, *DESKTOP)
+        page.resize(*DESKTOP)
         page.call("Page.enable")
         page.call("Page.addScriptToEvaluateOnNewDocument", source=WATCH)
         page.call("Page.navigate", url=service.url)
@@ -135,7 +131,7 @@ def test_a_hostile_name_is_text(page):
 
 
 def test_a_phone_needs_no_sideways_scroll(page):
-    resize(page, *PHONE)
+    page.resize(*PHONE)
     try:
         page.wait("document.querySelector('#shown').offsetParent && !document.querySelector('#jobs').offsetParent")
         assert no_sideways_scroll(page)
@@ -145,7 +141,7 @@ def test_a_phone_needs_no_sideways_scroll(page):
         page.click("document.querySelector('.job')")
         page.wait("!!document.querySelector('#shown').offsetParent")
     finally:
-        resize(page, *DESKTOP)
+        page.resize(*DESKTOP)
 
 
 def test_cancel_asks_and_then_cancels(page, service):

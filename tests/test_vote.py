@@ -83,7 +83,7 @@ def test_no_vote_is_lost_and_the_page_tells_nothing(finished, tmp_path, capsys):
 
 def vote_with_keys(page):
     """From the third pair on, on a phone; nothing that can be seen says who drew what."""
-    page.call("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=True)
+    page.resize(400, 800)
     for k in range(2, N):
         page.wait(f"document.querySelector('[name=pair]')?.value == '{k}' && document.readyState == 'complete'", 20)
         seen = page.js("document.documentElement.outerHTML + location.href + document.title")

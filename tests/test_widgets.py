@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from browser import browse, wait_for
-from lab import jupyterlab, run_all
+from lab import button, cell, jupyterlab, pictures, run_all
 from PIL import Image
 
 from lora_mvp.config import TrainingConfig, load_config
@@ -124,19 +124,6 @@ CELLS = (
     'from lora_mvp.widgets import Compare, Playground\ncompare = Compare("run", prompt="a disc", steps=2)\ncompare.view',
     'play = Playground("run", prompt="a disc", steps=2, out="kept")\nplay.view',
 )
-
-
-def cell(k):
-    return f"[...document.querySelectorAll('.jp-CodeCell')][{k}].querySelector('.jp-OutputArea')"
-
-
-def button(k, word):
-    return f"[...{cell(k)}.querySelectorAll('button')].find(e => e.innerText.trim() == '{word}')"
-
-
-def pictures(k):
-    """How many pictures of a cell can be seen."""
-    return f"[...{cell(k)}.querySelectorAll('img')].filter(e => e.naturalWidth > 0).length"
 
 
 @pytest.mark.slow
