@@ -31,10 +31,10 @@ CALL += ["3d style, on white", "an animal, 3d style"]  # close to the one captio
 PROMPTS = CALL + [prompt for k, prompt in enumerate(CALLED) if k % 3]
 
 
-def steep_run(root, rate, last, every):
-    """Four pictures, one caption, a high rate and rank: the longer, the more it draws the four whatever it is asked for."""
-    manifest = prepare(root, ["whale", "crab", "duck", "bear-face", "horse"], "3d style")
-    steep = {"learning_rate": rate, "lr_scheduler": "constant", "lora_rank": 32, "lora_alpha": 32, "batch_size": 4}
+def steep_run(root, pictures, last, every, **training):
+    """Few pictures, one caption, a high rate and rank: the longer, the more it draws the few whatever it is asked for."""
+    manifest = prepare(root, pictures, "3d style")
+    steep = {"learning_rate": 1e-3, "lora_rank": 32, "lora_alpha": 32} | training
     out = run(manifest, root / "lora", max_train_steps=last, checkpointing_steps=every, max_checkpoints=99, **steep)
     for step in range(2 * every, last, every):  # two are enough to choose from, and need fewer pictures
         shutil.rmtree(out / f"checkpoint-{step}")
@@ -44,13 +44,15 @@ def steep_run(root, rate, last, every):
 
 @pytest.fixture(scope="module")
 def overfitted(tmp_path_factory):
-    return steep_run(tmp_path_factory.mktemp("overfitted"), 1e-3, LAST, 12)
+    root, four = tmp_path_factory.mktemp("overfitted"), ["whale", "crab", "duck", "bear-face", "horse"]
+    return steep_run(root, four, LAST, 12, lr_scheduler="constant", batch_size=4)
 
 
 @pytest.fixture(scope="module")
 def copier(tmp_path_factory):
-    """Trained so long that its pictures are the four; for slow tests."""
-    return steep_run(tmp_path_factory.mktemp("copier"), 2e-3, 400, 20)
+    """Trained on one duck until it draws that duck; the horse is held out. For slow tests."""
+    root = tmp_path_factory.mktemp("copier")
+    return steep_run(root, ["duck", "horse"], 400, 20, lr_scheduler="cosine", batch_size=1)
 
 
 @pytest.fixture(scope="module")

@@ -122,7 +122,8 @@ def bars_section(
     "The scores that can be judged, as bars; what only describes is in the table."
     shown = {name: s for name, s in metrics.scores.items() if s.p is not None}
     shown |= {"prompts without the new thing": metrics.forgetting} if metrics.forgetting else {}
-    note = "The thin line is the 95 % interval. Paler bars are what known pictures come to."
+    note = "The thin line is the 95 % interval. Paler bars are what known pictures come to. "
+    note += "A distance can be below 0 where the prompts name the very things that the real pictures show."
     parts = "".join(score_bars(name, s, metrics.columns) for name, s in shown.items())
     return section("scores", "In numbers", parts, note)
 
