@@ -39,7 +39,10 @@ from lora_mvp.data.storage import crop_to, locked, portable_name
 from lora_mvp.data.tables import summary
 
 FLAT = facts_of(Image.new("RGB", (8, 8)))
-LOOSE = DataConfig(min_resolution=64, checks={"rotated": "warn", "had_alpha": "warn", "16bit": "warn", "cmyk": "warn"})
+STRICT = {"blurry": "reject"}
+LOOSE = DataConfig(
+    min_resolution=64, checks=STRICT | {"rotated": "warn", "had_alpha": "warn", "16bit": "warn", "cmyk": "warn"}
+)
 
 
 def picture(seed=0, size=(96, 80)):
@@ -319,11 +322,8 @@ def test_photographs():
     records = {name: inspect_image(path) for name, path in photographs().items()}
     good = ["astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png"]
     assert [records[name].status for name in good] == ["accepted"] * 7
-    assert [records[name].reason for name in ("color.png", "text.png", "multipage.tif")] == [
-        "blurry",
-        "too_small",
-        "animated",
-    ]
+    assert [records[name].reason for name in ("text.png", "multipage.tif")] == ["too_small", "animated"]
+    assert records["color.png"].warnings == ["blurry"]
     known = [name for name, record in records.items() if record.facts]
     pairs = near_duplicates([records[name].facts.phashes for name in known])
     assert {(known[i], known[j]) for i, j, _ in pairs} == {
@@ -361,7 +361,7 @@ def test_hostile_folder(tmp_path, copy):
     (raw / ".git" / "config").write_text("x")
     picture(99).save(raw / "lost.png")
     before = tree(raw)
-    manifest = prepare_data(settings(tmp_path), copy=copy)
+    manifest = prepare_data(settings(tmp_path, checks=STRICT), copy=copy)
     assert tree(raw) == before
     seen = [r.path for r in [*manifest.rejected, *manifest.ignored]] + [row.source for row in manifest.images]
     expected = {f"zoo/{n}" for n in [*files, "pipe.png", ".DS_Store"]} | {"linked_label", ".git", "lost.png"}
@@ -378,7 +378,11 @@ def test_hostile_folder(tmp_path, copy):
     assert {row.stored for row in manifest.images} == ({"processed"} if copy else {"linked"})
     after = tree(tmp_path / "out")
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("[!.]*/**/*.*")}
-    assert prepare_data(settings(tmp_path), copy=copy) == manifest == read_manifest(tmp_path / "out" / "manifest.json")
+    assert (
+        prepare_data(settings(tmp_path, checks=STRICT), copy=copy)
+        == manifest
+        == read_manifest(tmp_path / "out" / "manifest.json")
+    )
     assert tree(tmp_path / "out") == after
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
     for row in manifest.images:
@@ -653,7 +657,7 @@ def test_severities(tmp_path):
     raw = fill(tmp_path / "raw", cat=3)
     for name in ("soft.png", "small.png"):
         (raw / "cat" / name).write_bytes(zoo()[name][0])
-    manifest = prepare_data(settings(tmp_path, checks={"blurry": "warn", "too_small": "off"}))
+    manifest = prepare_data(settings(tmp_path, checks={"too_small": "off"}))  # blurry warns by itself
     found = {row.source: [(r.code, r.severity) for r in row.reasons] for row in manifest.images}
     assert found["cat/soft.png"] == [("blurry", "warn")] and found["cat/small.png"] == []
     (reason,) = next(row for row in manifest.images if row.source == "cat/soft.png").reasons

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import AppConfig, DataConfig
+from ..config import AppConfig, DataConfig, TrainingConfig
 from .captioners import AutoCaptioner, AutoCaptions
 from .captions import caption_of, caption_tokenizer, length_warnings
-from .looks import ImageRecord, judge_look
+from .looks import ImageRecord, judge_look, look_options
 from .manifest import Manifest, Seen
 from .overrides import Override, decided, read_overrides
 from .raw import scan
@@ -35,10 +35,11 @@ def look_at_all(
     files: list[File],  # from `scan`
     data: DataConfig,
     cache: Path | None = None,  # what earlier runs found, by content
+    training: TrainingConfig | None = None,  # how large pictures are that are stored as they are
 ) -> list[File]:  # the same files, looked at and judged
     "Inspect every file that is still in question."
     waiting = [path for path, record in files if record.status == "accepted"]
-    looks = survey(waiting, cache, max_pixels=data.max_pixels, background=data.background)
+    looks = survey(waiting, cache, **look_options(data, training))
     found = dict(zip(waiting, looks, strict=True))
     return [(p, judge_look(found[p], r.path, r.label, data) if p in found else r) for p, r in files]
 
@@ -245,7 +246,7 @@ def assess(
 ) -> Assessment:
     "Find, look, judge, caption, group, split: all that writes nothing but the captioner's words."
     data, overrides, past = config.data, read_overrides(Path(config.data.processed_dir)), past_of(before, config.data)
-    files = look_at_all(scan(Path(data.raw_data_dir)), data, cache)
+    files = look_at_all(scan(Path(data.raw_data_dir)), data, cache, config.training)
     files = overrule(note_copies(files, data), overrides)
 
     automatic = captioner(config, accepted(files))

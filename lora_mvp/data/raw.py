@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from .captions import SIDECARS
-from .images import claimed_format
+from .kinds import claimed_format
 from .looks import ImageRecord
 from ..errors import LoraMvpError
 from ..words import printable
