@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/1_data/00a_kinds.ipynb #4dc1195a
+# %% ../../nbs/1_data/00a_kinds.ipynb #5e17d210
 import os
 import re
 import struct
@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from PIL import Image, features
 
-# %% ../../nbs/1_data/00a_kinds.ipynb #11c8644c
+# %% ../../nbs/1_data/00a_kinds.ipynb #9c44ce72
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")  # no format that starts other programs (EPS)
 HEIF_ENDINGS = (".heic", ".heif", ".hif", ".heics", ".heifs")
 
-# %% ../../nbs/1_data/00a_kinds.ipynb #a186cb40
+# %% ../../nbs/1_data/00a_kinds.ipynb #7612b98f
 @cache
 def readable_formats() -> tuple[str, ...]:  # as Pillow calls them
     "The formats that can be read here; HEIF is one of them where the extra `heic` is installed."
@@ -30,7 +30,7 @@ def readable_formats() -> tuple[str, ...]:  # as Pillow calls them
     register_heif_opener(thumbnails=False)
     return (*FORMATS, "HEIF")
 
-# %% ../../nbs/1_data/00a_kinds.ipynb #61b83d83
+# %% ../../nbs/1_data/00a_kinds.ipynb #717eea94
 @cache
 def readers() -> dict[str, str]:  # library -> version
     "What a look at a file depends on besides the file."
@@ -43,7 +43,7 @@ def readers() -> dict[str, str]:  # library -> version
         found["heif"] = pillow_heif.__version__
     return found
 
-# %% ../../nbs/1_data/00a_kinds.ipynb #07fbbc59
+# %% ../../nbs/1_data/00a_kinds.ipynb #307d24d5
 class Kind(NamedTuple):
     "A picture format that is not read."
 
@@ -52,9 +52,7 @@ class Kind(NamedTuple):
     starts: tuple[str, ...]  # regular expressions of the first bytes
     endings: tuple[str, ...]
 
-
-SAVE = "open it in the program it comes from and save it as PNG or JPEG"
-DEVELOP = "develop it in a raw converter and save it as JPEG, PNG or TIFF"
+# %% ../../nbs/1_data/00a_kinds.ipynb #03a5deb6
 RAW = ".cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .dng .orf .rw2 .raf .pef .srw .x3f .3fr .fff .iiq .erf .mrw .mef .mos .kdc .dcr .rwl"
 KINDS = (
     Kind(
@@ -65,26 +63,15 @@ KINDS = (
     ),
     Kind(
         "AVIF",
-        "this Pillow was built without AVIF; use the wheel from PyPI, or save it as PNG",
+        "this Pillow was built without AVIF; use the wheel from PyPI",
         (rb".{4}ftypavi[fs]",),
         (".avif", ".avifs"),
     ),
-    Kind(
-        "JPEG XL",
-        "save it as PNG or JPEG, for example with djxl FILE.jxl FILE.png",
-        (rb"\xff\x0a", rb"\0{3}\x0cJXL \r\n\x87\n"),
-        (".jxl",),
-    ),
-    Kind(
-        "JPEG 2000",
-        SAVE,
-        (rb"\0{3}\x0cjP  \r\n\x87\n", rb"\xff\x4f\xff\x51"),
-        (".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc"),
-    ),
+    Kind("JPEG XL", "save it as PNG, for example with djxl", (rb"\xff\x0a", rb"\0{3}\x0cJXL \r\n\x87\n"), (".jxl",)),
     Kind("Photoshop document", "export it as PNG from Photoshop or GIMP", (rb"8BPS",), (".psd", ".psb")),
     Kind(
         "camera raw",
-        DEVELOP,
+        "develop it in a raw converter and save it as JPEG, PNG or TIFF",
         (
             rb".{4}ftypcrx ",
             rb"FUJIFILMCCD-RAW",
@@ -96,27 +83,27 @@ KINDS = (
         ),
         tuple(RAW.split()),
     ),
-    Kind(
-        "GIMP or Krita document",
-        "export it as PNG from GIMP or Krita",
-        (rb"gimp xcf", rb"PK.{28}mimetypeapplication/x-krita"),
-        (".xcf", ".kra"),
-    ),
-    Kind(
-        "OpenEXR or Radiance HDR picture",
-        "map its tones to 8 bits and save it as PNG",
-        (rb"v/1\x01", rb"#\?(RADIANCE|RGBE)"),
-        (".exr", ".hdr"),
-    ),
-    Kind(
-        "QOI, ICO, DDS, TGA, PCX or SGI picture",
-        SAVE,
-        (rb"qoif", rb"\0\0\x01\0[^\0]\0", rb"DDS ", rb"\x01\xda[\0\x01][\x01\x02]\0[\x01-\x03]"),
-        (".qoi", ".ico", ".dds", ".tga", ".pcx", ".sgi"),
+    *(
+        Kind(name, "open it in the program it comes from and save it as PNG or JPEG", starts, tuple(endings.split()))
+        for name, starts, endings in (
+            ("JPEG 2000", (rb"\0{3}\x0cjP  \r\n\x87\n", rb"\xff\x4f\xff\x51"), ".jp2 .j2k .jpf .jpx .j2c .jpc"),
+            ("GIMP document", (rb"gimp xcf",), ".xcf"),
+            ("Krita document", (rb"PK.{28}mimetypeapplication/x-krita",), ".kra"),
+            ("OpenEXR picture", (rb"v/1\x01",), ".exr"),
+            ("Radiance HDR picture", (rb"#\?(RADIANCE|RGBE)",), ".hdr"),
+            ("QOI picture", (rb"qoif",), ".qoi"),
+            ("icon", (rb"\0\0[\x01\x02]\0[^\0]\0", rb"icns"), ".ico .cur .icns"),
+            ("DirectX texture", (rb"DDS ",), ".dds"),
+            ("Targa picture", (), ".tga"),
+            ("PCX picture", (rb"\x0a[\0-\x05]\x01[\x01\x02\x04\x08]",), ".pcx"),
+            ("SGI picture", (rb"\x01\xda[\0\x01][\x01\x02]\0[\x01-\x03]",), ".sgi"),
+            ("FITS picture", (rb"SIMPLE  =",), ".fits"),
+            ("DICOM picture", (rb".{128}DICM",), ".dcm"),
+        )
     ),
 )
 
-# %% ../../nbs/1_data/00a_kinds.ipynb #8b45a13a
+# %% ../../nbs/1_data/00a_kinds.ipynb #1abc2944
 def unread_kind(
     data: bytes,  # a whole file, or its first bytes
 ) -> Kind | None:  # None: not known
@@ -124,7 +111,7 @@ def unread_kind(
     start = data[:1024]
     return next((kind for kind in KINDS for pattern in kind.starts if re.match(pattern, start, re.DOTALL)), None)
 
-# %% ../../nbs/1_data/00a_kinds.ipynb #58d8c9d2
+# %% ../../nbs/1_data/00a_kinds.ipynb #2745d87b
 def tiff_tags(
     data: bytes,  # a TIFF, or the EXIF part of another file
 ) -> dict[int, tuple[int, int]]:  # tag -> type (3: short, 4: long), value; of a list: where it lies
@@ -141,7 +128,7 @@ def tiff_tags(
         found.setdefault(tag, (kind, short if kind == 3 and n == 1 else value))
     return found
 
-# %% ../../nbs/1_data/00a_kinds.ipynb #a7d61c77
+# %% ../../nbs/1_data/00a_kinds.ipynb #6a53f7a4
 def is_camera_raw(
     data: bytes,  # a whole file
 ) -> bool:
@@ -152,7 +139,7 @@ def is_camera_raw(
     preview = tags.get(254, 0) & 1 and 330 in tags  # a small version, and the place of the large one
     return 50706 in tags or tags.get(262) in (32803, 34892) or bool(preview)  # DNG; the mosaic of a sensor
 
-# %% ../../nbs/1_data/00a_kinds.ipynb #cf38f219
+# %% ../../nbs/1_data/00a_kinds.ipynb #9832a6d7
 @cache
 def endings() -> dict[str, str]:  # ending -> format as Pillow calls it, or the name of a kind
     "The endings of pictures."
