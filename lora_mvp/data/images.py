@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from .colours import eight_bits, in_srgb, png_chunks, profiles_of
-from .kinds import KINDS, is_camera_raw, readable_formats, tiff_tags, unread_kind
+from .kinds import KINDS, is_camera_raw, not_read, readable_formats, tiff_tags, unread_kind
 from ..errors import LoraMvpError
 
 # %% ../../nbs/1_data/01_images.ipynb #454a0d37
@@ -102,14 +102,14 @@ def no_reader(
 ) -> LoraMvpError:  # `unread_format`, `unsupported_mode` or `unreadable`; to be raised by the caller
     "What is to be said about it."
     if kind := unread_kind(data):
-        return LoraMvpError("unread_format", f"{kind.name}: {kind.way_out}")
+        return not_read(kind)
     if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         text = "a TIFF with pixels of a kind that is not read; save it with 8 or 16 whole bits per channel"
         return LoraMvpError("unsupported_mode", text)
-    return LoraMvpError("unreadable", f"not in one of the formats {', '.join(readable_formats())}")
+    return LoraMvpError("unreadable", f"damaged, or not in one of the formats {', '.join(readable_formats())}")
 
 # %% ../../nbs/1_data/01_images.ipynb #2184e042
-RAW_TEXT = "camera raw: " + next(kind.way_out for kind in KINDS if kind.name == "camera raw")
+RAW_KIND = next(kind for kind in KINDS if kind.name == "camera raw")
 MAX_PIXELS = 64_000_000  # 192 MB as RGB; a picture of 400 bytes can claim more
 SEVERAL = {"MPO", "HEIF"}  # formats that hold further views of one photo; the first is the photo
 
@@ -120,7 +120,7 @@ def open_header(
 ) -> Image.Image:  # not decoded yet
     "The picture's header, checked; raises `LoraMvpError` with one of the codes of `REASONS`."
     if is_camera_raw(data):
-        raise LoraMvpError("unread_format", RAW_TEXT)
+        raise not_read(RAW_KIND)
     try:
         im = Image.open(io.BytesIO(data), formats=readable_formats())
     except UnidentifiedImageError as e:

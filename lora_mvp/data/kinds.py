@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from PIL import Image, features
 
+from ..errors import LoraMvpError
+
 # %% ../../nbs/1_data/00a_kinds.ipynb #9c44ce72
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")  # no format that starts other programs (EPS)
 HEIF_ENDINGS = (".heic", ".heif", ".hif", ".heics", ".heifs")
@@ -108,8 +110,16 @@ def unread_kind(
     data: bytes,  # a whole file, or its first bytes
 ) -> Kind | None:  # None: not known
     "What a file is that no reader here knows, from its content."
-    start = data[:1024]
-    return next((kind for kind in KINDS for pattern in kind.starts if re.match(pattern, start, re.DOTALL)), None)
+    start, read = data[:1024], {"HEIC": "HEIF" in readable_formats(), "AVIF": features.check("avif")}
+    found = (kind for kind in KINDS for pattern in kind.starts if re.match(pattern, start, re.DOTALL))
+    return next((kind for kind in found if not read.get(kind.name)), None)
+
+# %% ../../nbs/1_data/00a_kinds.ipynb #f87f29cd
+def not_read(
+    kind: Kind,
+) -> LoraMvpError:  # `unread_format`; to be raised by the caller
+    "What is to be said about a picture of this kind."
+    return LoraMvpError("unread_format", f"{kind.name}: {kind.way_out}")
 
 # %% ../../nbs/1_data/00a_kinds.ipynb #2745d87b
 def tiff_tags(
@@ -154,3 +164,13 @@ def claimed_format(
 ) -> str | None:  # `PNG`, `JPEG`, `HEIF`, `camera raw` ...; None when the ending is not one of a picture
     "The format a file name claims."
     return endings().get(Path(os.fsdecode(path)).suffix.lower())
+
+# %% ../../nbs/1_data/00a_kinds.ipynb #a5c16b08
+def claimed_kind(
+    data: bytes,  # a whole file
+    path: str | os.PathLike,  # of the file; its ending counts
+) -> Kind | None:
+    "The kind that a file is by its ending, where the content says nothing against it."
+    kind = next((kind for kind in KINDS if kind.name == claimed_format(path)), None)
+    is_raw = kind is not None and kind.name == "camera raw" and data[:4] in (b"II*\0", b"MM\0*")
+    return kind if kind and (is_raw or not kind.starts) else None

@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel
 
 from ..config import DataConfig, TrainingConfig
-from .images import MAX_PIXELS, RAW_TEXT, REASONS, BeyondLimit, decode, open_header, read_regular
-from .kinds import claimed_format
+from .images import MAX_PIXELS, REASONS, BeyondLimit, decode, open_header, read_regular
+from .kinds import claimed_format, claimed_kind, not_read
 from ..errors import LoraMvpError
 from ..words import printable
 
@@ -125,6 +125,22 @@ class Look(BaseModel):
     notes: list[str] = []  # keys of `REASONS`: what had to be done to it
     facts: Facts | None = None  # None when it could not be decoded
 
+# %% ../../nbs/1_data/02_looks.ipynb #aa3177f7
+def decode_claimed(
+    data: bytes,  # a whole file
+    path: str | os.PathLike,  # of the file; its ending counts where the content does not say what it is
+    max_pixels: int,
+    background: str,
+) -> tuple[Image.Image, list[str]]:  # as `decode`
+    "`decode`, but a file that is in a format that is not read by its ending alone is named so."
+    kind = claimed_kind(data, path)
+    if kind and kind.starts:  # a camera's file, of which only the preview could be read
+        raise not_read(kind)
+    try:
+        return decode(data, max_pixels, background)
+    except LoraMvpError as e:
+        raise (not_read(kind) if kind and e.code == "unreadable" else e) from e
+
 # %% ../../nbs/1_data/02_looks.ipynb #15e486a2
 LOOK_VERSION = 3  # another number wherever the same file gives another `Look`
 
@@ -142,10 +158,8 @@ def look(
     try:
         data = read_regular(path)
         found.sha256, found.bytes = hashlib.sha256(data).hexdigest(), len(data)
-        im, found.notes = decode(data, max_pixels, background)
+        im, found.notes = decode_claimed(data, path, max_pixels, background)
         found.format = open_header(data, max_pixels).format.replace("MPO", "JPEG")
-        if found.format == "TIFF" and claimed_format(path) == "camera raw":  # its preview
-            raise LoraMvpError("unread_format", RAW_TEXT)
         found.facts = facts_of(im, side, by_area)
     except MemoryError:  # another time there may be more
         found.code, found.notes, found.detail = "decoder_crash", [], "not enough memory"
