@@ -36,11 +36,6 @@ def srgb_light(v: np.ndarray) -> np.ndarray:
     return np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)
 
 
-def video_light(v: np.ndarray) -> np.ndarray:
-    "ITU-R BT.709; `v` and the result are 0 to 1."
-    return np.where(v < 0.081, v / 4.5, ((v + 0.099) / 1.099) ** (1 / 0.45))
-
-
 def video_light_240(v: np.ndarray) -> np.ndarray:
     "SMPTE ST 240; `v` and the result are 0 to 1."
     return np.where(v < 0.0912, v / 4, ((v + 0.1115) / 1.1115) ** (1 / 0.45))
@@ -49,7 +44,7 @@ def video_light_240(v: np.ndarray) -> np.ndarray:
 Curve = Callable[[np.ndarray], np.ndarray]
 HDR = {16: pq_light, 18: hlg_light}
 CURVES = HDR | {
-    **dict.fromkeys((1, 6, 11, 14, 15), video_light),
+    **dict.fromkeys((1, 6, 11, 14, 15), lambda v: v**2.4),  # video as a screen shows it, ITU-R BT.1886
     4: lambda v: v**2.2,
     5: lambda v: v**2.8,
     7: video_light_240,
