@@ -1008,3 +1008,71 @@ def test_scan_is_in_order_of_bytes(tmp_path):
     picture().save(raw / "A" / "z.png")
     paths = [record.path for _, record in scan(raw)]
     assert paths == sorted(paths, key=str.encode)
+
+
+# ---- a folder that somebody works in meanwhile
+
+
+def edit(path):
+    picture(50).save(path)
+
+
+def edit_in_place(path):
+    with open(path, "r+b") as file:
+        file.write(picture(51).tobytes()[:10])
+
+
+@pytest.mark.parametrize("mode", ["process", "copy", "link"])
+@pytest.mark.parametrize(
+    "happens", [edit, edit_in_place, lambda path: path.unlink(), lambda path: path.write_bytes(b"")]
+)
+def test_a_picture_that_changes_while_data_is_prepared_costs_that_picture(tmp_path, monkeypatch, mode, happens):
+    """It is named, the record is true of what was stored, and the next run takes it as it is then."""
+    from lora_mvp.data import prepare
+
+    raw = fill(tmp_path / "raw", cat=4)
+    planned = prepare.plan_files
+
+    def plan_and_change(found, data):
+        targets = planned(found, data)
+        happens(raw / "cat" / "cat_1.png")
+        return targets
+
+    monkeypatch.setattr(prepare, "plan_files", plan_and_change)
+    manifest = prepare_data(settings(tmp_path, materialise=mode))
+    monkeypatch.setattr(prepare, "plan_files", planned)
+    assert [(r.path, r.reason) for r in manifest.rejected] == [("cat/cat_1.png", "changed")]
+    assert "cat/cat_1.png" in summary(manifest)
+    assert len(manifest.images) == 3 and len(manifest.history) == 3
+    for row in read_manifest(tmp_path / "out" / "manifest.json").images:
+        assert hashlib.sha256(manifest.path_of(row).read_bytes()).hexdigest() == row.sha256
+        assert hashlib.sha256((raw / row.source).read_bytes()).hexdigest() == row.source_sha256
+    stored = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.png")}
+    assert stored == {row.file for row in manifest.images}
+    again = prepare_data(settings(tmp_path, materialise=mode))
+    assert "changed" not in {r.reason for r in again.rejected}
+    assert len(again.images) == (4 if happens is edit else 3)
+
+
+def test_every_picture_changes(tmp_path, monkeypatch):
+    from lora_mvp.data import prepare
+
+    raw, planned = fill(tmp_path / "raw", cat=2), prepare.plan_files
+    monkeypatch.setattr(prepare, "plan_files", lambda *a: (planned(*a), shutil.rmtree(raw / "cat"))[0])
+    with pytest.raises(prepare.NothingAccepted) as e:
+        prepare_data(settings(tmp_path))
+    assert "2 changed" in str(e.value) and e.value.manifest.counts["rejected"] == 2
+
+
+def test_pictures_are_stored_again_when_they_are_read_in_another_way(tmp_path):
+    """A manifest of a version that read colours otherwise does not vouch for what it stored."""
+    fill(tmp_path / "raw", cat=3)
+    first = prepare_data(settings(tmp_path))
+    path = tmp_path / "out" / "manifest.json"
+    content = json.loads(path.read_text())
+    row = content["images"][0]
+    pale = encoded(Image.new("RGB", (32, 32), "grey"))
+    (tmp_path / "out" / row["file"]).write_bytes(pale)
+    row["sha256"], row["facts"]["pixel_sha256"] = hashlib.sha256(pale).hexdigest(), "of another reading"
+    path.write_text(json.dumps(content))
+    assert prepare_data(settings(tmp_path)).images == first.images

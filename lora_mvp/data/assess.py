@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import AppConfig, DataConfig, TrainingConfig
-from .captioners import AutoCaptioner, AutoCaptions
+from .captioners import AutoCaptioner, AutoCaptions, unchanged
 from .captions import caption_of, caption_tokenizer, length_warnings
 from .looks import ImageRecord, judge_look, look_options
 from .manifest import Manifest, Seen
@@ -101,7 +101,9 @@ def automatic_captions(
     captions = known_captions(config, accepted)
     plain = "{stem}"  # any template: only the place that a caption comes from matters here
     if captions:
-        captions.fill({r.sha256: path for path, r in accepted if caption_of(path, plain, r.label)[1] == "template"})
+        paths = {r.sha256: path for path, r in accepted if caption_of(path, plain, r.label)[1] == "template"}
+        seen = {path: sha256 for sha256, path in paths.items()}
+        captions.fill(paths, opened=lambda path: unchanged(path, seen[path]))
     return captions
 
 # %% ../../nbs/1_data/15_assess.ipynb #3d0c5d28

@@ -6,11 +6,10 @@
 __all__ = ['check_data', 'prepare_data']
 
 # %% ../../nbs/1_data/16_prepare.ipynb #bc0296a0
-import hashlib
 import logging
 import os
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from lora_mvp.data.storage import (
     unique_name,
 )
 from ..errors import LoraMvpError
-from ..files import make_folder, not_writable
+from ..files import file_sha256, make_folder, not_writable
 from ..words import printable
 
 # %% ../../nbs/1_data/16_prepare.ipynb #ff6af755
@@ -198,16 +197,24 @@ def still_there(
     if row is None or not same_settings or any(getattr(row, key) != value for key, value in wanted.items()):
         return False
     path = out / row.file
-    if row.stored == "linked":
-        return path.is_file() and os.path.samefile(source, path)
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == row.sha256
+    if row.stored == "linked" and not (source.exists() and path.exists() and os.path.samefile(source, path)):
+        return False
+    return path.is_file() and file_sha256(path) == row.sha256
+
+# %% ../../nbs/1_data/16_prepare.ipynb #2524a4e2
+def same_pixels(
+    old: ManifestImage | None,  # of an earlier run
+    new: ManifestImage,
+) -> bool:
+    "Whether the raw picture looked the same then; another version of this package may read its colours in another way."
+    return bool(old and old.facts and new.facts) and old.facts.pixel_sha256 == new.facts.pixel_sha256
 
 # %% ../../nbs/1_data/16_prepare.ipynb #deb2db30
 def store_pictures(
     targets: list[Target],  # by path
     data: DataConfig,
     before: Manifest | None,  # of an earlier run
-) -> list[ManifestImage]:  # the rows of the targets, and what was stored
+) -> list[ManifestImage | LoraMvpError]:  # per target: its row and what was stored; `changed`: it is not what it was
     "Store every accepted image that is not there already."
     out, earlier = Path(data.processed_dir), {row.file: row for row in before.images} if before else {}
     ours = earlier.keys() | pending_files(out)
@@ -218,15 +225,34 @@ def store_pictures(
     same_settings = before is not None and all(before.config.get(k) == getattr(data, k) for k in decide)
     rows = []
     for target in tqdm(targets, "write", unit="image", leave=False, disable=None):
-        file, old = target.row.file, earlier.get(target.row.file)
-        made_from = {"file": file, "source_sha256": target.row.source_sha256}
-        if still_there(target.source, out, old, made_from, same_settings):
+        file, old, sha256 = target.row.file, earlier.get(target.row.file), target.row.source_sha256
+        made_from, same = {"file": file, "source_sha256": sha256}, same_settings and same_pixels(old, target.row)
+        if still_there(target.source, out, old, made_from, same):
             made = {key: getattr(old, key) for key in ("stored", "width", "height", "sha256")}
         else:
             how = (target.mode, target.size, data.background, data.max_pixels)
-            made = store(target.source, out, file, *how, ours=file in ours)
+            try:
+                made = store(target.source, out, file, *how, ours=file in ours, sha256=sha256)
+            except LoraMvpError as e:
+                if e.code != "changed":
+                    raise
+                rows.append(e)
+                continue
         rows.append(target.row.model_copy(update=made))
     return rows
+
+# %% ../../nbs/1_data/16_prepare.ipynb #901a3abf
+def without_changed(
+    found: Assessment,
+    stored: list[ManifestImage | LoraMvpError],  # of `store_pictures`, in the order of `found.taken`
+    before: Manifest | None,  # of an earlier run
+) -> Assessment:
+    "The same, but what changed before it could be stored is refused, and nothing remembers it as dealt out."
+    pairs = zip(found.taken, stored, strict=True)
+    lost = [t.record.with_reason(e.code, "reject", str(e)) for t, e in pairs if isinstance(e, LoraMvpError)]
+    kept = before.history if before else {}
+    history = {k: v for k, v in found.history.items() if k in kept or k not in {r.sha256 for r in lost}}
+    return replace(found, others=sorted([*found.others, *lost], key=lambda r: r.path), history=history)
 
 # %% ../../nbs/1_data/16_prepare.ipynb #fcefeff2
 def write_all(
@@ -236,8 +262,10 @@ def write_all(
 ) -> Manifest:
     "Store the pictures, then the manifest, then remove what an earlier run wrote and nobody needs."
     out = Path(data.processed_dir)
-    rows = store_pictures(plan_files(found.taken, data), data, before)
-    manifest = manifest_of(data, found, rows)
+    stored = store_pictures(plan_files(found.taken, data), data, before)
+    rows = [row for row in stored if isinstance(row, ManifestImage)]
+    manifest = manifest_of(data, without_changed(found, stored, before), rows)
+    refuse_empty(Path(data.raw_data_dir), manifest)
     ours = {row.file for row in before.images} if before else set()
     ours |= pending_files(out)
     place_bytes(manifest.to_json().encode(), out / "manifest.json", ours=True)
