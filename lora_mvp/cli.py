@@ -333,7 +333,7 @@ def cmd_choose(args: argparse.Namespace) -> None:
 # %% ../nbs/7_doors/03_cli.ipynb #624581d6
 def _add_real(parser: argparse.ArgumentParser) -> None:
     where = "default: the validation images of the run's manifest"
-    parser.add_argument("--real-glob", help=f'real pictures, e.g. "data/processed/val/**/*.png"; {where}')
+    parser.add_argument("--real-glob", help=f'real pictures: folder, or "data/processed/val/**/*.png"; {where}')
     parser.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
 
 # %% ../nbs/7_doors/03_cli.ipynb #28cfd599

@@ -273,7 +273,7 @@ class EvaluationConfig(_Section):
         description="prompts to draw and score; not set: the 32 of the package",
     )
     prompt_file: PathKey | None = Field(
-        None, description="YAML with prompts in groups; {subject} is what was learnt; null: prompts"
+        None, description="YAML with prompts in groups, or .txt; {subject}: what was learnt; null: prompts"
     )
     num_samples: Count = Field(4, description="pictures per prompt")
     fid_batch_size: Count = Field(4, description="pictures per step of the feature extractor")
