@@ -95,7 +95,7 @@ def _report(config: AppConfig, manifest, folder: Path) -> None:
     from lora_mvp.data.report import write_report
 
     raw, training, more = Path(config.data.raw_data_dir), config.training, {}
-    if training.aspect_buckets:  # which buckets there are follows from the base, and it takes torch to ask it
+    if training.aspect_buckets and manifest.images:  # the base decides which buckets there are, and asking takes torch
         from lora_mvp.train.diagnosis import base_multiple
 
         more["multiple"] = base_multiple(training)

@@ -620,7 +620,12 @@ def test_when_nothing_is_accepted(tmp_path, capsys, command):
     assert tree(tmp_path) == before
     (tmp_path / "nothing").mkdir()
     assert main([command, f"--set=data.raw_data_dir={tmp_path / 'nothing'}", *folders[1:]]) == 3
+    assert (told / "report.html").is_file()
+    shutil.rmtree(told)
     (tmp_path / "nothing" / "cat").mkdir()
+    assert main([command, f"--set=data.raw_data_dir={tmp_path / 'nothing'}", *folders[1:]]) == 3
+    assert (told / "report.html").is_file()
+    capsys.readouterr()
     assert main([command, f"--set=data.raw_data_dir={tmp_path / 'nothing'}", *folders[1:]]) == 3
     assert capsys.readouterr().out.splitlines()[1].split() == ["total", "0", "0", "0"]
 
@@ -1079,3 +1084,17 @@ def test_pictures_are_stored_again_when_they_are_read_in_another_way(tmp_path):
     row["sha256"], row["facts"]["pixel_sha256"] = hashlib.sha256(pale).hexdigest(), "of another reading"
     path.write_text(json.dumps(content))
     assert prepare_data(settings(tmp_path)).images == first.images
+
+
+def test_labels_in_numbers_and_with_odd_names(tmp_path, caplog):
+    "3,000 labels are a table of twenty, empty label folders are named, and no file has the name of a device."
+    raw = fill(tmp_path / "raw", **{f"label{k:02}": 1 for k in range(30)}, con=1)
+    (raw / "dog").mkdir()
+    picture(77).save(raw / "con" / "aux.png")
+    manifest = prepare_data(settings(tmp_path))
+    lines = summary(manifest).splitlines()
+    assert len(lines) < 60 and lines[0].split() == ["label", "train", "val", "rejected"]
+    assert any(line.startswith("and 11 more") for line in lines) and any(line.startswith("con ") for line in lines)
+    assert {row.file.split("/")[1] for row in manifest.images if row.label == "con"} == {"_con"}
+    assert "_aux.png" in {Path(row.file).name for row in manifest.images}
+    assert "label folders without a file: dog" in caplog.text

@@ -19,7 +19,7 @@ from .captions import caption_of, caption_tokenizer, length_warnings
 from .looks import ImageRecord, judge_look, look_options
 from .manifest import Manifest, Seen
 from .overrides import Override, decided, read_overrides
-from .raw import scan
+from .raw import empty_labels, scan
 from .splits import group, near_duplicates, remember, split_groups
 from .survey import survey
 from ..words import as_words
@@ -248,7 +248,11 @@ def assess(
 ) -> Assessment:
     "Find, look, judge, caption, group, split: all that writes nothing but the captioner's words."
     data, overrides, past = config.data, read_overrides(Path(config.data.processed_dir)), past_of(before, config.data)
-    files = look_at_all(scan(Path(data.raw_data_dir)), data, cache, config.training)
+    found = scan(Path(data.raw_data_dir))
+    if empty := empty_labels(Path(data.raw_data_dir), found):
+        more = f" and {len(empty) - 10:,} more" if len(empty) > 10 else ""
+        log.warning("label folders without a file: %s%s", ", ".join(empty[:10]), more)
+    files = look_at_all(found, data, cache, config.training)
     files = overrule(note_copies(files, data), overrides)
 
     automatic = captioner(config, accepted(files))

@@ -20,7 +20,7 @@ from .assess import Assessment, Taken, assess, automatic_captions, known_caption
 from .captions import render_caption
 from .looks import ImageRecord
 from .manifest import Manifest, ManifestImage, parse_manifest
-from .raw import check_raw
+from .raw import check_raw, scan
 from lora_mvp.data.storage import (
     announce_files,
     locked,
@@ -133,6 +133,22 @@ def refuse_empty(
     refusal.manifest = manifest
     raise refusal
 
+# %% ../../nbs/1_data/16_prepare.ipynb #9ba7315e
+def refuse_no_folder(
+    data: DataConfig,
+) -> None:
+    "As `check_raw`; where the folder is there and holds nothing to take, the refusal says of every file why."
+    raw = Path(data.raw_data_dir)
+    try:
+        check_raw(raw)
+    except LoraMvpError as e:
+        if e.code not in ("raw_empty", "no_labels"):
+            raise
+        refusal = NothingAccepted(e.code, e.message)
+        others = [record for _, record in scan(raw) if record.status != "accepted"]
+        refusal.manifest = manifest_of(data, Assessment([], others, {}, None), [])
+        raise refusal from e
+
 # %% ../../nbs/1_data/16_prepare.ipynb #30dd3cf1
 def check_data(
     config: AppConfig,
@@ -140,7 +156,7 @@ def check_data(
     "Look at the raw folder and say what `prepare_data` would take; writes nothing. Raises like it."
     data, raw = config.data, Path(config.data.raw_data_dir)
     render_caption(data.caption_template, "label", "stem", data.trigger)
-    check_raw(raw)
+    refuse_no_folder(data)
     found = assess(config, earlier_manifest(Path(data.processed_dir)), None, known_captions)
     manifest = manifest_of(data, found, [row_of(taken) for taken in found.taken])
     refuse_empty(raw, manifest)
@@ -284,7 +300,7 @@ def prepare_data(
         config = config.model_copy(update={"data": config.data.model_copy(update={"materialise": "link"})})
     data, raw, out = config.data, Path(config.data.raw_data_dir), Path(config.data.processed_dir)
     render_caption(data.caption_template, "label", "stem", data.trigger)
-    check_raw(raw)
+    refuse_no_folder(data)
     check_folders(raw, out)
     with locked(out):
         before = earlier_manifest(out)

@@ -94,3 +94,13 @@ def scan(
         record = ImageRecord(path=printable(place), label="" if at_root else printable(place.parts[0]))
         pairs.append((path, record.with_reason(reason, "reject") if reason else record))
     return pairs
+
+# %% ../../nbs/1_data/13_raw.ipynb #43b385d5
+def empty_labels(
+    raw: Path,  # the raw folder
+    found: list[tuple[Path, ImageRecord]],  # of `scan`
+) -> list[str]:  # sorted
+    "Label folders in which nothing lies, so that nothing else would name them."
+    filled = {path.relative_to(raw).parts[0] for path, record in found if record.reason != "hidden"}
+    folders = [p.name for p in raw.iterdir() if p.is_dir() and not p.is_symlink() and not is_hidden(p.name)]
+    return sorted(printable(name) for name in folders if name not in filled)

@@ -97,12 +97,18 @@ def target_size(
     return width, height
 
 # %% ../../nbs/1_data/11_storage.ipynb #22613d65
+DEVICES = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\.|$)", re.IGNORECASE
+)  # of Windows
+
+
 def portable_name(
     text: str,  # a label or the stem of a file
-) -> str:  # at most 150 bytes
+) -> str:  # at most 151 bytes
     "A name that can be a file or a folder on Linux, macOS and Windows."
     name = re.sub(r'[\\/:*?"<>|\x00-\x1f]', "_", unicodedata.normalize("NFC", printable(text)))
-    return name.encode()[:150].decode("utf-8", "ignore").rstrip(" .") or "_"
+    name = name.encode()[:150].decode("utf-8", "ignore").rstrip(" .") or "_"
+    return f"_{name}" if DEVICES.match(name) else name
 
 # %% ../../nbs/1_data/11_storage.ipynb #6a41cf8d
 def unique_name(
