@@ -127,6 +127,7 @@ def refuse_empty(
     why = ", ".join(f"{n} {reason}" for reason, n in counts.most_common()) or "the label folders are empty"
     example = next((f"; for example {r.path}: {r.detail}" for r in records if r.label), "")
     hints = {"too_small": "lower data.min_resolution", "blurry": "lower data.blur_threshold (0 switches it off)"}
+    hints["unread_format"] = "save the pictures as it says there"
     advice = " or ".join(hints[r] for r in hints if r in counts) or "add pictures"
     text = f"no image in {raw} was accepted: {why}{example}. What to do: {advice}"
     refusal = NothingAccepted("nothing_accepted", text)
