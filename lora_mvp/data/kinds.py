@@ -158,7 +158,7 @@ def endings() -> dict[str, str]:  # ending -> format as Pillow calls it, or the 
     heif = dict.fromkeys(HEIF_ENDINGS, "HEIF")
     return {ending: kind.name for kind in KINDS for ending in kind.endings} | read | heif
 
-
+# %% ../../nbs/1_data/00a_kinds.ipynb #e50ad491
 def claimed_format(
     path: str | os.PathLike,  # only its ending is looked at
 ) -> str | None:  # `PNG`, `JPEG`, `HEIF`, `camera raw` ...; None when the ending is not one of a picture
