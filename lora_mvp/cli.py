@@ -95,7 +95,7 @@ def _report(config: AppConfig, manifest, folder: Path) -> None:
     from lora_mvp.data.report import write_report
 
     raw, training, more = Path(config.data.raw_data_dir), config.training, {}
-    if training.aspect_buckets:  # which buckets there are follows from the base, and it takes torch to ask it
+    if training.aspect_buckets and manifest.images:  # the base decides which buckets there are, and asking takes torch
         from lora_mvp.train.diagnosis import base_multiple
 
         more["multiple"] = base_multiple(training)
@@ -333,7 +333,7 @@ def cmd_choose(args: argparse.Namespace) -> None:
 # %% ../nbs/7_doors/03_cli.ipynb #624581d6
 def _add_real(parser: argparse.ArgumentParser) -> None:
     where = "default: the validation images of the run's manifest"
-    parser.add_argument("--real-glob", help=f'real pictures, e.g. "data/processed/val/**/*.png"; {where}')
+    parser.add_argument("--real-glob", help=f'real pictures: folder, or "data/processed/val/**/*.png"; {where}')
     parser.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
 
 # %% ../nbs/7_doors/03_cli.ipynb #28cfd599

@@ -121,7 +121,7 @@ Severity = Literal["reject", "warn", "off"]
 CHECKS: dict[str, Severity] = {
     "too_small": "reject",
     "too_oblong": "reject",
-    "blurry": "reject",
+    "blurry": "warn",
     "too_dark": "warn",
     "too_bright": "warn",
     "low_contrast": "warn",
@@ -135,6 +135,9 @@ CHECKS: dict[str, Severity] = {
     "cmyk": "off",
     "icc_converted": "off",
     "icc_invalid": "warn",
+    "hdr": "warn",
+    "colour_unknown": "warn",
+    "orientation_ignored": "warn",
     "caption_file": "warn",
     "caption_too_long": "warn",
 }
@@ -181,7 +184,9 @@ class DataConfig(_Section):
     )
     min_resolution: Count = Field(256, description="images with a shorter side, in pixels, are left out")
     blur_threshold: float = Field(
-        100.0, ge=0, description="images less sharp (Laplacian variance) are left out; 0: none"
+        100.0,
+        ge=0,
+        description="images less sharp (Laplacian variance as training sees them) are blurry; 0: off",
     )
     max_aspect: float = Field(3.0, ge=1, description="images whose longer side is so many times the other are left out")
     max_pixels: Count = Field(64_000_000, description="larger images are refused before they are decoded")
@@ -276,7 +281,7 @@ class EvaluationConfig(_Section):
         description="prompts to draw and score; not set: the 32 of the package",
     )
     prompt_file: PathKey | None = Field(
-        None, description="YAML with prompts in groups; {subject} is what was learnt; null: prompts"
+        None, description="YAML with prompts in groups, or .txt; {subject}: what was learnt; null: prompts"
     )
     num_samples: Count = Field(4, description="pictures per prompt")
     fid_batch_size: Count = Field(4, description="pictures per step of the feature extractor")

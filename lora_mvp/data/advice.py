@@ -94,6 +94,9 @@ def enlarged_images(
     return sum(is_enlarged((f.width, f.height), target_size(f, side, buckets)[::-1]) for f in facts)
 
 # %% ../../nbs/1_data/22_advice.ipynb #1d1efc85
+MANY = 5  # labels that get a sentence of their own
+
+
 def on_scenes(
     of_label: dict[str, list[ManifestImage]],
 ) -> list[str]:  # sentences
@@ -103,7 +106,8 @@ def on_scenes(
         n = max(Counter(row.group for row in rows if row.group).values(), default=0)
         if n >= 3 and n > len(rows) / 2:
             found.append(f"{n} of {len(rows)} images of {label} are the same scene. Add other scenes, or remove some.")
-    return found
+    more = f"{len(found) - MANY:,} more labels are filled by one scene each, like these."
+    return found[:MANY] + ([more] if len(found) > MANY else [])
 
 # %% ../../nbs/1_data/22_advice.ipynb #9782100b
 def on_variety(

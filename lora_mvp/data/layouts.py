@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from .captions import captions_in, sidecar_names
 from .encodings import decode_text
-from .images import claimed_format, read_regular
+from .images import read_regular
+from .kinds import claimed_format
 from .rows import FILE_KEYS, SPLIT_NAMES
 from ..errors import LoraMvpError
 from ..words import as_words, count, printable

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from .captions import SIDECARS, sidecar_names
-from .images import claimed_format
+from .kinds import claimed_format
 from .layouts import Layout, read_layout
 from .looks import ImageRecord
 from ..errors import LoraMvpError
@@ -101,3 +101,13 @@ def scan(
             record = ImageRecord(path=printable(path.relative_to(raw)), label=label)
             pairs.append((path, record.with_reason(reason or other, "reject") if reason or other else record))
     return pairs, layout
+
+# %% ../../nbs/1_data/13_raw.ipynb #43b385d5
+def empty_labels(
+    raw: Path,  # the raw folder
+    found: list[tuple[Path, ImageRecord]],  # of `scan`
+) -> list[str]:  # sorted
+    "Label folders in which nothing lies, so that nothing else would name them."
+    filled = {path.relative_to(raw).parts[0] for path, record in found if record.reason != "hidden"}
+    folders = [p.name for p in raw.iterdir() if p.is_dir() and not p.is_symlink() and not is_hidden(p.name)]
+    return sorted(printable(name) for name in folders if name not in filled)

@@ -17,7 +17,7 @@ from ..config import AppConfig
 from ..data.captions import with_trigger
 from ..data.manifest import Manifest, read_manifest
 from ..errors import LoraMvpError
-from .copies import RealSet, find_real, read_pictures, real_of_split
+from .copies import RealSet, find_real, read_pictures, real_of_split, trained_on
 from .records import Warned
 from .samples import OWN, Sample, SamplePlan, draw_plan, fill_all, make_plan, read_prompts
 from ..files import asset, file_sha256
@@ -109,7 +109,7 @@ def real_warnings(
     train: RealSet | None,
 ) -> list[Warned]:
     "What to know about the real pictures."
-    shared = len(set(real.pixels) & set(train.pixels)) if train else 0
+    shared = len(trained_on(real, train)) if train else 0
     lossy = sum(Path(file).suffix.lower() in (".jpg", ".jpeg") for file in real.files)
     refused = f"{len(real.refused)} of the real files are no pictures, the first: {(real.refused or [''])[0]}"
     copies = f"{real.copies} of the real files hold a picture that is there already; each counts once."

@@ -16,7 +16,8 @@ import numpy as np
 from ..config import derive_seed
 from ..data.arrays import augment
 from ..data.captions import caption_of
-from ..data.images import claimed_format, decode, read_regular
+from ..data.images import decode, read_regular
+from ..data.kinds import claimed_format
 from ..data.layouts import find_masks
 from ..data.looks import plain_share
 from ..data.manifest import Manifest
