@@ -54,6 +54,16 @@ def make_folder(
     except OSError as error:
         raise not_writable(path, error, what, advice, code) from error
 
+# %% ../nbs/02_files.ipynb #14b096a5
+NAME_BYTES = 255  # of a name in a folder, on every file system in use
+
+
+def _beside(path: Path) -> Path:
+    "A hidden name beside a file, as long as the system allows where the file's own name is long."
+    token = f"{secrets.token_hex(4)}.tmp"
+    name = f".{path.name}.{token}"
+    return path.with_name(name if len(os.fsencode(name)) <= NAME_BYTES else f".{token}")
+
 # %% ../nbs/02_files.ipynb #7debf34d
 def atomic_write(
     path: str | os.PathLike,  # where the file goes; missing folders are made
@@ -61,7 +71,7 @@ def atomic_write(
 ) -> Path:  # the path written
     "Write a file so that it is there in full or not at all; raises `LoraMvpError` where it cannot be written."
     path, content = Path(path), content.encode() if isinstance(content, str) else content
-    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temp = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temp, "xb") as file:
@@ -73,7 +83,8 @@ def atomic_write(
         why = error.strerror or error
         raise LoraMvpError("not_writable", f"Cannot write {path}: {why}. Choose a place you may write to.") from error
     finally:
-        temp.unlink(missing_ok=True) if temp.parent.is_dir() else None
+        with contextlib.suppress(OSError):  # a place where nothing can be removed holds nothing of ours
+            temp.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/02_files.ipynb #ba89733e

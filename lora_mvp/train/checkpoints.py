@@ -75,6 +75,20 @@ def _write_files(staging: Path, step: int, tensors: dict, state: dict, identity:
     for path in [*staging.iterdir(), staging]:
         _sync(path)
 
+# %% ../../nbs/3_train/07_checkpoints.ipynb #2754ada4
+def identity_of(folder: Path) -> dict[str, str] | None:
+    "Which run a checkpoint says it belongs to; None where it cannot be read."
+    try:
+        return json.loads((folder / MANIFEST).read_text())["identity"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def is_of(folder: Path, identity: dict[str, str]) -> bool:
+    "Whether a checkpoint belongs to a run, which may have been made longer since."
+    theirs = identity_of(folder)
+    return theirs is not None and {**theirs, "max_train_steps": 0} == {**identity, "max_train_steps": 0}
+
 # %% ../../nbs/3_train/07_checkpoints.ipynb #d08d9b27
 def save_checkpoint(
     output_dir: Path,
@@ -101,7 +115,7 @@ def save_checkpoint(
     except (OSError, SafetensorError):
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    for old in checkpoints(output_dir)[:-keep]:
+    for old in [folder for folder in checkpoints(output_dir) if is_of(folder, identity)][:-keep]:
         if old.name != f"checkpoint-{best}":
             _discard(old)
     return final
