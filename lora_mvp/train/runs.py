@@ -15,7 +15,7 @@ from typing import Literal
 from PIL import Image
 from pydantic import BaseModel
 
-from ..config import AppConfig
+from ..config import MOVED, AppConfig
 from ..data.manifest import Manifest
 from ..errors import LoraMvpError, first_mistake
 from ..files import read_record
@@ -125,6 +125,7 @@ def settings_identity(
     "What of settings and data makes a run the run it is."
     settings = config.training.model_dump(mode="json", exclude=FREE)
     settings |= {"augmentations": config.data.augmentations, "dataset": dataset[:16]}
+    settings["pretrained_model"] = MOVED.get(settings["pretrained_model"], settings["pretrained_model"])
     return {k: json.dumps(v) for k, v in settings.items()}
 
 
