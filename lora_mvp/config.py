@@ -370,6 +370,21 @@ def _read_file(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise LoraMvpError("config_unreadable", f"Cannot read {path} as UTF-8 text: {error}") from None
 
+# %% ../nbs/08_config.ipynb #c17f7aab
+def find_config(
+    named: str | os.PathLike | None = None,  # a file that the user names
+) -> str | os.PathLike | None:  # for `load_config`
+    "The file named, else `config.yaml` in the current folder, where it is there and ours."
+    here = Path("config.yaml")
+    if named is not None or not here.is_file():
+        return named
+    data, _, problems = read_yaml(_read_file(here))
+    if not problems and not (isinstance(data, dict) and set(data) & set(AppConfig.model_fields)):
+        _logger.info("config.yaml here has none of the sections %s: not used", ", ".join(AppConfig.model_fields))
+        return None
+    _logger.info("settings from config.yaml in this folder")
+    return here
+
 # %% ../nbs/08_config.ipynb #d81b07e6
 def override_values(
     overrides: list[str],  # "section.key=value" texts
