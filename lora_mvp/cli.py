@@ -464,7 +464,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     except LoraMvpError as error:
         print(f"{'' if error.code == 'interrupted' else 'error: '}{error}", file=sys.stderr)
-        nothing = dict.fromkeys(("nothing_accepted", "raw_empty", "no_labels"), 3)
+        nothing = dict.fromkeys(("nothing_accepted", "raw_empty"), 3)
         return ({"interrupted": 130} | nothing).get(error.code, 2)
     except KeyboardInterrupt:
         more = " Go on with --resume." if args.command == "train" else ""

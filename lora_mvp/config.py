@@ -160,6 +160,11 @@ class DataConfig(_Section):
         "A photo of {label}", description="caption of images without a text: {label} folder, {trigger}, {stem} file"
     )
     trigger: str = Field("", description="word that calls the new thing; {trigger} in the template")
+    trigger_in: Literal["template", "captions"] = Field(
+        "template", description="captions: put the word before every caption that lacks it"
+    )
+    repeats: dict[str, Count] = Field({}, description="how often an epoch shows each image of a label")
+    balance: bool = Field(False, description="repeat images of smaller labels until all labels weigh about the same")
     captioner: ModelKey | None = Field(None, description="BLIP or Florence-2 that writes captions: hub id or folder")
     captioner_revision: str | None = Field(None, description="branch, tag or commit of captioner; null: main")
     materialise: Literal["process", "copy", "link"] = Field(
@@ -253,6 +258,9 @@ class TrainingConfig(_AdapterKeys):
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of captions replaced by an empty one")
     shuffle_tags: bool = Field(False, description="shuffle the comma-separated parts of captions")
     keep_tags: int = Field(1, ge=0, description="first parts of a caption that shuffle_tags leaves in place")
+    masked_loss: float | None = Field(
+        None, ge=0, lt=1, description="weight of the loss outside the images' masks; null: masks are not used"
+    )
     regularization_dir: PathKey | None = Field(
         None, description="images of the class, for prior preservation; captions in .txt files beside them"
     )

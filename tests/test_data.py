@@ -374,7 +374,9 @@ def test_hostile_folder(tmp_path, copy):
     assert set(reasons.values()) <= set(REASONS)
     text = summary(manifest)
     assert all(r.reason in text for r in manifest.rejected) and "zoo/bomb.png" in text
-    assert f"ignored ({len(manifest.ignored)})" in text
+    ignored = Counter(r.reason for r in manifest.ignored)
+    assert f"ignored ({ignored['not_an_image']}): files that are no images" in text
+    assert f"ignored ({ignored['hidden']}): hidden files" in text
     assert {row.stored for row in manifest.images} == ({"processed"} if copy else {"linked"})
     after = tree(tmp_path / "out")
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("[!.]*/**/*.*")}
@@ -551,7 +553,7 @@ def test_split_always_has_both_sides():
             facts = [FLAT.model_copy(update={"pixel_sha256": str(i)}) for i in range(n)]
             records = [ImageRecord(path=str(i), label="a", sha256=str(i), facts=facts[i]) for i in range(n)]
             groups = group_images(records, {}, 8)
-            counts = Counter(deal(records, groups, {}, DataConfig(train_ratio=ratio))[0].values())
+            counts = Counter(deal(records, groups, {}, DataConfig(train_ratio=ratio), {})[0].values())
             assert counts["train"] >= 1
             assert (counts["val"] >= 1) == (n >= 2)
 
@@ -571,12 +573,14 @@ def test_captions(tmp_path):
     manifest = prepare_data(settings(tmp_path))
     got = [(row.caption, row.caption_source) for row in manifest.images]
     assert got[:5] == [
-        ("by hand second line", "sidecar"),
+        ("by hand", "sidecar"),
         ("A photo of big red dog", "template"),
         ("with BOM", "sidecar"),
         ("ünïcode \u200d ok", "sidecar"),
-        ("bad \ufffd byte", "sidecar"),
+        ("bad ÿ byte", "sidecar"),
     ]
+    assert manifest.images[0].other_captions == ["second line"]
+    assert "read as cp1252" in manifest.images[4].reasons[-1].detail
     assert manifest.rejected == []  # captions are no images, and no strangers either
 
 
@@ -694,14 +698,14 @@ def test_numbers_of_what_is_refused_outright(tmp_path):
 
 def test_a_caption_without_its_image_is_named(tmp_path):
     raw = fill(tmp_path / "raw", cat=3)
-    for name in ("cat_O.txt", "cat_1.TXT", "cat_2.png.caption"):
+    for name in ("cat_O.txt", "cat_1.TXT", "cat_2.jpg.caption"):
         (raw / "cat" / name).write_text("a caption that would be lost")
     (raw / "notes.txt").write_text("about the folder")
     manifest = prepare_data(settings(tmp_path))
     lone = [r.path for r in manifest.ignored if r.reason == "lone_caption"]
-    assert lone == ["cat/cat_1.TXT", "cat/cat_2.png.caption", "cat/cat_O.txt"]
-    assert f"lone_caption (3): {REASONS['lone_caption']}: {', '.join(lone)}" in summary(manifest)
-    assert "ignored (1)" in summary(manifest)
+    assert lone == ["cat/cat_1.TXT", "cat/cat_2.jpg.caption", "cat/cat_O.txt", "notes.txt"]
+    assert f"lone_caption (4): {REASONS['lone_caption']}: {', '.join(lone)}" in summary(manifest)
+    assert "ignored (" not in summary(manifest)
 
 
 @pytest.mark.parametrize("flat", [True, False])
@@ -866,9 +870,8 @@ def test_bad_folders(tmp_path):
     assert code(prepare_data, config) == "raw_empty"
     (tmp_path / "raw" / ".DS_Store").touch()
     assert code(prepare_data, config) == "raw_empty"
-    picture().save(tmp_path / "raw" / "a.png")
-    assert code(prepare_data, config) == "no_labels"
-    assert not (tmp_path / "out").exists()
+    (tmp_path / "raw" / "a.md").touch()
+    assert code(prepare_data, config) == "nothing_accepted"
     (tmp_path / "raw" / "cat").mkdir()
     assert code(prepare_data, config) == "nothing_accepted"
     (tmp_path / "raw" / "cat" / "small.png").write_bytes(zoo()["small.png"][0])
@@ -1002,5 +1005,5 @@ def test_scan_is_in_order_of_bytes(tmp_path):
     raw = fill(tmp_path / "raw", b=2, a=2)
     (raw / "A").mkdir()
     picture().save(raw / "A" / "z.png")
-    paths = [record.path for _, record in scan(raw)]
+    paths = [record.path for _, record in scan(raw)[0]]
     assert paths == sorted(paths, key=str.encode)

@@ -136,7 +136,15 @@ class Reason(BaseModel):
     detail: str = ""
 
 # %% ../../nbs/1_data/02_looks.ipynb #3c0ecc67
-IGNORED = {"not_an_image", "lone_caption", "hidden"}  # these files are no images that anybody could miss
+IGNORED = {
+    "not_an_image",
+    "lone_caption",
+    "hidden",
+    "regularisation",
+    "lone_mask",
+    "cache",
+    "unread_list",
+}  # no pictures to learn
 
 
 class ImageRecord(BaseModel):

@@ -19,11 +19,13 @@ from tqdm import tqdm
 from ..config import AppConfig, DataConfig
 from .assess import Assessment, Taken, assess, automatic_captions, known_captions
 from .captions import render_caption
+from .images import decode, read_regular
 from .looks import ImageRecord
 from .manifest import Manifest, ManifestImage, parse_manifest
 from .raw import check_raw
 from lora_mvp.data.storage import (
     announce_files,
+    crop_to,
     locked,
     pending_files,
     place_bytes,
@@ -37,7 +39,7 @@ from lora_mvp.data.storage import (
     unique_name,
 )
 from ..errors import LoraMvpError
-from ..files import make_folder, not_writable
+from ..files import make_folder, not_writable, png_bytes
 from ..words import printable
 
 # %% ../../nbs/1_data/16_prepare.ipynb #ff6af755
@@ -82,7 +84,8 @@ def row_of(
 ) -> ManifestImage:  # names the raw file, as nothing is written yet
     "The row of one image."
     r = taken.record
-    about = {"source": r.path, "label": r.label, "caption": taken.caption, "caption_source": taken.caption_source}
+    about = {"source": r.path, "label": r.label, "caption": taken.caption.text, "caption_source": taken.caption.source}
+    about |= {"other_captions": list(taken.caption.others), "repeats": taken.repeats}
     where = {"split": taken.split, "group": taken.group, "source_sha256": r.sha256, "reasons": r.reasons}
     size = {"width": r.facts.width, "height": r.facts.height, "sha256": r.sha256}
     return ManifestImage(file="", stored="original", facts=r.facts, **about, **where, **size)
@@ -106,7 +109,12 @@ def manifest_of(
 ) -> Manifest:
     "All of it as a manifest; its counts add up or it is none."
     lists = {status: [r for r in found.others if r.status == status] for status in ("rejected", "ignored")}
-    about = {"config": portable_config(data), "history": found.history, "captioner": found.captioner}
+    about = {
+        "config": portable_config(data),
+        "history": found.history,
+        "captioner": found.captioner,
+        "notes": found.notes,
+    }
     return Manifest(images=rows, **lists, **about, folder=Path(data.processed_dir).absolute())
 
 # %% ../../nbs/1_data/16_prepare.ipynb #e764c56e
@@ -165,6 +173,7 @@ class Target:
     "Where one image goes, and how."
 
     source: Path  # raw file
+    mask: Path | None  # raw file
     row: ManifestImage  # what is known before it is stored
     mode: str  # `process`, `copy` or `link`
     size: tuple[int, int] | None  # width and height of a processed picture; None: its own
@@ -183,7 +192,8 @@ def plan_files(
         ending = ".png" if mode == "process" else true_ending(r.format)
         row = row_of(taken).model_copy(update={"file": f"{taken.split}/{folder}/{name}{ending}"})
         size = target_size(r.facts, data.image_size, data.aspect_buckets) if data.materialise == "process" else None
-        targets.append(Target(taken.path, row, mode, size))
+        mask = {"mask": f"masks/{taken.split}/{folder}/{name}.png"} if taken.mask else {}
+        targets.append(Target(taken.path, taken.mask, row.model_copy(update=mask), mode, size))
     return targets
 
 # %% ../../nbs/1_data/16_prepare.ipynb #1e6f4e1a
@@ -202,6 +212,28 @@ def still_there(
         return path.is_file() and os.path.samefile(source, path)
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == row.sha256
 
+# %% ../../nbs/1_data/16_prepare.ipynb #299fe175
+def files_of(
+    manifest: Manifest | None,
+) -> set[str]:  # POSIX, relative to it
+    "The files that a manifest names."
+    return {file for row in manifest.images for file in (row.file, row.mask) if file} if manifest else set()
+
+# %% ../../nbs/1_data/16_prepare.ipynb #260ee3ec
+def store_mask(
+    target: Target,
+    out: Path,  # processed folder
+    made: dict[str, Any],  # width and height of the stored picture
+    max_pixels: int,  # data.max_pixels
+    ours: bool,  # whether an earlier run of ours wrote that path
+) -> str:  # SHA-256 of what was written
+    "Store the mask of an image."
+    facts = target.row.facts
+    im = decode(read_regular(target.mask), max_pixels)[0].resize((facts.width, facts.height))
+    data = png_bytes(crop_to(im, made["width"], made["height"]).convert("L"))
+    place_bytes(data, out / target.row.mask, ours)
+    return hashlib.sha256(data).hexdigest()
+
 # %% ../../nbs/1_data/16_prepare.ipynb #deb2db30
 def store_pictures(
     targets: list[Target],  # by path
@@ -210,10 +242,12 @@ def store_pictures(
 ) -> list[ManifestImage]:  # the rows of the targets, and what was stored
     "Store every accepted image that is not there already."
     out, earlier = Path(data.processed_dir), {row.file: row for row in before.images} if before else {}
-    ours = earlier.keys() | pending_files(out)
+    kept = files_of(before)
+    ours = kept | pending_files(out)
     remove_unfinished({out / file for file in {*ours, "manifest.json", ".prepare/pending.json"}})
-    new = {t.row.file for t in targets if not os.path.lexists(out / t.row.file)}  # what lies there already is not ours
-    announce_files(out, (ours | new) - earlier.keys())
+    wanted = {file for t in targets for file in (t.row.file, t.row.mask) if file}
+    new = {file for file in wanted if not os.path.lexists(out / file)}  # what lies there already is not ours
+    announce_files(out, (ours | new) - kept)
     decide = ("image_size", "aspect_buckets", "background", "materialise")
     same_settings = before is not None and all(before.config.get(k) == getattr(data, k) for k in decide)
     rows = []
@@ -225,6 +259,8 @@ def store_pictures(
         else:
             how = (target.mode, target.size, data.background, data.max_pixels)
             made = store(target.source, out, file, *how, ours=file in ours)
+        if target.mask:
+            made["mask_sha256"] = store_mask(target, out, made, data.max_pixels, ours=target.row.mask in ours)
         rows.append(target.row.model_copy(update=made))
     return rows
 
@@ -238,10 +274,9 @@ def write_all(
     out = Path(data.processed_dir)
     rows = store_pictures(plan_files(found.taken, data), data, before)
     manifest = manifest_of(data, found, rows)
-    ours = {row.file for row in before.images} if before else set()
-    ours |= pending_files(out)
+    ours = files_of(before) | pending_files(out)
     place_bytes(manifest.to_json().encode(), out / "manifest.json", ours=True)
-    remove_stale(out, ours - {row.file for row in rows})
+    remove_stale(out, ours - files_of(manifest))
     state_file(out, "pending.json").unlink(missing_ok=True)
     return manifest
 

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from ..config import AppConfig
+from ..data.captions import with_trigger
 from ..data.manifest import Manifest, read_manifest
 from ..errors import LoraMvpError
 from .copies import RealSet, find_real, read_pictures, real_of_split
@@ -25,18 +26,21 @@ from ..models.adapters import WEIGHTS
 from ..models.base import base_hash
 from ..models.drawing import cut_prompts
 from ..train.runs import RunFolder, read_run
+from ..words import as_words
 
 # %% ../../nbs/5_eval/10_columns.ipynb #545044b3
 def subjects_of(
     config: AppConfig,
     manifests: list[Manifest],
 ) -> list[str]:  # sorted; may be empty
-    "What the data calls the new thing: the trigger with each label."
-    named = {
-        (config.data.trigger or str(m.config.get("trigger") or ""), row.label) for m in manifests for row in m.images
-    }
-    found = {f"{trigger} {label}".strip() for trigger, label in named} - {""}
-    return sorted(found) or [word for word in [config.data.trigger] if word]
+    "What the data calls the new thing: the trigger, if it was taught, with each label."
+    found = set()
+    for m in manifests:
+        trigger = as_words(config.data.trigger or str(m.config.get("trigger") or ""))
+        taught = any(with_trigger(row.caption, trigger) == row.caption for row in m.rows("train"))
+        found |= {f"{trigger if taught else ''} {row.label}".strip() for row in m.images}
+    found -= {""}
+    return sorted(found) or [word for word in [config.data.trigger] if word and not manifests]
 
 # %% ../../nbs/5_eval/10_columns.ipynb #72fedfb5
 def plan_for(

@@ -24,6 +24,7 @@ from transformers.utils.versions import require_version
 from ..config import AppConfig, LoraMvpError, TrainingConfig
 from ..data.manifest import Manifest, ManifestImage, read_manifest
 from ..data.steps import MULTIPLE, count_steps, frame_of, is_enlarged
+from ..data.tables import trigger_note
 from ..files import NAME_BYTES
 from ..models.adapters import add_lora
 from ..models.base import find_base
@@ -34,6 +35,7 @@ from .memory import MemoryEstimate, advice, largest, skeleton
 from .objectives import noise_schedule
 from .pictures import photo_warning, picture_variants, regularization_sources, sources
 from .runs import RunFolder
+from ..words import count
 
 # %% ../../nbs/3_train/15_diagnosis.ipynb #136ede46
 @dataclass(frozen=True)
@@ -253,6 +255,12 @@ def data_findings(config: AppConfig, manifest: Manifest, multiple: int) -> Itera
     photos = photo_warning(sources(manifest, "train"), t.pretrained_model)
     if photos:
         yield Finding("warn", "data", photos)
+    if note := trigger_note(manifest):
+        yield Finding("warn", "data", f"{note}.")
+    if masks := sum(bool(row.mask) for row in manifest.images) if t.masked_loss is None else 0:
+        yield Finding(
+            "warn", "data", f"{count(masks, 'mask')} of pictures will not be used; training.masked_loss=0.1 does."
+        )
     if not manifest.rows("val"):
         yield Finding("warn", "data", "no image validates, so nothing will show overfitting; lower data.train_ratio.")
     if t.regularization_dir:

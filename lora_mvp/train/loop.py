@@ -50,7 +50,7 @@ from .updates import Updates, not_finite
 # %% ../../nbs/3_train/13_loop.ipynb #9352df11
 def check_trainable(config: AppConfig, manifest: Manifest) -> None:
     "Refuse what would train nothing, before anything heavy is loaded."
-    t, n = config.training, len(manifest.rows("train"))
+    t, n = config.training, sum(row.repeats for row in manifest.rows("train"))
     if Path(find_base(t.pretrained_model)) == Path(t.output_dir):
         text = f"training.output_dir and training.pretrained_model are the same folder {t.output_dir}; choose another output_dir."
         raise LoraMvpError("output_is_base", text)

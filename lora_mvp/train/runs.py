@@ -102,8 +102,12 @@ def config_of(record: RunRecord) -> AppConfig:
 
 # %% ../../nbs/3_train/08_runs.ipynb #5f7eb3a4
 def dataset_hash(manifest: Manifest) -> str:
-    "A hash over content, caption and split of every accepted image."
-    rows = sorted([row.sha256, row.caption, row.split] for row in manifest.images)
+    "A hash over content, captions, split, repeats and mask of every accepted image."
+    rows = []
+    for row in manifest.images:
+        more = [row.other_captions, row.repeats, row.mask_sha256]
+        rows.append([row.sha256, row.caption, row.split, *(more if more != [[], 1, ""] else [])])
+    rows.sort(key=json.dumps)
     return sha256(json.dumps(rows).encode()).hexdigest()
 
 # %% ../../nbs/3_train/08_runs.ipynb #968197f7
