@@ -151,11 +151,11 @@ def refuse_no_folder(
     try:
         check_raw(raw)
     except LoraMvpError as e:
-        if e.code not in ("raw_empty", "no_labels"):
+        if e.code != "raw_empty":
             raise
         refusal = NothingAccepted(e.code, e.message)
-        others = [record for _, record in scan(raw) if record.status != "accepted"]
-        refusal.manifest = manifest_of(data, Assessment([], others, {}, None), [])
+        others = [record for _, record in scan(raw)[0] if record.status != "accepted"]
+        refusal.manifest = manifest_of(data, Assessment([], others, {}, None, []), [])
         raise refusal from e
 
 # %% ../../nbs/1_data/16_prepare.ipynb #30dd3cf1
