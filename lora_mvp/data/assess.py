@@ -21,7 +21,7 @@ from .layouts import Told
 from .looks import ImageRecord, judge_look, look_options
 from .manifest import Manifest, Seen
 from .overrides import Override, decided, read_overrides
-from .raw import empty_labels, scan
+from .raw import scan
 from .splits import group, near_duplicates, remember, split_groups
 from .survey import survey
 from ..errors import LoraMvpError
@@ -117,8 +117,8 @@ def automatic_captions(
         source = {
             path: caption_of(path, plain, r.label, listed=listed_captions(said, path)).source for path, r in accepted
         }
-        seen = {path: r.sha256 for path, r in accepted if source[path] == "template"}
-        paths = {sha256: path for path, sha256 in seen.items()}
+        paths = {r.sha256: path for path, r in accepted if source[path] == "template"}
+        seen = {path: sha256 for sha256, path in paths.items()}
         captions.fill(paths, opened=lambda path: unchanged(path, seen[path]))
     return captions
 
@@ -312,9 +312,6 @@ def assess(
     "Find, look, judge, caption, group, split: all that writes nothing but the captioner's words."
     data, overrides, past = config.data, read_overrides(Path(config.data.processed_dir)), past_of(before, config.data)
     found, layout = scan(Path(data.raw_data_dir))
-    if empty := empty_labels(Path(data.raw_data_dir), found):
-        more = f" and {len(empty) - 10:,} more" if len(empty) > 10 else ""
-        log.warning("label folders without a file: %s%s", ", ".join(empty[:10]), more)
     files = look_at_all(found, data, cache, config.training)
     files = overrule(note_copies(files, data), overrides)
 

@@ -20,7 +20,7 @@ from ..config import AppConfig, DataConfig
 from .assess import Assessment, Taken, assess, automatic_captions, known_captions
 from .captions import render_caption
 from .images import decode, read_regular
-from .looks import ImageRecord, Reason
+from .looks import ImageRecord
 from .manifest import Manifest, ManifestImage, parse_manifest
 from .raw import check_raw, scan
 from lora_mvp.data.storage import (
@@ -136,6 +136,7 @@ def refuse_empty(
     why = ", ".join(f"{n} {reason}" for reason, n in counts.most_common()) or "the label folders are empty"
     example = next((f"; for example {r.path}: {r.detail}" for r in records if r.label), "")
     hints = {"too_small": "lower data.min_resolution", "blurry": "lower data.blur_threshold (0 switches it off)"}
+    hints["unread_format"] = "save the pictures as it says there"
     advice = " or ".join(hints[r] for r in hints if r in counts) or "add pictures"
     text = f"no image in {raw} was accepted: {why}{example}. What to do: {advice}"
     refusal = NothingAccepted("nothing_accepted", text)
@@ -154,8 +155,9 @@ def refuse_no_folder(
         if e.code != "raw_empty":
             raise
         refusal = NothingAccepted(e.code, e.message)
-        others = [record for _, record in scan(raw)[0] if record.status != "accepted"]
-        refusal.manifest = manifest_of(data, Assessment([], others, {}, None, []), [])
+        found, layout = scan(raw)
+        others = [record for _, record in found if record.status != "accepted"]
+        refusal.manifest = manifest_of(data, Assessment([], others, {}, None, layout.notes), [])
         raise refusal from e
 
 # %% ../../nbs/1_data/16_prepare.ipynb #30dd3cf1
@@ -228,6 +230,14 @@ def still_there(
         return False
     return path.is_file() and file_sha256(path) == row.sha256
 
+# %% ../../nbs/1_data/16_prepare.ipynb #2524a4e2
+def same_pixels(
+    old: ManifestImage | None,  # of an earlier run
+    new: ManifestImage,
+) -> bool:
+    "Whether the raw picture looked the same then; another version of this package may read its colours in another way."
+    return bool(old and old.facts and new.facts) and old.facts.pixel_sha256 == new.facts.pixel_sha256
+
 # %% ../../nbs/1_data/16_prepare.ipynb #299fe175
 def files_of(
     manifest: Manifest | None,
@@ -242,25 +252,16 @@ def store_mask(
     made: dict[str, Any],  # width and height of the stored picture
     max_pixels: int,  # data.max_pixels
     ours: bool,  # whether an earlier run of ours wrote that path
-) -> dict[str, Any]:  # SHA-256 of what was written; no mask and the reason, where it has gone
-    "Store the mask of an image."
+) -> str:  # SHA-256 of what was written
+    "Store the mask of an image; raises `LoraMvpError` (`changed`)."
     facts = target.row.facts
     try:
         im = decode(read_regular(target.mask), max_pixels)[0].resize((facts.width, facts.height))
     except LoraMvpError as e:
-        reason = Reason(code="mask_file", severity="warn", detail=f"{printable(target.mask.name)}: {e}")
-        return {"mask": "", "reasons": [*target.row.reasons, reason]}
+        raise LoraMvpError("changed", f"its mask could be read, and cannot now: {e}") from e
     data = png_bytes(crop_to(im, made["width"], made["height"]).convert("L"))
     place_bytes(data, out / target.row.mask, ours)
-    return {"mask_sha256": hashlib.sha256(data).hexdigest()}
-
-# %% ../../nbs/1_data/16_prepare.ipynb #2524a4e2
-def same_pixels(
-    old: ManifestImage | None,  # of an earlier run
-    new: ManifestImage,
-) -> bool:
-    "Whether the raw picture looked the same then; another version of this package may read its colours in another way."
-    return bool(old and old.facts and new.facts) and old.facts.pixel_sha256 == new.facts.pixel_sha256
+    return hashlib.sha256(data).hexdigest()
 
 # %% ../../nbs/1_data/16_prepare.ipynb #deb2db30
 def store_pictures(
@@ -282,20 +283,19 @@ def store_pictures(
     for target in tqdm(targets, "write", unit="image", leave=False, disable=None):
         file, old, sha256 = target.row.file, earlier.get(target.row.file), target.row.source_sha256
         made_from, same = {"file": file, "source_sha256": sha256}, same_settings and same_pixels(old, target.row)
-        if still_there(target.source, out, old, made_from, same):
-            made = {key: getattr(old, key) for key in ("stored", "width", "height", "sha256")}
-        else:
-            how = (target.mode, target.size, data.background, data.max_pixels)
-            try:
+        try:
+            if still_there(target.source, out, old, made_from, same):
+                made = {key: getattr(old, key) for key in ("stored", "width", "height", "sha256")}
+            else:
+                how = (target.mode, target.size, data.background, data.max_pixels)
                 made = store(target.source, out, file, *how, ours=file in ours, sha256=sha256)
-            except LoraMvpError as e:
-                if e.code != "changed":
-                    raise
-                rows.append(e)
-                continue
-        if target.mask:
-            made |= store_mask(target, out, made, data.max_pixels, ours=target.row.mask in ours)
-        rows.append(target.row.model_copy(update=made))
+            if target.mask:
+                made["mask_sha256"] = store_mask(target, out, made, data.max_pixels, ours=target.row.mask in ours)
+            rows.append(target.row.model_copy(update=made))
+        except LoraMvpError as e:
+            if e.code != "changed":
+                raise
+            rows.append(e)
     return rows
 
 # %% ../../nbs/1_data/16_prepare.ipynb #901a3abf

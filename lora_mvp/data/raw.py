@@ -85,6 +85,18 @@ def label_of(
         return printable(parts[0]), reason
     return "", reason or "not_an_image"
 
+# %% ../../nbs/1_data/13_raw.ipynb #43b385d5
+def empty_labels(
+    raw: Path,  # the raw folder
+    files: list[Path],  # below it, without hidden ones
+) -> list[str]:  # a note, or none
+    "A note on label folders in which nothing lies, so that nothing else would name them."
+    filled = {path.relative_to(raw).parts[0] for path in files}
+    folders = [p.name for p in raw.iterdir() if p.is_dir() and not p.is_symlink() and not is_hidden(p.name)]
+    empty = sorted(printable(name) for name in folders if name not in filled)
+    more = f" and {len(empty) - 10:,} more" if len(empty) > 10 else ""
+    return [f"label folders without a file: {', '.join(empty[:10])}{more}"] if empty else []
+
 # %% ../../nbs/1_data/13_raw.ipynb #2187255e
 def scan(
     raw: Path,  # the raw folder
@@ -100,14 +112,5 @@ def scan(
             label, other = label_of(path, raw, layout)
             record = ImageRecord(path=printable(path.relative_to(raw)), label=label)
             pairs.append((path, record.with_reason(reason or other, "reject") if reason or other else record))
-    return pairs, layout
-
-# %% ../../nbs/1_data/13_raw.ipynb #43b385d5
-def empty_labels(
-    raw: Path,  # the raw folder
-    found: list[tuple[Path, ImageRecord]],  # of `scan`
-) -> list[str]:  # sorted
-    "Label folders in which nothing lies, so that nothing else would name them."
-    filled = {path.relative_to(raw).parts[0] for path, record in found if record.reason != "hidden"}
-    folders = [p.name for p in raw.iterdir() if p.is_dir() and not p.is_symlink() and not is_hidden(p.name)]
-    return sorted(printable(name) for name in folders if name not in filled)
+    empty = empty_labels(raw, [path for path, reason in found if reason != "hidden"])
+    return pairs, layout._replace(notes=[*layout.notes, *empty])
