@@ -194,7 +194,7 @@ class DataConfig(_Section):
 # %% ../nbs/08_config.ipynb #e837f78a
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
-
+# %% ../nbs/08_config.ipynb #4e7b80c7
 class _LoopKeys(_Section):
     pretrained_model: ModelKey = Field(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
