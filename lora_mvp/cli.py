@@ -18,8 +18,8 @@ from .api.commands import add_service
 from .config import AppConfig, LoraMvpError, config_schema, config_yaml, find_config, load_config
 from .screen import set_up_output
 from .terminal import SHELLS, Parser, completion, refusal
-from .terminal import count as _count
-from .terminal import number as _number
+from .terminal import finite_number as _number
+from .terminal import positive_count as _count
 
 # %% ../nbs/7_doors/03_cli.ipynb #d4740500
 def _config(args: argparse.Namespace) -> AppConfig:

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from .errors import LoraMvpError
 from .files import atomic_write  # noqa: F401  for chapters that still look for it here
-from .given import apply_overrides, complain
+from .given import apply_overrides, raise_mistakes
 from .plain_yaml import read_yaml, yaml_text
 from .sentences import Sections, sections_of, sentence, unknown_key
 
@@ -199,11 +199,11 @@ class DataConfig(_Section):
 # %% ../nbs/08_config.ipynb #e837f78a
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
-
+# %% ../nbs/08_config.ipynb #4e7b80c7
 class _LoopKeys(_Section):
     pretrained_model: ModelKey = Field(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        description="base: hub id, folder, .safetensors file, or tiny (embedded, 64 px)",
+        description="base: hub id, folder, file, or tiny (embedded, 64 px)",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a base from the hub; null: main")
     output_dir: PathKey = Field(Path("outputs/lora"), description="folder of the run: adapter, checkpoints, samples")
@@ -405,15 +405,13 @@ def override_values(
     "Overrides as values; whether a key exists and takes its value is for `load_config` to say."
     data, problems = {}, []
     apply_overrides(overrides, _sections(), data, {}, problems)
-    complain(("the command line", problems))
+    raise_mistakes(("the command line", problems))
     return {f"{section}.{key}": value for section, keys in data.items() for key, value in keys.items()}
 
 # %% ../nbs/08_config.ipynb #8f8e2d77
 def load_config(
     path: str | os.PathLike | None = None,  # YAML file; None: the defaults
-    overrides: list[str]
-    | tuple[str, ...]
-    | dict[str, Any] = (),  # "section.key=value" texts, or {"section.key": value}
+    overrides: list[str] | tuple[str, ...] | dict[str, Any] = (),  # "section.key=value", {"section.key": value}
 ) -> AppConfig:  # paths in it are absolute
     "Read a configuration; raises `LoraMvpError` naming every mistake with its line."
     file = None if path is None else _absolute(path, Path.cwd())
@@ -433,7 +431,7 @@ def load_config(
             place = places.get(at, "override")
             (problems if isinstance(place, int) else late).append((place, sentence(item, _sections())))
     given = "overrides" if isinstance(overrides, dict) else "the command line"
-    complain((str(path), sorted(problems, key=lambda found: found[0])), (given, late))
+    raise_mistakes((str(path), sorted(problems, key=lambda found: found[0])), (given, late))
     return config
 
 # %% ../nbs/08_config.ipynb #31dfed81

@@ -43,39 +43,49 @@ def put(data: dict, section: str, key: str, item: str, value: Any) -> None:
     data[section][key] = value
 
 # %% ../nbs/07a_given.ipynb #3822b629
-Place = int | str  # a line of the file, or an argument
+Spot = int | str  # where a value or a mistake stands: a line of the file, or an argument
 
 
+def note_place(
+    places: dict[tuple[str, ...], Spot],  # changed in place
+    section: str,
+    key: str,
+    item: str,  # empty: the key itself
+    spot: Spot,
+) -> None:
+    "Remember where a value came from; what lies above it keeps the place that it has."
+    for above in [(section,), (section, key)] if item else [(section,)]:
+        places.setdefault(above, spot)
+    places[(section, key, item) if item else (section, key)] = spot
+
+# %% ../nbs/07a_given.ipynb #987537ef
 def apply_overrides(
     overrides: list[str] | tuple[str, ...] | dict[str, Any],  # "section.key=value" texts, or {"section.key": value}
     sections: Sections,
     data: dict,  # section -> key -> value; changed in place
-    places: dict[tuple[str, ...], Place],  # learns where each came from
-    problems: list[tuple[Place, str]],  # learns what is wrong
+    places: dict[tuple[str, ...], Spot],  # learns where each came from
+    problems: list[tuple[Spot, str]],  # learns what is wrong
 ) -> None:
     "Put overrides into `data`."
     texts = not isinstance(overrides, dict)
-    pairs = [o.partition("=")[::2] if "=" in o else (o, None) for o in overrides] if texts else overrides.items()
-    for name, value in pairs:
+    for given in overrides if texts else overrides.items():
+        name, value = (*given.split("=", 1), None)[:2] if texts else given
         section, key, item = [*str(name).strip().split(".", 2), "", ""][:3]
-        place, schema = f"{'--set' if texts else 'override'} {name}", sections.get(section, {}).get(key, {})
+        spot, schema = f"{'--set' if texts else 'override'} {name}", sections.get(section, {}).get(key, {})
         if not (section and key) or (texts and value is None):
-            problems.append((place, "write it as section.key=value"))
+            problems.append((spot, "write it as section.key=value"))
         elif item and schema and entries_of(schema) is None:
-            problems.append((place, f"{section}.{key} has no keys below it; write it as {section}.{key}=value"))
+            problems.append((spot, f"{section}.{key} has no keys below it; write it as {section}.{key}=value"))
         else:
             if texts:
                 value, wrong = override_value((entries_of(schema) or {}) if item else schema, value)
-                problems.extend((place, what) for what in wrong)
-            places.setdefault((section,), place)
-            if item:
-                places.setdefault((section, key), place)
-            places[(section, key, item) if item else (section, key)] = place
+                problems.extend((spot, what) for what in wrong)
+            note_place(places, section, key, item, spot)
             put(data, section, key, item, value)
 
 # %% ../nbs/07a_given.ipynb #c67810bd
-def complain(
-    *found: tuple[str, list[tuple[Place, str]]],  # where they stand, and what is wrong there
+def raise_mistakes(
+    *found: tuple[str, list[tuple[Spot, str]]],  # where they stand, and what is wrong there
 ) -> None:
     "Raise one error (`config_invalid`) that holds every problem, each with its place."
     blocks = []

@@ -19,14 +19,21 @@ from tqdm.auto import tqdm
 # %% ../nbs/02a_screen.ipynb #7f27dd3a
 LINES = 20  # of a run in a log
 
-
+# %% ../nbs/02a_screen.ipynb #38a377cc
 def has_bars(
     file: TextIO,  # usually stderr
 ) -> bool:
     "Whether a bar that is drawn again and again can be seen there: in a terminal, or in a notebook."
     return file.isatty() or "ipykernel" in sys.modules
 
+# %% ../nbs/02a_screen.ipynb #b6154884
+def step_line(done: int, total: int, first: int, seconds: float, text: str) -> str:
+    "How far a loop is that has come from `first` to `done` in so many seconds."
+    speed = (done - first) / max(seconds, 1e-9)
+    left = f", {tqdm.format_interval((total - done) / speed)} left" if done < total else ""
+    return f"step {done} of {total}, {text}, {speed:.1f} steps/s{left}"
 
+# %% ../nbs/02a_screen.ipynb #aa499610
 class Progress:
     "How far a loop is: a bar where one can be seen, else a line for every twentieth of it."
 
@@ -37,48 +44,30 @@ class Progress:
         show: bool = True,
         file: TextIO | None = None,  # None: stderr
     ):
-        self.total, self.first, self.done, self.show = total, done, done, show
-        self.file, self.start = file or sys.stderr, time.monotonic()
-        self.every, self.lines = math.ceil(total / LINES), []
-        self.bars = has_bars(self.file)
-        self.bar = tqdm(total=total, initial=done, unit="step", disable=not (show and self.bars), file=self.file)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        self.total, self.first, self.done, self.file = total, done, done, file or sys.stderr
+        self.start, self.lines, bars = time.monotonic(), [], has_bars(self.file)
+        self.every = math.ceil(total / LINES) if show and not bars else 0  # 0: no lines
+        self.bar = tqdm(total=total, initial=done, unit="step", disable=not (show and bars), file=self.file)
 
     def step(self, text: str) -> None:
         "One more step is done; `text` is what it has to say."
         self.done += 1
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
-        if self.show and not self.bars and (self.done % self.every == 0 or self.done == self.total):
-            self.lines.append(self.line(text))
+        if self.every and (self.done % self.every == 0 or self.done == self.total):
+            seconds = time.monotonic() - self.start
+            self.lines.append(step_line(self.done, self.total, self.first, seconds, text))
             print(self.lines[-1], file=self.file, flush=True)
 
-    def line(self, text: str) -> str:
-        "`step 50 of 1000, loss 0.1234, 2.4 steps/s, 06:36 left`."
-        seconds = max(time.monotonic() - self.start, 1e-9)
-        speed = (self.done - self.first) / seconds
-        left = f", {tqdm.format_interval((self.total - self.done) / speed)} left" if self.done < self.total else ""
-        return f"step {self.done} of {self.total}, {text}, {speed:.1f} steps/s{left}"
-
 # %% ../nbs/02a_screen.ipynb #b563c5eb
-def quiet_libraries() -> None:
-    "Ask libraries that are loaded later for errors only, and for no bars in a log."
+def set_up_output() -> None:
+    "Our messages go to stderr as plain lines, libraries are quiet; a letter that a terminal cannot show is escaped."
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
+        os.environ.setdefault(name, "error")  # read when the library is loaded
     if not has_bars(sys.stderr):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-
-
-def set_up_output() -> None:
-    "Log messages go to stderr as plain lines; a letter that the terminal cannot show is escaped instead of an error."
-    quiet_libraries()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lora_mvp").setLevel(logging.INFO)
     for stream in (sys.stdout, sys.stderr):

@@ -30,15 +30,15 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
 # %% ../nbs/7_doors/02a_terminal.ipynb #77ba6005
-def number(text: str) -> float:
+def finite_number(text: str) -> float:
     "A number, for argparse; `nan` and `inf` are none."
     with contextlib.suppress(ValueError):
         if math.isfinite(value := float(text)):
             return value
     raise argparse.ArgumentTypeError(f"{text} is not a number")
 
-
-def count(text: str) -> int:
+# %% ../nbs/7_doors/02a_terminal.ipynb #e2a615a0
+def positive_count(text: str) -> int:
     "A whole number of at least 1, for argparse."
     if text.isdecimal() and int(text) > 0:
         return int(text)
@@ -73,7 +73,7 @@ def complete_files(parser: argparse.ArgumentParser) -> None:
         elif action.dest in FILES:
             action.complete = shtab.FILE
 
-
+# %% ../nbs/7_doors/02a_terminal.ipynb #5ea33497
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:  # `shell`: one of `SHELLS`
     "The script that completes a parser's command line."
     import shtab

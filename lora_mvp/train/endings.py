@@ -19,8 +19,8 @@ from ..files import file_sha256
 from ..models.adapters import WEIGHTS, adapter_parameters, add_lora, restore_adapter
 from ..models.keys import public_name
 from .network import Network, start_accelerator
-from .owner import owned
-from .results import Ending, missing_forms, write_forms
+from .owner import claimed
+from .results import FinishedRun, missing_forms, write_forms
 from .runs import RunFolder, RunRecord, config_of, dataset_hash, read_run
 
 # %% ../../nbs/3_train/12a_endings.ipynb #08128c64
@@ -53,20 +53,22 @@ def finish_forms(
     folder: RunFolder,
     manifest: str | Path | None = None,  # where the data is now, if it has moved
 ) -> list[str]:  # what was written
-    "Write what a finished run lacks; its folder must be owned."
+    "Write what a finished run lacks; its folder must be claimed."
     record = read_run(folder.root)
     config = config_of(record)
     forms = missing_forms(folder, config.training)
     network = cache(lambda: trained_network(folder, record, config.training))
-    write_forms(Ending(folder, record, config, lambda: same_data(record, manifest or record.manifest), network), forms)
+    write_forms(
+        FinishedRun(folder, record, config, lambda: same_data(record, manifest or record.manifest), network), forms
+    )
     return forms
 
-
+# %% ../../nbs/3_train/12a_endings.ipynb #1d376561
 def finish(
     out: str | Path,  # the output folder of a training
     manifest: str | Path | None = None,  # where the data is now, if it has moved
 ) -> list[str]:  # what was written: pictures, kohya, pipeline
     "Write what a finished run lacks; raises `LoraMvpError` (`run_not_found`, `output_busy`, and as its steps do)."
     read_run(out)
-    with owned(os.path.abspath(out)):
+    with claimed(os.path.abspath(out)):
         return finish_forms(RunFolder(os.path.abspath(out)), manifest)

@@ -40,7 +40,7 @@ class DiskNeed(NamedTuple):
     pipeline: int
     pictures: int
 
-
+# %% ../../nbs/3_train/12b_foresight.ipynb #80afa09b
 def disk_need(
     pipe: Pipeline,  # its weights may be on the meta device
     adapters: dict[str, list],  # of `add_lora`
@@ -60,8 +60,8 @@ def held_bytes(paths: list[Path]) -> int:
     files = [f for path in paths for f in (path.rglob("*") if path.is_dir() else [path]) if f.is_file()]
     return sum(file.stat().st_size for file in files)
 
-
-def check_room(root: Path, need: DiskNeed, held: int, free: float | None = None) -> None:
+# %% ../../nbs/3_train/12b_foresight.ipynb #45dece36
+def check_disk(root: Path, need: DiskNeed, held: int, free: float | None = None) -> None:
     "Raise `LoraMvpError` (`disk_too_small`) where what a run leaves will not fit."
     free = shutil.disk_usage(root).free if free is None else free
     if sum(need) > free + held:

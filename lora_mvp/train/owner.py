@@ -35,7 +35,7 @@ class Owner(BaseModel):
     since: str  # when it came here, local time
     token: str  # of this claim
 
-
+# %% ../../nbs/3_train/07a_owner.ipynb #f21a067d
 def this_process() -> Owner:
     "The claim of this process."
     begun, now = psutil.Process().create_time(), time.strftime("%Y-%m-%d %H:%M:%S")
@@ -76,8 +76,8 @@ def quiet_for(root: Path) -> float:
     with tempfile.TemporaryFile(dir=root) as now:
         return os.fstat(now.fileno()).st_mtime - (root / "owner.json").stat().st_mtime
 
-
-def is_alive(owner: Owner, quiet: float, locked: bool) -> bool:  # `locked`: whether the system gave us its lock
+# %% ../../nbs/3_train/07a_owner.ipynb #5a4988b9
+def may_write(owner: Owner, quiet: float, locked: bool) -> bool:  # `locked`: whether the system gave us its lock
     "Whether the process of a claim may still write."
     if owner.host != socket.gethostname():
         return quiet < PATIENCE
@@ -95,25 +95,32 @@ def busy(root: Path, owner: Owner | None) -> LoraMvpError:
     text = f"{root} is in use by {who}: a training writes there. Wait for its end, stop it, or choose another training.output_dir."
     return LoraMvpError("output_busy", text)
 
-# %% ../../nbs/3_train/07a_owner.ipynb #217cfdd1
+# %% ../../nbs/3_train/07a_owner.ipynb #05e9b2b6
 log = logging.getLogger("lora_mvp")
 
+# %% ../../nbs/3_train/07a_owner.ipynb #76058e93
+def take_folder(root: Path) -> int | None:  # of `lock_folder`
+    "Lock a folder unless another process may still write there; raises `LoraMvpError` (`output_busy`)."
+    try:
+        handle = lock_folder(root)
+    except BlockingIOError:
+        raise busy(root, read_owner(root)) from None
+    before = read_owner(root)
+    if before and may_write(before, quiet_for(root), handle is not None):
+        if handle is not None:
+            os.close(handle)
+        raise busy(root, before)
+    if before:
+        log.warning("%s: taken over from process %d on %s, which has ended", root, before.pid, before.host)
+    return handle
 
+# %% ../../nbs/3_train/07a_owner.ipynb #c8e5cb11
 class Claim:
     "A folder that this process writes into."
 
     def __init__(self, root: Path):
-        self.root, self.owner, self.over = root, this_process(), threading.Event()
-        try:
-            self.handle = lock_folder(root)
-        except BlockingIOError:
-            raise busy(root, read_owner(root)) from None
-        before = read_owner(root)
-        if before and is_alive(before, quiet_for(root), self.handle is not None):
-            self.unlock()
-            raise busy(root, before)
-        if before:
-            log.warning("%s: taken over from process %d on %s, which has ended", root, before.pid, before.host)
+        self.root, self.handle = root, take_folder(root)
+        self.owner, self.over = this_process(), threading.Event()
         atomic_write(root / "owner.json", self.owner.model_dump_json() + "\n")
         threading.Thread(target=self.beat, daemon=True).start()
 
@@ -125,27 +132,21 @@ class Claim:
 
     def check(self) -> None:
         "Raise `LoraMvpError` (`output_busy`) when another process has taken the folder over meanwhile."
-        now = read_owner(self.root)
-        if now and now.token != self.owner.token:
+        if (now := read_owner(self.root)) and now.token != self.owner.token:
             raise busy(self.root, now)
 
-    def unlock(self) -> None:
-        "Let go of the system's lock."
+    def release(self) -> None:
+        "Take the claim back, unless it is another's by now."
+        self.over.set()
+        with contextlib.suppress(LoraMvpError, OSError):  # a disk that has become read-only keeps it, and it is stale
+            self.check()
+            (self.root / "owner.json").unlink(missing_ok=True)
         if self.handle is not None:
             os.close(self.handle)
 
-    def release(self) -> None:
-        "Take the claim back."
-        self.over.set()
-        now = read_owner(self.root)
-        if now and now.token == self.owner.token:
-            with contextlib.suppress(OSError):  # a disk that has become read-only keeps it: it is stale from now on
-                (self.root / "owner.json").unlink(missing_ok=True)
-        self.unlock()
-
 # %% ../../nbs/3_train/07a_owner.ipynb #ba93e520
 @contextlib.contextmanager
-def owned(
+def claimed(
     root: str | Path,  # training.output_dir; made where it is missing
     mine: bool = True,  # False: a further process of the same run, which writes nothing
 ) -> Iterator[Claim | None]:

@@ -122,7 +122,7 @@ def certificate_of(folder: RunFolder) -> Path:
     "Where the certificate of a run's adapter is."
     return folder.adapter / "certificate.json"
 
-
+# %% ../../nbs/3_train/12_results.ipynb #b125fdd8
 def save_result(
     config: AppConfig,
     manifest: Manifest,
@@ -144,7 +144,7 @@ def save_result(
 
 # %% ../../nbs/3_train/12_results.ipynb #0a41752c
 @dataclass
-class Ending:
+class FinishedRun:
     "A run that has its record, and what its other forms are made from."
 
     folder: RunFolder
@@ -154,7 +154,7 @@ class Ending:
     network: Callable[[], Network]  # with the adapter in it
 
 # %% ../../nbs/3_train/12_results.ipynb #542a8e5f
-def save_pictures(ending: Ending) -> None:
+def save_pictures(ending: FinishedRun) -> None:
     "The curve of the losses, and all sample pictures on one sheet."
     folder = ending.folder
     history, validation = read_table(StepReport, folder.history), read_table(ValidationRow, folder.validation)
@@ -164,7 +164,7 @@ def save_pictures(ending: Ending) -> None:
         sheet.save(folder.sheet)
 
 # %% ../../nbs/3_train/12_results.ipynb #e3462d3d
-def training_facts(ending: Ending) -> dict:
+def training_facts(ending: FinishedRun) -> dict:
     "What the header of the exported adapter says about its training."
     t, record, train = ending.config.training, ending.record, ending.manifest().rows("train")
     names = ("learning_rate", "text_encoder_learning_rate", "lr_scheduler", "mixed_precision", "seed", "resolution")
@@ -185,7 +185,7 @@ def training_facts(ending: Ending) -> dict:
     }
 
 # %% ../../nbs/3_train/12_results.ipynb #6f73fda9
-def save_exchange(ending: Ending) -> None:
+def save_exchange(ending: FinishedRun) -> None:
     "The adapter's other form, and the certificate that says what public loaders make of both."
     network, folder = ending.network(), ending.folder
     network.set_mode(False)
@@ -194,7 +194,7 @@ def save_exchange(ending: Ending) -> None:
         certify(network.pipe, folder.adapter, folder.kohya, network.fresh)
 
 # %% ../../nbs/3_train/12_results.ipynb #88da3273
-def save_pipeline(ending: Ending) -> None:
+def save_pipeline(ending: FinishedRun) -> None:
     "The base with the adapter fused in, as a pipeline in the run's folder; `model_index.json` comes last."
     network, folder = ending.network(), ending.folder
     t, staged = network.settings, folder.root / ".pipeline"
@@ -217,8 +217,8 @@ def certified(folder: RunFolder) -> bool:
     except (LoraMvpError, OSError):
         return False
 
-
-FORMS: dict[str, Callable[[Ending], None]] = {
+# %% ../../nbs/3_train/12_results.ipynb #09a5607c
+FORMS: dict[str, Callable[[FinishedRun], None]] = {
     "pictures": save_pictures,
     "kohya": save_exchange,
     "pipeline": save_pipeline,
@@ -236,7 +236,7 @@ def missing_forms(folder: RunFolder, t: TrainingConfig) -> list[str]:
 log = logging.getLogger("lora_mvp")
 
 
-def write_forms(ending: Ending, forms: list[str]) -> None:
+def write_forms(ending: FinishedRun, forms: list[str]) -> None:
     "Write these forms; what goes wrong leaves the run as it is, and how to go on is said."
     try:
         for form in forms:
@@ -258,7 +258,7 @@ def finish_run(
     "Write everything that a finished run leaves: what it is first, then what is made from that."
     record, folder = save_result(config, manifest, network, data, state, seconds), RunFolder(config.training.output_dir)
     write_forms(
-        Ending(folder, record, config, lambda: manifest, lambda: network), missing_forms(folder, config.training)
+        FinishedRun(folder, record, config, lambda: manifest, lambda: network), missing_forms(folder, config.training)
     )
 
 # %% ../../nbs/3_train/12_results.ipynb #b88eba67

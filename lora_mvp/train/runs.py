@@ -132,7 +132,7 @@ def settings_identity(
     settings["pretrained_model"] = MOVED.get(settings["pretrained_model"], settings["pretrained_model"])
     return {k: json.dumps(v) for k, v in settings.items()}
 
-
+# %% ../../nbs/3_train/08_runs.ipynb #49b3eacc
 def run_identity(config: AppConfig, manifest: Manifest) -> dict[str, str]:
     "What must not change between a checkpoint and the run that resumes it, as far as settings and data say it."
     return settings_identity(config, dataset_hash(manifest))
@@ -157,7 +157,7 @@ def differing(
     keys = sorted((ours.keys() & theirs.keys()) - {"max_train_steps"})
     return [f"{key} was {theirs[key]}, is now {ours[key]}" for key in keys if theirs[key] != ours[key]]
 
-
+# %% ../../nbs/3_train/08_runs.ipynb #2e305d81
 def strangers(
     folder: RunFolder,
     identity: dict[str, str],  # of `run_identity`
@@ -197,14 +197,14 @@ def run_files(folder: RunFolder) -> list[Path]:
     found = [*checkpoints(f.root), f.adapter, f.kohya, f.pipeline, f.record, *(f.root / part for part in parts)]
     return [path for path in [*found, *run_traces(f)] if path.exists()]
 
-
+# %% ../../nbs/3_train/08_runs.ipynb #87c332d8
 def run_traces(folder: RunFolder) -> list[Path]:
     "Those that say how a run went, and which of its checkpoints is best."
     f = folder
     found = [f.start, f.history, f.validation, f.curve, f.sheet, f.best, f.best_adapter, *f.samples.glob("step-*.png")]
     return [path for path in found if path.exists()]
 
-
+# %% ../../nbs/3_train/08_runs.ipynb #72e42fd1
 def remove_all(paths: list[Path]) -> None:
     "Remove files and folders."
     for path in paths:
