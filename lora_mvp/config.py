@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from .errors import LoraMvpError
 from .files import atomic_write  # noqa: F401  for chapters that still look for it here
+from .given import apply_overrides, raise_mistakes
 from .plain_yaml import read_yaml, yaml_text
 from .sentences import Sections, sections_of, sentence, unknown_key
 
@@ -63,16 +64,16 @@ def _anchor_scorer(name: str, info) -> str:
 
 # %% ../nbs/08_config.ipynb #3c471d3d
 _logger = logging.getLogger("lora_mvp")
-_MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 
 
 def resolve_model_name(
     name: str,  # hub id or folder, as the user wrote it
 ) -> str:  # the name to load
     "The name a model has today; says so in one log line when it has moved."
-    if name in _MOVED:
-        _logger.warning("%s was deleted from the hub; using %s, the same weights", name, _MOVED[name])
-    return _MOVED.get(name, name)
+    if name in MOVED:
+        _logger.warning("%s was deleted from the hub; using %s, the same weights", name, MOVED[name])
+    return MOVED.get(name, name)
 
 # %% ../nbs/08_config.ipynb #1ae8dbc9
 def _not_empty(value: Any) -> Any:
@@ -198,11 +199,11 @@ class DataConfig(_Section):
 # %% ../nbs/08_config.ipynb #e837f78a
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
-
+# %% ../nbs/08_config.ipynb #4e7b80c7
 class _LoopKeys(_Section):
     pretrained_model: ModelKey = Field(
-        "runwayml/stable-diffusion-v1-5",
-        description="base: hub id, folder, .safetensors file, or tiny (embedded, 64 px)",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        description="base: hub id, folder, file, or tiny (embedded, 64 px)",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a base from the hub; null: main")
     output_dir: PathKey = Field(Path("outputs/lora"), description="folder of the run: adapter, checkpoints, samples")
@@ -373,34 +374,6 @@ def _sections() -> Sections:
     "The JSON Schema of every key: section -> key -> schema."
     return sections_of(AppConfig)
 
-# %% ../nbs/08_config.ipynb #3b898858
-def _override_value(section: str, key: str, text: str) -> tuple[Any, list[str]]:
-    "The value that `text` means for a key, and what is wrong with it."
-    schema = _sections().get(section, {}).get(key, {})
-    options = [option.get("type") for option in schema.get("anyOf", [schema])]
-    nothing = "null" in options and text in ("", "null")
-    if "string" in options and not nothing and text[:1] not in ('"', "'"):
-        return text, []
-    value, _, problems = read_yaml(text)
-    return value, [what for _, what in problems]
-
-# %% ../nbs/08_config.ipynb #cd59ef8e
-def _apply(overrides, data: dict, places: dict, problems: list) -> None:
-    "Put overrides into `data`; `places` learns where each came from."
-    pairs = overrides.items() if isinstance(overrides, dict) else [o.partition("=")[::2] for o in overrides]
-    for i, (name, value) in enumerate(pairs):
-        (section, dot, key), place = str(name).strip().partition("."), f"override {name}"
-        if not (section and dot and key) or (not isinstance(overrides, dict) and "=" not in overrides[i]):
-            problems.append((place, "write it as section.key=value"))
-            continue
-        if not isinstance(overrides, dict):
-            value, wrong = _override_value(section, key, value)
-            problems.extend((place, what) for what in wrong)
-        places.setdefault((section,), place)
-        data[section] = {} if data.get(section) is None else data[section]
-        if isinstance(data[section], dict):
-            data[section][key], places[(section, key)] = value, place
-
 # %% ../nbs/08_config.ipynb #9ca6835a
 def _read_file(path: Path) -> str:
     try:
@@ -410,14 +383,20 @@ def _read_file(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise LoraMvpError("config_unreadable", f"Cannot read {path} as UTF-8 text: {error}") from None
 
-# %% ../nbs/08_config.ipynb #8ef9ae8d
-def _complain(problems: list, name: str) -> None:
-    "Raise one error that holds every problem, each with its place."
-    if not problems:
-        return
-    lines = [f"  {f'line {place}' if isinstance(place, int) else place}: {what}" for place, what in problems]
-    head = f"{name}: {len(problems)} mistake{'s' if len(problems) > 1 else ''} in the configuration"
-    raise LoraMvpError("config_invalid", "\n".join([head, *lines]))
+# %% ../nbs/08_config.ipynb #c17f7aab
+def find_config(
+    named: str | os.PathLike | None = None,  # a file that the user names
+) -> str | os.PathLike | None:  # for `load_config`
+    "The file named, else `config.yaml` in the current folder, where it is there and ours."
+    here = Path("config.yaml")
+    if named is not None or not here.is_file():
+        return named
+    data, _, problems = read_yaml(_read_file(here))
+    if not problems and not (isinstance(data, dict) and set(data) & set(AppConfig.model_fields)):
+        _logger.info("config.yaml here has none of the sections %s: not used", ", ".join(AppConfig.model_fields))
+        return None
+    _logger.info("settings from config.yaml in this folder")
+    return here
 
 # %% ../nbs/08_config.ipynb #d81b07e6
 def override_values(
@@ -425,16 +404,14 @@ def override_values(
 ) -> dict[str, Any]:  # {"section.key": value}
     "Overrides as values; whether a key exists and takes its value is for `load_config` to say."
     data, problems = {}, []
-    _apply(overrides, data, {}, problems)
-    _complain(problems, "overrides")
+    apply_overrides(overrides, _sections(), data, {}, problems)
+    raise_mistakes(("the command line", problems))
     return {f"{section}.{key}": value for section, keys in data.items() for key, value in keys.items()}
 
 # %% ../nbs/08_config.ipynb #8f8e2d77
 def load_config(
     path: str | os.PathLike | None = None,  # YAML file; None: the defaults
-    overrides: list[str]
-    | tuple[str, ...]
-    | dict[str, Any] = (),  # "section.key=value" texts, or {"section.key": value}
+    overrides: list[str] | tuple[str, ...] | dict[str, Any] = (),  # "section.key=value", {"section.key": value}
 ) -> AppConfig:  # paths in it are absolute
     "Read a configuration; raises `LoraMvpError` naming every mistake with its line."
     file = None if path is None else _absolute(path, Path.cwd())
@@ -445,7 +422,7 @@ def load_config(
         ]
     data = {k: {} if v is None else v for k, v in data.items()} if isinstance(data, dict) else {}
     places, late = dict(lines), []
-    _apply(overrides, data, places, late)
+    apply_overrides(overrides, _sections(), data, places, late)
     try:
         config = AppConfig.model_validate(data, context={"base": file.parent if file else Path.cwd()})
     except ValidationError as error:
@@ -453,7 +430,8 @@ def load_config(
             at = next((item["loc"][:n] for n in (3, 2, 1) if item["loc"][:n] in places), ())
             place = places.get(at, "override")
             (problems if isinstance(place, int) else late).append((place, sentence(item, _sections())))
-    _complain(sorted(problems, key=lambda found: found[0]) + late, str(path) if path is not None else "overrides")
+    given = "overrides" if isinstance(overrides, dict) else "the command line"
+    raise_mistakes((str(path), sorted(problems, key=lambda found: found[0])), (given, late))
     return config
 
 # %% ../nbs/08_config.ipynb #31dfed81

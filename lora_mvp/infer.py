@@ -8,6 +8,7 @@ __all__ = ['LoadedRun', 'load_run', 'render', 'generate']
 # %% ../nbs/4_infer/01_infer.ipynb #d6f12798
 import itertools
 import json
+import logging
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from .errors import LoraMvpError
 from .files import make_folder, not_writable
 from .models.adapters import WEIGHTS, fuse, load_adapter, set_scale
 from .models.base import LOADING, base_revision, load_base
-from .models.drawing import sample
+from .models.drawing import cut_prompts, sample
 from .models.families import Pipeline, native_size
 from .models.inspection import recorded_base
 from .train.objectives import sampling_scheduler
@@ -166,6 +167,9 @@ def keep_picture(picture: Image.Image, folder: str | Path, facts: dict) -> Path:
         raise not_writable(file, e, "the picture", code="output_not_writable") from e
 
 # %% ../nbs/4_infer/01_infer.ipynb #f54c9ff3
+log = logging.getLogger("lora_mvp")
+
+# %% ../nbs/4_infer/01_infer.ipynb #fa05d8e3
 def generate(
     run: LoadedRun,
     prompts: list[str],
@@ -179,6 +183,8 @@ def generate(
 ) -> list[Path]:
     "Draw pictures and save them as PNG with their parameters in the metadata."
     check_request(prompts, seed, count, num_inference_steps, size)
+    for prompt, tokens in cut_prompts(run.pipe, prompts).items():
+        log.warning("the base reads %d tokens of a prompt and no more; this one is cut: %r", tokens, prompt)
     pairs = [(prompt, seed + k) for prompt in prompts for k in range(count)]
     make_folder(out, "the output folder", code="output_not_writable")
     options = (lora_scale, num_inference_steps, guidance_scale, size)

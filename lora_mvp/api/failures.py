@@ -36,7 +36,12 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 # %% ../../nbs/6_api/16_failures.ipynb #66a57bc8
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-SAME = {"gradient_not_finite": "loss_not_finite", "not_writable": "disk_full", "output_not_writable": "disk_full"}
+SAME = {
+    "gradient_not_finite": "loss_not_finite",
+    "not_writable": "disk_full",
+    "output_not_writable": "disk_full",
+    "disk_too_small": "disk_full",
+}
 
 
 def job_error(

@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/6_api/18_work.ipynb #f5b8a196
 import argparse
 import ctypes
-import logging
 import os
 import shutil
 import signal
@@ -27,6 +26,7 @@ from .jobs import Job
 from .reporter import FENCED, Reporter
 from ..config import ApiConfig, AppConfig
 from ..errors import LoraMvpError
+from ..screen import set_up_output
 
 # %% ../../nbs/6_api/18_work.ipynb #10aca332
 def die_with_parent() -> None:
@@ -138,8 +138,7 @@ def do_attempt(
     if not psutil.pid_exists(args.runner) or folder.current_attempt() != args.attempt:
         return FENCED
     os.chdir(folder.root)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("lora_mvp").setLevel(logging.INFO)
+    set_up_output()
     try:
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world != args.processes:

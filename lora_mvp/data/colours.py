@@ -195,7 +195,7 @@ def profiles_of(
     return [old] if old else made, notes
 
 # %% ../../nbs/1_data/00b_colours.ipynb #a11c1d28
-def fitted(
+def in_space(
     im: Image.Image,  # opaque
     space: str,  # of a profile: `RGB`, `GRAY`, `CMYK` ...
 ) -> Image.Image | None:  # None: the profile is for other pixels
@@ -239,7 +239,7 @@ def in_srgb(
     for icc in profiles:
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-            source = fitted(im, profile.profile.xcolor_space.strip())
+            source = in_space(im, profile.profile.xcolor_space.strip())
             if source is None:
                 raise ValueError("a profile for other pixels")
             exact = ImageCms.Flags.NOOPTIMIZE if source.mode in ("L", "I;16") else ImageCms.Flags.NONE

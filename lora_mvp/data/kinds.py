@@ -46,7 +46,7 @@ def readers() -> dict[str, str]:  # library -> version
     return found
 
 # %% ../../nbs/1_data/00a_kinds.ipynb #307d24d5
-class Kind(NamedTuple):
+class FileKind(NamedTuple):
     "A picture format that is not read."
 
     name: str
@@ -57,21 +57,23 @@ class Kind(NamedTuple):
 # %% ../../nbs/1_data/00a_kinds.ipynb #03a5deb6
 RAW = ".cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .dng .orf .rw2 .raf .pef .srw .x3f .3fr .fff .iiq .erf .mrw .mef .mos .kdc .dcr .rwl"
 KINDS = (
-    Kind(
+    FileKind(
         "HEIC",
         "install the reader with pip install 'lora-mvp[heic]', or save it as JPEG",
         (rb".{4}ftyp(hei|hev|mif1|msf1)",),
         HEIF_ENDINGS,
     ),
-    Kind(
+    FileKind(
         "AVIF",
         "this Pillow was built without AVIF; use the wheel from PyPI",
         (rb".{4}ftypavi[fs]",),
         (".avif", ".avifs"),
     ),
-    Kind("JPEG XL", "save it as PNG, for example with djxl", (rb"\xff\x0a", rb"\0{3}\x0cJXL \r\n\x87\n"), (".jxl",)),
-    Kind("Photoshop document", "export it as PNG from Photoshop or GIMP", (rb"8BPS",), (".psd", ".psb")),
-    Kind(
+    FileKind(
+        "JPEG XL", "save it as PNG, for example with djxl", (rb"\xff\x0a", rb"\0{3}\x0cJXL \r\n\x87\n"), (".jxl",)
+    ),
+    FileKind("Photoshop document", "export it as PNG from Photoshop or GIMP", (rb"8BPS",), (".psd", ".psb")),
+    FileKind(
         "camera raw",
         "develop it in a raw converter and save it as JPEG, PNG or TIFF",
         (
@@ -86,7 +88,9 @@ KINDS = (
         tuple(RAW.split()),
     ),
     *(
-        Kind(name, "open it in the program it comes from and save it as PNG or JPEG", starts, tuple(endings.split()))
+        FileKind(
+            name, "open it in the program it comes from and save it as PNG or JPEG", starts, tuple(endings.split())
+        )
         for name, starts, endings in (
             ("JPEG 2000", (rb"\0{3}\x0cjP  \r\n\x87\n", rb"\xff\x4f\xff\x51"), ".jp2 .j2k .jpf .jpx .j2c .jpc"),
             ("GIMP document", (rb"gimp xcf",), ".xcf"),
@@ -108,7 +112,7 @@ KINDS = (
 # %% ../../nbs/1_data/00a_kinds.ipynb #1abc2944
 def unread_kind(
     data: bytes,  # a whole file, or its first bytes
-) -> Kind | None:  # None: not known
+) -> FileKind | None:  # None: not known
     "What a file is that no reader here knows, from its content."
     start, read = data[:1024], {"HEIC": "HEIF" in readable_formats(), "AVIF": features.check("avif")}
     found = (kind for kind in KINDS for pattern in kind.starts if re.match(pattern, start, re.DOTALL))
@@ -116,7 +120,7 @@ def unread_kind(
 
 # %% ../../nbs/1_data/00a_kinds.ipynb #f87f29cd
 def not_read(
-    kind: Kind,
+    kind: FileKind,
 ) -> LoraMvpError:  # `unread_format`; to be raised by the caller
     "What is to be said about a picture of this kind."
     return LoraMvpError("unread_format", f"{kind.name}: {kind.way_out}")
@@ -169,7 +173,7 @@ def claimed_format(
 def claimed_kind(
     data: bytes,  # a whole file
     path: str | os.PathLike,  # of the file; its ending counts
-) -> Kind | None:
+) -> FileKind | None:
     "The kind that a file is by its ending, where the content says nothing against it."
     kind = next((kind for kind in KINDS if kind.name == claimed_format(path)), None)
     is_raw = kind is not None and kind.name == "camera raw" and data[:4] in (b"II*\0", b"MM\0*")

@@ -19,11 +19,12 @@ from ..data.manifest import Manifest, read_manifest
 from ..errors import LoraMvpError
 from .copies import RealSet, find_real, read_pictures, real_of_split, trained_on
 from .records import Warned
-from .samples import OWN, Sample, SamplePlan, draw_plan, fill_all, make_plan, read_prompts
+from .samples import OWN, Sample, SamplePlan, draw_plan, fill_all, make_plan, own_prompts, read_prompts
 from ..files import asset, file_sha256
 from ..infer import LoadedRun, load_run, render
 from ..models.adapters import WEIGHTS
 from ..models.base import base_hash
+from ..models.drawing import cut_prompts
 from ..train.runs import RunFolder, read_run
 from ..words import as_words
 
@@ -190,11 +191,14 @@ def draw_columns(
     batch_size: int = 4,
 ) -> list[Column]:
     "Draw all columns, with one model in memory at a time."
-    run, drawn = None, []
+    run, drawn, cut = None, [], None
     for k, column in enumerate(columns):
         if run is None or column.model != columns[k - 1].model:
             run = None  # let go before the next is loaded
             run = load_run(column.model)
+        if cut is None and (cut := cut_prompts(run.pipe, own_prompts([row.prompt for row in plan.rows]))):
+            text = "the base reads %d tokens of a prompt and no more; %d prompts are cut, the first: %r"
+            log.warning(text, min(cut.values()), len(cut), next(iter(cut)))
         log.info("drawing %d pictures: %s", len(plan.rows), column.name)
         folder = out / "samples" / column.folder
         drawn.append(draw_column(column, run, model_facts(run, column.scale), plan, folder, batch_size))

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/5_eval/05_samples.ipynb #d052c37c
 import json
 import logging
+import re
 import string
 from collections.abc import Callable
 from hashlib import sha256
@@ -23,7 +24,7 @@ from ..config import derive_seed
 from ..data.images import open_rgb
 from ..data.looks import pixel_hash
 from ..errors import LoraMvpError
-from ..files import atomic_write, read_record
+from ..files import asset, atomic_write, read_record
 from ..infer import save_picture
 from ..sheets import Tile, contact_sheet
 
@@ -88,6 +89,13 @@ def fill_all(
             filled[group].append(fill(template, subjects[turn % len(subjects)] if subjects else None))
             turn += "{subject" in template
     return filled
+
+# %% ../../nbs/5_eval/05_samples.ipynb #139b659c
+def own_prompts(prompts: list[str]) -> list[str]:
+    "Those that are none of the package's own with some subject."
+    groups = read_prompts(asset("prompts", "default.yaml"))
+    ours = [re.escape(t).replace(r"\{subject\}", ".+") for templates in groups.values() for t in templates]
+    return [prompt for prompt in prompts if not re.fullmatch("|".join(ours), prompt, re.DOTALL)]
 
 # %% ../../nbs/5_eval/05_samples.ipynb #73bbad4d
 class PlanRow(BaseModel):

@@ -6,6 +6,8 @@
 __all__ = ['Trainer', 'train']
 
 # %% ../../nbs/3_train/13_loop.ipynb #c4b4fdc3
+import logging
+import os
 import signal
 import threading
 import time
@@ -15,7 +17,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from ..config import AppConfig
 from ..data.manifest import Manifest, read_manifest
@@ -23,19 +24,25 @@ from ..data.steps import refuse_large_batch
 from ..errors import LoraMvpError
 from ..files import atomic_write
 from ..models.base import find_base
+from ..screen import Progress
 from .checkpoints import disk_trouble, find_resume, load_checkpoint, save_checkpoint
 from .curves import StepReport, ValidationRow, append_row, best_step, table_csv, validation_rows
+from .endings import finish_forms
+from .foresight import check_disk, check_names, disk_need, held_bytes
 from .network import Network, batch_losses, fixed_noise_losses, start_accelerator
+from .owner import Claim, claimed
 from .results import RunState, finish_run, finished_run
 from lora_mvp.train.runs import (
     RunFolder,
     RunRecord,
     RunStart,
     base_identity,
-    clear_folder,
     prepare_folder,
     read_run,
+    remove_all,
+    run_files,
     run_identity,
+    run_traces,
 )
 from .streams import Stream, load_data
 from .updates import Updates, not_finite
@@ -90,6 +97,9 @@ def asked_to_stop(accelerator: Accelerator, stop: threading.Event) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(stop.is_set()), device=accelerator.device), "sum"))
 
 # %% ../../nbs/3_train/13_loop.ipynb #bda06b92
+log = logging.getLogger("lora_mvp")
+
+# %% ../../nbs/3_train/13_loop.ipynb #1b497358
 class Trainer:
     "One training run, from its setup to its last save."
 
@@ -106,6 +116,8 @@ class Trainer:
         self.data = load_data(self.network.pipe, config, manifest)
         self.network.park(self.data.texts)
         self.updates, self.state = Updates(self.network), RunState()
+        self.claim: Claim | None = None  # on the folder, where there is one
+        self.saved, self.whole = 0, True  # the step of the newest checkpoint; whether no step is half done
         processes, regularization = self.accelerator.num_processes, self.data.regularization
         self.identity = identity | base_identity(self.network.base_hash, regularization, processes)
 
@@ -136,11 +148,14 @@ class Trainer:
                 loss = stream.weight * self.micro_losses(stream, first + micro, micro).sum() / images
                 acc.backward(loss)
                 total += loss.detach()
-        norm, rate = self.updates.limit_gradients(self.state.step, self.folder.root), self.updates.step()
+        norm = self.updates.limit_gradients(self.state.step, self.folder.root)
+        self.whole = False
+        rate = self.updates.step()
         self.state.step += 1
         epoch = (first + window) / self.data.streams[0].plan.batches_per_epoch
         report = StepReport(self.state.step, round(epoch, 4), float(acc.reduce(total, "sum")), rate, norm)
         self.state.history.append(report)
+        self.whole = True
         return report
 
     def validate(self) -> None:
@@ -172,19 +187,44 @@ class Trainer:
             self.draw_samples()
         self.accelerator.wait_for_everyone()
 
-    def save(self) -> None:
+    def save(self, prune: bool = True) -> None:
         "Publish a checkpoint of the current step (main process only)."
         if not self.accelerator.is_main_process:
             return
+        if self.claim:
+            self.claim.check()
         state = self.updates.state() | self.state.for_checkpoint()
-        keep, best = self.config.training.max_checkpoints, best_step(self.state.losses)
+        keep, best = self.config.training.max_checkpoints if prune else 10**9, best_step(self.state.losses)
         tensors = self.updates.tensors()
         save_checkpoint(self.folder.root, self.state.step, tensors, state, self.identity, keep, best)
+        self.saved = self.state.step
+
+    def rescue(self) -> None:
+        "Save the last whole step, unless it is saved or its numbers are spoilt."
+        step, good = self.state.step, all(p.isfinite().all() for p in self.updates.params)
+        if not (self.accelerator.is_main_process and self.whole and good and step > self.saved):
+            return
+        self.save(prune=False)
+        log.warning("step %d, the last whole one, is saved in %s", step, self.folder.root)
+
+    @contextmanager
+    def rescued(self):
+        "Whatever ends the run, a checkpoint of its last whole step is left; what ended it is raised."
+        try:
+            yield
+        except BaseException:
+            try:
+                self.rescue()
+            except (
+                Exception
+            ) as trouble:  # a full disk, a device that answers no more: what ended the run, or its fellow
+                log.warning("step %d could not be saved: %s", self.state.step, trouble)
+            raise
 
     def restore(self, folder: Path, extend: bool = False) -> None:
         "Continue from a checkpoint of this run; with `extend` max_train_steps may be larger than it was."
         step, tensors, kept = load_checkpoint(folder, self.identity, frozenset({"max_train_steps"} if extend else ()))
-        self.state = RunState.of_checkpoint(step, kept)
+        self.state, self.saved = RunState.of_checkpoint(step, kept), step
         if self.updates.restore(tensors, kept):
             self.state.extended.append(step)
 
@@ -202,14 +242,13 @@ class Trainer:
     ) -> float:  # seconds in steps
         "Step until max_train_steps; validate, sample and save on the way. Raises `Interrupted` after a stop request."
         t, seconds, main = self.config.training, 0.0, self.accelerator.is_main_process
-        bar = tqdm(total=t.max_train_steps, initial=self.state.step, unit="step", disable=not (progress and main))
-        with stop_request() as stop, bar, disk_trouble(self.folder.root):
+        progress = Progress(t.max_train_steps, self.state.step, progress and main)
+        with stop_request() as stop, progress.bar, disk_trouble(self.folder.root), self.rescued():
             while self.state.step < t.max_train_steps:
                 start = time.perf_counter()
                 report = self.step()
                 seconds += time.perf_counter() - start
-                bar.set_postfix_str(f"loss {report.loss:.4f}", refresh=False)
-                bar.update()
+                progress.step(f"loss {report.loss:.4f}")
                 if on_step:
                     on_step(report)
                 if main:
@@ -217,24 +256,64 @@ class Trainer:
                 self.publish(asked_to_stop(self.accelerator, stop))
         return seconds
 
+    def has_mark(self) -> bool:
+        "Whether the current step is one of those that are marked and saved."
+        t, step = self.config.training, self.state.step
+        return step % t.checkpointing_steps == 0 or step == t.max_train_steps
+
+    def catch_up(self) -> None:
+        "Set the first mark, or the one that a run was about to set when it ended."
+        step, losses = self.state.step, self.state.losses
+        drawn = self.folder.sample(step, 0).is_file()
+        if step == 0 or (self.has_mark() and not (drawn and (self.data.val_set is None or step in losses["val"]))):
+            self.mark()
+            if step:
+                self.save()
+
     def publish(self, stopped: bool) -> None:
         "Mark and save where a step asks for it; raises `Interrupted` when the run was stopped."
         t, step = self.config.training, self.state.step
-        at_checkpoint = step % t.checkpointing_steps == 0 or step == t.max_train_steps
-        if at_checkpoint:
+        if self.has_mark():
             self.mark()
-        if at_checkpoint or stopped:
+        if self.has_mark() or stopped:
             self.save()
         if stopped and step < t.max_train_steps:
             text = f"stopped after step {step} of {t.max_train_steps}; saved in {self.folder.root}. "
             raise Interrupted("interrupted", text + "Run the same command with --resume to go on.")
 
+    def foresee(self, held: int) -> None:
+        "Raise `LoraMvpError` where the end could not be written; `held`: bytes that the run will free first."
+        t, pipe, learning = self.config.training, self.network.pipe, {"all": self.updates.params}
+        check_names(self.folder)
+        check_disk(self.folder.root, disk_need(pipe, learning, t, len(self.sample_prompts())), held)
+
     def finish(self, seconds: float) -> RunRecord:
         "Write everything that a finished run leaves (main process only)."
         if self.accelerator.is_main_process:
-            finish_run(self.config, self.manifest, self.network, self.data, self.state, seconds)
+            if self.claim:
+                self.claim.check()
+            with disk_trouble(self.folder.root):
+                finish_run(self.config, self.manifest, self.network, self.data, self.state, seconds)
         self.accelerator.wait_for_everyone()
         return read_run(self.folder.root)
+
+# %% ../../nbs/3_train/13_loop.ipynb #ec50ea05
+def begin(trainer: Trainer, found: Path | None, replace: bool, extend: bool) -> None:
+    "Make the folder that of this run, now that base and data are known to load and the end to be writable."
+    folder, main = trainer.folder, trainer.accelerator.is_main_process
+    here = found is not None and found.parent == folder.root
+    old = run_files(folder) if replace else [] if here else run_traces(folder)  # of a run that left no checkpoint
+    kept = [path for path in run_files(folder) if path.name.startswith("checkpoint-")] if here else []
+    if main:
+        trainer.foresee(held_bytes([*old, *kept]))
+    if found:
+        trainer.restore(found, extend)
+    if main:
+        remove_all([path for path in old if path != found])
+        folder.record.unlink(missing_ok=True)  # of the shorter run that is extended
+        atomic_write(folder.history, table_csv(StepReport, trainer.state.history))
+        trainer.announce()
+    trainer.catch_up()
 
 # %% ../../nbs/3_train/13_loop.ipynb #52ba1912
 def train(
@@ -246,23 +325,20 @@ def train(
     on_step: Callable[[StepReport], None] | None = None,
     progress: bool = True,
 ) -> RunRecord:
-    "Train a LoRA; the files of `RunFolder` are left in training.output_dir."
+    "Train a LoRA; the files of `RunFolder` are left in training.output_dir, which no other process may use meanwhile."
     data, t = read_manifest(manifest), config.training
-    identity = checked_identity(config, data)
-    found, folder = find_resume(t, resume), RunFolder(t.output_dir)
-    done = finished_run(t, identity, found, extend) if found else None
-    if done:
-        return done
-    replace = prepare_folder(folder, resume or (found is not None and found.parent == folder.root), overwrite)
-    trainer = Trainer(config, data, identity)
-    if replace and trainer.accelerator.is_main_process:  # only now that the base and the data are known to load
-        clear_folder(folder)
-    if found:
-        trainer.restore(found, extend)
-    if trainer.accelerator.is_main_process:
-        folder.record.unlink(missing_ok=True)  # of the shorter run that is extended
-        atomic_write(folder.history, table_csv(StepReport, trainer.state.history))
-        trainer.announce()
-    if trainer.state.step == 0:
-        trainer.mark()
-    return trainer.finish(trainer.run(on_step, progress))
+    identity, main = checked_identity(config, data), os.environ.get("RANK", "0") == "0"
+    with claimed(t.output_dir, main) as claim:
+        found, folder = find_resume(t, resume), RunFolder(t.output_dir)
+        done = finished_run(t, identity, found, extend) if found else None
+        here = resume or (found is not None and found.parent == folder.root)
+        replace = prepare_folder(folder, identity, here, overwrite)
+        if done:
+            log.info("%s is already finished (%d steps): nothing to train.", folder.root, done.steps)
+            if main:
+                finish_forms(folder, manifest)
+            return done
+        trainer = Trainer(config, data, identity)
+        trainer.claim = claim
+        begin(trainer, found, replace, extend)
+        return trainer.finish(trainer.run(on_step, progress))

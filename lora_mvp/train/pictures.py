@@ -112,7 +112,7 @@ def regularization_sources(
     if not folder.is_dir():
         raise LoraMvpError("regularization_missing", f"{where} is not a folder; make it, or set it to null")
     found = [path for path, reason in walk(folder) if reason is None and claimed_format(path)]
-    masks, alone = find_masks(found)
+    masks, alone = find_masks(folder, found)
     found = [path for path in found if path not in {*masks.values(), *alone}]
     if not found:
         raise LoraMvpError("regularization_empty", f"{where} holds no images; put some in, or set it to null")
