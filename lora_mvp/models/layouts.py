@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
 from ..errors import LoraMvpError
-from .families import FAMILIES, Family
+from .kinds import FAMILIES, Family
 from .safety import check_classes, check_code, check_pickles, read_json
 
 # %% ../../nbs/2_models/04_layouts.ipynb #7535f839
