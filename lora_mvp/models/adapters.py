@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save
 from ..config import TrainingConfig, derive_seed
 from ..errors import LoraMvpError
 from ..files import atomic_write, no_bars
+from .contents import WEIGHTS
 from .families import Pipeline, adaptable_parts, text_parts
 from .keys import ADAPTER, adaptable_modules, public_name, tensor_name
 
@@ -150,9 +151,6 @@ def safetensors_bytes(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text + data[end:]
-
-# %% ../../nbs/2_models/07_adapters.ipynb #05a3856a
-WEIGHTS = "pytorch_lora_weights.safetensors"
 
 # %% ../../nbs/2_models/07_adapters.ipynb #6f6ac953
 def save_adapter(

@@ -21,8 +21,9 @@ from .adapters import fuse, save_adapter
 from .base import load_base, weights_hash
 from .families import Pipeline, adaptable_parts, family_of
 from .inspection import inspect_adapter
-from .kohya import load_lora, write_kohya
+from .kohya import write_kohya
 from .proof import ROUNDING, demand, differences, effect_of, probe, prove
+from .reading import load_lora
 
 # %% ../../nbs/2_models/11_exports.ipynb #2286a2a0
 @contextmanager
