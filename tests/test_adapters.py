@@ -30,6 +30,14 @@ class Home:
         self.zoo = Zoo(pipe, folder / "zoo")
         self.files = self.zoo.readable()
         self.before = {name: layer.weight.detach().clone() for name, layer in layers_of(pipe).items()}
+        self.kept = pipe
+
+    def fresh(self):
+        """The base as it was, without an adapter; loaded once, since a load takes longer than all that is done with it."""
+        with torch.no_grad():
+            for name, layer in layers_of(self.kept).items():
+                layer.weight.copy_(self.before[name])
+        return self.kept
 
     def is_right(self, animal, after, share=1e-4):
         """Whether every layer has moved as the animal says, and no other."""
@@ -48,7 +56,9 @@ def sd1(tmp_path_factory):
     return Home("sd1", tmp_path_factory.mktemp("sd1"))
 
 
-@pytest.fixture(scope="module", params=["sd1", pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])
+@pytest.fixture(
+    scope="module", params=["sd1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd2", "sdxl"))]
+)
 def home(request, tmp_path_factory):
     if request.param == "sd1":
         return request.getfixturevalue("sd1")
@@ -57,7 +67,7 @@ def home(request, tmp_path_factory):
 
 def test_every_form_is_read_at_its_strength(home):
     for animal, file in home.files.items():
-        pipe = load_base(home.root)
+        pipe = home.fresh()
         load_lora(pipe, file)
         facts = inspect_adapter(file)
         assert facts.strength and facts.strength[0] > 0, animal
@@ -67,32 +77,39 @@ def test_every_form_is_read_at_its_strength(home):
 
 def test_half_the_strength_is_half_the_change(sd1):
     for animal in ("loha", "lokr", "tucker", "dora_cols", "kohya"):
-        pipe = load_base(sd1.root)
+        pipe = sd1.fresh()
         load_lora(pipe, sd1.files[animal])
         fuse(pipe, 0.5)
         after = sd1.weights(pipe)
         twice = {name: sd1.before[name] + 2 * (after[name] - sd1.before[name]) for name in after}
         assert sd1.is_right(animal, twice), animal
-    pipe = load_base(sd1.root)
+    pipe = sd1.fresh()
     load_lora(pipe, sd1.files["loha"])
     set_scale(pipe, 0)
     fuse(pipe, 0)
     assert all(torch.equal(value, sd1.before[name]) for name, value in sd1.weights(pipe).items())
 
 
+def diffusers_does(home, animal, file) -> bool:
+    """Whether diffusers' own loader makes the right weights of a file."""
+    pipe = home.fresh()
+    try:
+        pipe.load_lora_weights(str(file), adapter_name="x")
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        return home.is_right(animal, home.weights(pipe))
+    except Exception:  # a refusal has many types, and leaves half of an adapter behind
+        home.kept = load_base(home.root)
+        return False
+
+
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys")  # what it says of several alphas
 def test_what_is_said_of_diffusers_is_what_diffusers_does(home):
-    """Its own loader is given every form; yes must mean the right weights, and no anything else."""
-    for animal, file in home.files.items():
-        said, pipe = inspect_adapter(file).readers["diffusers"], load_base(home.root)
-        try:
-            pipe.load_lora_weights(str(file), adapter_name="x")
-            pipe.fuse_lora()
-            pipe.unload_lora_weights()
-            done = home.is_right(animal, home.weights(pipe))
-        except Exception:  # a refusal has many types
-            done = False
-        assert said is None or said == done, (animal, said, done)
+    """Yes must mean the right weights, and no anything else."""
     said = {animal: inspect_adapter(file).readers["diffusers"] for animal, file in home.files.items()}
+    for animal, file in home.files.items():
+        done = diffusers_does(home, animal, file)
+        assert said[animal] is None or said[animal] == done, (animal, said[animal], done)
     assert said["kohya"] and said["diffusers"] and said["processors"] and not said["loha"]  # no hiding behind unknown
     assert sum(answer is None for answer in said.values()) <= 2
 
@@ -138,7 +155,7 @@ NAMED = {  # an adapter with something about it -> tensors, metadata, what is sa
         False,
     ),
     "up_only": (
-        {k: v for k, v in K.items() if "down" not in k} | pair(f"{U}attn1_to_q", 320),
+        {k: v for k, v in K.items() if "lora_down" not in k} | pair(f"{U}attn1_to_q", 320),
         None,
         "without all",
         False,
@@ -239,7 +256,7 @@ ELSE = {  # a file that is no adapter -> its bytes, what it is called
 def test_a_file_is_named_for_what_it_is(tmp_path, sd1, name):
     data, told = ELSE[name]
     (tmp_path / "x.safetensors").write_bytes(data)
-    for look in (inspect_adapter, lambda file: load_lora(load_base(sd1.root), file)):
+    for look in (inspect_adapter, lambda file: load_lora(sd1.fresh(), file)):
         with pytest.raises(LoraMvpError) as caught:
             look(tmp_path / "x.safetensors")
         assert told in str(caught.value) and caught.value.code in ("adapter_unreadable", "adapter_unknown")
@@ -263,8 +280,8 @@ def test_the_rest_is_used_when_it_is_wanted(sd1, tmp_path, caplog):
     with pytest.raises(
         LoraMvpError, match="3 of .* layers cannot be used(.|\n)*unet.x is no layer of this base(.|\n)*--partial"
     ):
-        load_lora(load_base(sd1.root), tmp_path / "odd.safetensors")
-    pipe = load_base(sd1.root)
+        load_lora(sd1.fresh(), tmp_path / "odd.safetensors")
+    pipe = sd1.fresh()
     load_lora(pipe, tmp_path / "odd.safetensors", partial=True)
     assert "unet.y is no layer" in caplog.text
     fuse(pipe)
@@ -338,7 +355,7 @@ def look_at(folder, data):
 FUZZ = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
-@settings(max_examples=150, **FUZZ)
+@settings(max_examples=60, **FUZZ)
 @given(data=files())
 def test_inspect_answers_whatever_it_is_given(tmp_path_factory, data):
     look_at(tmp_path_factory.getbasetemp(), data)

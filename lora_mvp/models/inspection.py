@@ -27,7 +27,7 @@ def _layers(layers: list[Layer]) -> dict[str, dict[str, int]]:  # part -> group 
         found.setdefault(part, Counter())[group_of(name)] += 1
     return found
 
-# %% ../../nbs/2_models/08_inspection.ipynb #7b4ce338
+# %% ../../nbs/2_models/08_inspection.ipynb #600dcbc5
 _TITLES = {"flux": "FLUX.1", "sd3": "Stable Diffusion 3", "transformer": "a diffusion transformer"}
 _CLAIMED = {"sd_1.5": "sd1", "sd_v1": "sd1", "sdxl": "sdxl", "flux1": "flux", "flux-1": "flux", "sd3": "sd3"}
 
@@ -39,7 +39,12 @@ def _transformer(names: list[str]) -> str | None:
         return "flux"
     return "sd3" if "joint_blocks_" in text else None
 
-# %% ../../nbs/2_models/08_inspection.ipynb #aebe6e19
+# %% ../../nbs/2_models/08_inspection.ipynb #635a722c
+def title_of(family: str | None) -> str:
+    "What people call a family of bases."
+    return FAMILIES[family].title if family in FAMILIES else _TITLES.get(family, "unknown")
+
+# %% ../../nbs/2_models/08_inspection.ipynb #19c0b07b
 _INPUTS = ("down", "hada_w1_b")  # kinds whose second axis is the width of a layer's input
 
 
@@ -55,7 +60,7 @@ def _text_width(contents: Contents, layer: Layer) -> int | None:
     whole = contents.shape(layer, "diff")
     return whole[1] if len(whole) == 2 else None
 
-# %% ../../nbs/2_models/08_inspection.ipynb #7b2968f9
+# %% ../../nbs/2_models/08_inspection.ipynb #d090bcb7
 def _claimed(metadata: dict[str, str]) -> str | None:
     "The family that the header names."
     said = {metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "").removesuffix("/lora")}
@@ -81,7 +86,7 @@ def _family(contents: Contents) -> str | None:
         "sdxl" if any(part == "text_encoder_2" for part, _ in contents.layers) else _claimed(contents.header.metadata)
     )
 
-# %% ../../nbs/2_models/08_inspection.ipynb #55fb913a
+# %% ../../nbs/2_models/08_inspection.ipynb #f74442b1
 _NEEDED = {  # algorithm -> groups of kinds; of each group one must be complete
     "LoRA": [[("down", "up")]],
     "LoCon with Tucker decomposition": [[("down", "up", "mid")]],
@@ -97,7 +102,7 @@ def _is_half(kinds: dict[str, str]) -> bool:
     groups = [group for name in found for group in _NEEDED.get(name, [])]
     return not found or not all(any(set(option) <= set(kinds) for option in group) for group in groups)
 
-# %% ../../nbs/2_models/08_inspection.ipynb #79e87563
+# %% ../../nbs/2_models/08_inspection.ipynb #99c03d79
 def _products(contents: Contents) -> list[Layer]:
     "The layers that hold a whole product, which has a strength."
     return [
@@ -106,7 +111,7 @@ def _products(contents: Contents) -> list[Layer]:
         if not _is_half(kinds) and algorithms_of(kinds)[0] != "norm layers"
     ]
 
-# %% ../../nbs/2_models/08_inspection.ipynb #3acafb5d
+# %% ../../nbs/2_models/08_inspection.ipynb #a4d81b5e
 def _bad_alpha(contents: Contents, layer: Layer) -> bool:
     "Whether a layer's alpha is a tensor of several numbers, or of one that is none."
     return "alpha" in contents.layers[layer] and alpha_of(contents, layer) is None
@@ -125,7 +130,7 @@ def broken_layers(contents: Contents) -> list[str]:
     ]
     return [*contents.header.flaws, *told]
 
-# %% ../../nbs/2_models/08_inspection.ipynb #a4fad121
+# %% ../../nbs/2_models/08_inspection.ipynb #50b81646
 _LAST = (
     "up",
     "hada_w1_a",
@@ -148,7 +153,7 @@ def _changes_nothing(contents: Contents, odd: dict) -> str | None:
     ]
     return "changes nothing, because its numbers are all 0" if all(zero) else None
 
-# %% ../../nbs/2_models/08_inspection.ipynb #a4464ade
+# %% ../../nbs/2_models/08_inspection.ipynb #b6593625
 _UNET = re.compile(
     r"(?:down_blocks_\d+|up_blocks_\d+|mid_block)_(?:attentions|resnets|downsamplers|upsamplers)_\d+_\w+"
     r"|input_blocks_\d+_\d+_\w+|output_blocks_\d+_\d+_\w+|middle_block_\d_\w+|out_[02]"
@@ -163,7 +168,7 @@ def _strange(contents: Contents) -> list[Layer]:
     "Layers that no base with a UNet has."
     return [layer for layer in contents.layers if not (_UNET if layer[0] == "unet" else _TEXT).fullmatch(layer[1])]
 
-# %% ../../nbs/2_models/08_inspection.ipynb #12fbfe14
+# %% ../../nbs/2_models/08_inspection.ipynb #4a3307fd
 def _dora(contents: Contents) -> str:
     "Whose lengths DoRA keeps: of rows, of columns, or of nothing."
     shapes = [contents.shape(layer, "magnitude") for layer in contents.layers]
@@ -255,7 +260,7 @@ def _claims(contents: Contents) -> dict:
         "steps": int(steps) if _STEPS.fullmatch(steps) else None,
     }
 
-# %% ../../nbs/2_models/08_inspection.ipynb #b234475b
+# %% ../../nbs/2_models/08_inspection.ipynb #80bbf17d
 def _remarks(contents: Contents, q: Question, odd: dict) -> list[str]:
     "What else there is to know."
     said, beside = list(contents.wrong), [name for name in contents.beside if not is_embedding(name)]
@@ -306,7 +311,7 @@ def _counts(counts: dict[float, int]) -> str:
         return f"{next(iter(counts)):g}"
     return ", ".join(f"{value:g} ({n} layers)" for value, n in counts.items())
 
-# %% ../../nbs/2_models/08_inspection.ipynb #dc730b00
+# %% ../../nbs/2_models/08_inspection.ipynb #c4b2f577
 def _who(readers: dict[str, bool | None]) -> str:
     "Which programs load it, and for which that is not known."
     loads = [name for name, answer in readers.items() if answer]
@@ -318,8 +323,7 @@ def _who(readers: dict[str, bool | None]) -> str:
 def describe(facts: AdapterFacts) -> str:
     "The facts as lines for a terminal."
     low, high = facts.strength or (1, 1)
-    titles = _TITLES | {family.name: family.title for family in FAMILIES.values()}
-    base = titles.get(facts.family, "unknown")
+    base = title_of(facts.family)
     lines = {
         "file": f"{facts.file}, {facts.size / 1e6:.1f} MB, {facts.dtype}",
         "form": f"{facts.form}, {facts.variant}",

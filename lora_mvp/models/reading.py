@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'factors_of', 'settled']
 
-# %% ../../nbs/2_models/09a_reading.ipynb #6561edcd
+# %% ../../nbs/2_models/09a_reading.ipynb #33b3f8b8
 import logging
 import re
 from collections import Counter
@@ -22,10 +22,11 @@ from .adapters import adapter_parameters, load_adapter, restore_adapter
 from .contents import Contents, Layer, alpha_of, open_adapter, rank_of, strength_of
 from .families import Pipeline, adaptable_parts
 from .headers import not_finite, oddities, shown
+from .inspection import inspect_adapter, title_of
 from .keys import ADAPTER, adaptable_modules, is_block, original_name
 from .names import algorithms_of
 
-# %% ../../nbs/2_models/09a_reading.ipynb #90cd6d88
+# %% ../../nbs/2_models/09a_reading.ipynb #987b6310
 def layer_names(pipe: Pipeline) -> dict[Layer, str]:  # as in `Contents` -> `unet.<module>`
     "Every name under which a layer of the base may stand in a file."
     found = {}
@@ -37,7 +38,7 @@ def layer_names(pipe: Pipeline) -> dict[Layer, str]:  # as in `Contents` -> `une
                 found[part, original_name(network, name).replace(".", "_")] = f"{part}.{name}"
     return found
 
-# %% ../../nbs/2_models/09a_reading.ipynb #96975c28
+# %% ../../nbs/2_models/09a_reading.ipynb #888f1565
 @dataclass(frozen=True)
 class Factors:
     "What an adapter adds to a layer's weight."
@@ -57,7 +58,7 @@ class Factors:
         product = self.up @ self.down.flatten(1)
         return self.alpha / self.rank * product.reshape(len(self.up), *self.down.shape[1:])
 
-# %% ../../nbs/2_models/09a_reading.ipynb #68385bc4
+# %% ../../nbs/2_models/09a_reading.ipynb #0dba8b0d
 def whole(
     delta: torch.Tensor,  # (outputs, inputs, ...)
 ) -> tuple[torch.Tensor, torch.Tensor]:  # up, down
@@ -67,7 +68,7 @@ def whole(
         return torch.eye(len(flat)), delta
     return flat, torch.eye(flat.shape[1]).reshape(-1, *delta.shape[1:])
 
-# %% ../../nbs/2_models/09a_reading.ipynb #df4e5825
+# %% ../../nbs/2_models/09a_reading.ipynb #349e8d41
 def _lora(t: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:  # up, down
     up, down = t["up"].flatten(1), t["down"]
     if "mid" in t:
@@ -79,7 +80,7 @@ def _cp(core: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:  
     "A kernel from its core (rank, rank, height, width), (rank, outputs) and (rank, inputs)."
     return torch.einsum("pqkl,po,qi->oikl", core, a, b)
 
-# %% ../../nbs/2_models/09a_reading.ipynb #f5a855e6
+# %% ../../nbs/2_models/09a_reading.ipynb #b3bcaf7a
 def _loha(t: dict[str, torch.Tensor], shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:  # up, down
     a, b, c, d = (t[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
     if "hada_t1" in t:
@@ -89,7 +90,7 @@ def _loha(t: dict[str, torch.Tensor], shape: tuple[int, ...]) -> tuple[torch.Ten
     up = (a[:, :, None] * c[:, None, :]).flatten(1)
     return up, (b[:, None, :] * d[None, :, :]).reshape(-1, *shape[1:])
 
-# %% ../../nbs/2_models/09a_reading.ipynb #1bdafaff
+# %% ../../nbs/2_models/09a_reading.ipynb #22ceee81
 def _lokr(t: dict[str, torch.Tensor], shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:  # up, down
     one = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
     if "lokr_t2" in t:
@@ -105,7 +106,7 @@ def _lokr(t: dict[str, torch.Tensor], shape: tuple[int, ...]) -> tuple[torch.Ten
         two = two.reshape(len(two), -1, *shape[2:])
     return whole(torch.kron(one.reshape(*one.shape, *[1] * (two.ndim - 2)), two).reshape(shape))
 
-# %% ../../nbs/2_models/09a_reading.ipynb #cfec280c
+# %% ../../nbs/2_models/09a_reading.ipynb #0b69069e
 def decomposed(
     weight: torch.Tensor,  # (outputs, inputs, ...), of the base
     delta: torch.Tensor,  # like it
@@ -119,7 +120,7 @@ def decomposed(
     shape[0 if rows else 1] = -1
     return total * length.reshape(shape) / total.norm(dim=axes, keepdim=True).clamp_min(1e-12) - weight
 
-# %% ../../nbs/2_models/09a_reading.ipynb #6898d521
+# %% ../../nbs/2_models/09a_reading.ipynb #3a4f7ae6
 _READ = ("LoRA", "LoCon with Tucker decomposition", "LoHa", "LoKr", "full differences")
 
 
@@ -135,7 +136,7 @@ def _product(t: dict[str, torch.Tensor], shape: tuple[int, ...]) -> tuple[torch.
     up, down = {"LoHa": _loha, "LoKr": _lokr}[name](t, shape) if name in ("LoHa", "LoKr") else _lora(t)
     return up, down.reshape(len(down), *shape[1:])
 
-# %% ../../nbs/2_models/09a_reading.ipynb #03a661c6
+# %% ../../nbs/2_models/09a_reading.ipynb #6fa19a42
 def _check_kinds(kinds: set[str]) -> None:
     "`_Unfit` for what is not read here."
     found = algorithms_of(kinds)
@@ -168,7 +169,7 @@ def factors_of(contents: Contents, layer: Layer, t: dict[str, torch.Tensor], wei
     same = rank == len(down) and alpha is not None and scale == alpha / rank
     return Factors(down, up, alpha if same else scale * len(down), t.get("magnitude"))
 
-# %% ../../nbs/2_models/09a_reading.ipynb #cbd00776
+# %% ../../nbs/2_models/09a_reading.ipynb #e9bb3681
 def read_factors(
     pipe: Pipeline,
     contents: Contents,
@@ -192,7 +193,7 @@ def read_factors(
             left[told] = str(error)
     return found, left
 
-# %% ../../nbs/2_models/09a_reading.ipynb #09e60f7c
+# %% ../../nbs/2_models/09a_reading.ipynb #2f001181
 def _lengths_of_rows(factors: dict[str, Factors], modules: dict[str, torch.nn.Module]) -> bool:
     "Whether peft can hold the DoRA of a part: rows, in every layer."
     for name, f in factors.items():
@@ -219,7 +220,7 @@ def settled(pipe: Pipeline, factors: dict[str, Factors]) -> dict[str, Factors]:
         done |= own
     return done
 
-# %% ../../nbs/2_models/09a_reading.ipynb #f924b53d
+# %% ../../nbs/2_models/09a_reading.ipynb #1f68b7fa
 def _settings(factors: dict[str, Factors]) -> LoraConfig:
     "peft's settings for the layers of one part by module, each with its own rank and alpha."
     rank = Counter(f.rank for f in factors.values()).most_common(1)[0][0]
@@ -233,7 +234,7 @@ def _settings(factors: dict[str, Factors]) -> LoraConfig:
         alpha_pattern={re.escape(name): f.alpha for name, f in factors.items() if f.alpha != alpha},
     )
 
-# %% ../../nbs/2_models/09a_reading.ipynb #425341f1
+# %% ../../nbs/2_models/09a_reading.ipynb #efaf6f57
 def put_factors(
     pipe: Pipeline,  # a base without an adapter
     factors: dict[str, Factors],  # `unet.<module>` -> what is added to its weight
@@ -251,7 +252,7 @@ def put_factors(
     shapes = {name: p.shape for name, p in adapter_parameters(pipe).items()}
     restore_adapter(pipe, {name: value.reshape(shapes[name]) for name, value in state.items()})
 
-# %% ../../nbs/2_models/09a_reading.ipynb #e8a6a17c
+# %% ../../nbs/2_models/09a_reading.ipynb #47f9305e
 log = logging.getLogger("lora_mvp")
 
 
@@ -272,7 +273,7 @@ def _refuse(contents: Contents, left: dict[str, str], partial: bool, rest: int) 
     )
     raise LoraMvpError("adapter_unfit", f"{head}:\n{some}{more}\n{advice}")
 
-# %% ../../nbs/2_models/09a_reading.ipynb #47d73d59
+# %% ../../nbs/2_models/09a_reading.ipynb #f038e647
 def _is_ours(contents: Contents) -> bool:
     "Whether diffusers' own loader reads a file in full: its names and settings, for the UNet and perhaps text encoders."
     styles = {piece.style for piece in contents.pieces.values()}
@@ -303,3 +304,27 @@ def load_lora(
     factors, left = read_factors(pipe, contents)
     _refuse(contents, left, partial, len(factors))
     put_factors(pipe, factors)
+
+# %% ../../nbs/2_models/09a_reading.ipynb #23d9d3a6
+def _findable(name: str) -> bool:
+    "Whether a base's name can be one for `load_base`: `tiny`, a path that is there, or an id of the hub."
+    return name == "tiny" or Path(name).expanduser().exists() or bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name))
+
+
+def base_for(
+    source: str | Path,  # file or folder of an adapter
+    base: str | None = None,  # what the user names
+) -> str:
+    "The base of an adapter; `LoraMvpError` (`base_unknown`) where neither the user nor the file names one that can be found."
+    if base:
+        return base
+    facts = inspect_adapter(source)
+    if facts.base and _findable(facts.base):
+        return facts.base
+    family = f" It is for {title_of(facts.family)}." if facts.family else ""
+    said = (
+        f"names the base {shown(facts.base)}, which is not here"
+        if facts.base
+        else "does not say which base it was trained on"
+    )
+    raise LoraMvpError("base_unknown", f"{shown(source)} {said}; name one with --base.{family}")
