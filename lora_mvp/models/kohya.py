@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from ..files import atomic_write
-from .adapters import adapter_layers, safetensors_bytes
+from .adapters import adapter_layers, in_precision, safetensors_bytes
 from .families import Pipeline, family_of, native_size
 from .keys import ADAPTER, kohya_name
 
@@ -116,6 +116,8 @@ def write_kohya(
     pipe: Pipeline,  # holds the adapter
     file: str | Path,
     facts: dict | None = None,  # a key of `FACTS` -> value
+    dtype: torch.dtype = torch.float32,  # of the matrices; alphas and lengths of DoRA stay in float32
 ) -> Path:
     "Write the adapter for ComfyUI, A1111 and Forge."
-    return atomic_write(file, safetensors_bytes(kohya_state(pipe), kohya_header(pipe, facts or {})))
+    state = {name: in_precision(name, tensor, dtype) for name, tensor in kohya_state(pipe).items()}
+    return atomic_write(file, safetensors_bytes(state, kohya_header(pipe, facts or {})))
