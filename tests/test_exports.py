@@ -274,7 +274,8 @@ def test_damaged_and_foreign_files(roots, tmp_path):
         with pytest.raises(LoraMvpError) as caught:
             load_lora(load_base(roots["sdxl"]), bad)
         assert caught.value.code == "adapter_unfit"
-    save_file({"unet.a.attn2.to_k.lora_A.weight": torch.ones(4, 1024)}, bad)
+    matrices = {"A": torch.ones(4, 1024), "B": torch.ones(320, 4)}
+    save_file({f"unet.a.attn2.to_k.lora_{name}.weight": value for name, value in matrices.items()}, bad)
     facts = inspect_adapter(bad)
     assert (facts.form, facts.family, facts.alphas, facts.ranks) == ("diffusers", "sd2", {}, {4: 1})
     assert "alpha equal to the rank" in describe(facts)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import LoraMvpError
-from .headers import Header, numbers_in, read_header, shown
+from .headers import Header, read_header, shown, values_in
 from .names import Piece, algorithms_of, no_adapter, taken_apart
 
 # %% ../../nbs/2_models/01d_contents.ipynb #53d0add6
@@ -43,7 +43,7 @@ def note_beside(file: str | Path) -> dict:
         return {}
     return known if isinstance(known, dict) else {}
 
-
+# %% ../../nbs/2_models/01d_contents.ipynb #b5619a4b
 def recorded_base(file: str | Path) -> str | None:
     "The base that `adapter_config.json` beside the file names."
     base = note_beside(file).get("base_model_name_or_path")
@@ -56,7 +56,7 @@ _SETTINGS = "lora_adapter_metadata"  # diffusers' name for them
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
-
+# %% ../../nbs/2_models/01d_contents.ipynb #5c3ab67f
 def _wrong(name: str, value: object) -> bool:
     "Whether a setting that is used here has no value that can be."
     if name == "lora_alpha":
@@ -66,7 +66,7 @@ def _wrong(name: str, value: object) -> bool:
     return name in ("use_rslora", "use_dora") and not isinstance(value, bool)
 
 # %% ../../nbs/2_models/01d_contents.ipynb #a176d24a
-def settings_of(
+def peft_settings(
     header: Header,
 ) -> tuple[dict[str, dict], list[str]]:  # part -> peft's settings; what is wrong with them
     "What diffusers wrote into the header."
@@ -142,7 +142,7 @@ def open_adapter(source: str | Path) -> Contents:
         why = next((f"; {flaw}" for flaw in header.flaws), "")
         some = f", such as {shown(names[0], 80)}" if names else ""
         raise LoraMvpError("adapter_unknown", f"{shown(file)} {no_adapter(names)}{some}{why}.")
-    settings, wrong = settings_of(header)
+    settings, wrong = peft_settings(header)
     if not settings and not wrong and any(piece.style == "peft" for piece in pieces.values()):
         note = {key: value for key, value in note_beside(file).items() if not _wrong(key, value)}
         settings = {part: note for part, _ in layers if note}
@@ -165,7 +165,7 @@ def alpha_of(contents: Contents, layer: Layer) -> float | None:
     "A layer's alpha, from its own tensor, else from peft's settings; None where neither names one that is a number."
     name = contents.layers[layer].get("alpha")
     if name:
-        numbers = numbers_in(contents.file, contents.header.tensors[name])
+        numbers = values_in(contents.file, contents.header.tensors[name])
         return numbers[0] if len(numbers) == 1 and math.isfinite(numbers[0]) else None
     settings = contents.settings.get(layer[0], {})
     return _exception(settings.get("alpha_pattern", {}), layer[1], settings.get("lora_alpha"))

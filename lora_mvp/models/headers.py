@@ -65,7 +65,7 @@ def sign_of(
     return None
 
 # %% ../../nbs/2_models/01b_headers.ipynb #a5d23e7e
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     "A tensor of a file."
 
     dtype: str  # of safetensors, such as F16
@@ -73,12 +73,12 @@ class Entry(NamedTuple):
     start: int  # byte in the file
     end: int
 
-
+# %% ../../nbs/2_models/01b_headers.ipynb #7193294d
 @dataclass(frozen=True)
 class Header:
     "The table of a safetensors file."
 
-    tensors: dict[str, Entry]
+    tensors: dict[str, TensorEntry]
     metadata: dict[str, str]  # without what is no text
     flaws: list[str]  # why the safetensors library refuses the file, though it can be read here
 
@@ -90,18 +90,18 @@ _BYTES |= {"I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8}
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
-
-def _entry(value: object, origin: int) -> Entry:
+# %% ../../nbs/2_models/01b_headers.ipynb #ed396b36
+def _entry(value: object, origin: int) -> TensorEntry:
     "An entry of the table; `ValueError` unless it is one."
     match value:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end]}:
             if all(map(_whole, (*shape, start, end))) and start <= end:
                 if dtype not in _BYTES or end - start == _BYTES[dtype] * math.prod(shape):
-                    return Entry(dtype, tuple(shape), origin + start, origin + end)
+                    return TensorEntry(dtype, tuple(shape), origin + start, origin + end)
     raise ValueError("an entry is no dtype, shape and place that agree")
 
 # %% ../../nbs/2_models/01b_headers.ipynb #67e68608
-def _check_places(tensors: dict[str, Entry], origin: int, size: int) -> None:
+def _check_places(tensors: dict[str, TensorEntry], origin: int, size: int) -> None:
     "`ValueError` unless the tensors fill the file from the end of its header."
     at = origin
     for entry in sorted(tensors.values(), key=lambda entry: (entry.start, entry.end)):
@@ -111,7 +111,7 @@ def _check_places(tensors: dict[str, Entry], origin: int, size: int) -> None:
     if at != size:
         raise ValueError(f"it has {size:,} bytes, and its header says {at:,}")
 
-
+# %% ../../nbs/2_models/01b_headers.ipynb #ebcec72e
 def _parse(text: bytes, origin: int) -> Header:
     "The table in a header's text; `ValueError` where there is none."
     table = json.loads(text)
@@ -160,7 +160,7 @@ def _e4m3(bits: np.ndarray) -> np.ndarray:
     value = np.where(power == 0, fraction / 512, (1 + fraction / 8) * 2.0 ** (power.astype(float) - 7))
     return np.where(bits & 127 == 127, np.nan, np.where(bits & 128, -value, value)).astype(np.float32)
 
-
+# %% ../../nbs/2_models/01b_headers.ipynb #002ad47a
 def _values(data: np.ndarray, dtype: str) -> np.ndarray | None:
     "Bytes as numbers; None for a type that is not known here."
     if dtype in _NUMPY:
@@ -172,9 +172,9 @@ def _values(data: np.ndarray, dtype: str) -> np.ndarray | None:
     return _e4m3(np.arange(256, dtype=np.uint8))[data] if dtype == "F8_E4M3" else None
 
 # %% ../../nbs/2_models/01b_headers.ipynb #ad834921
-def numbers_in(
+def values_in(
     file: str | Path,
-    entry: Entry,
+    entry: TensorEntry,
     at_most: int = 16,
 ) -> list[float]:
     "The first numbers of a small tensor."
@@ -193,7 +193,7 @@ class Oddity(NamedTuple):
     infinite: int
     zero: bool  # there is no other number
 
-
+# %% ../../nbs/2_models/01b_headers.ipynb #05645bd1
 def _oddity(values: np.ndarray) -> Oddity:
     "What is odd about numbers."
     if values.dtype.kind != "f" or np.isfinite(values).all():
@@ -201,8 +201,8 @@ def _oddity(values: np.ndarray) -> Oddity:
     nan = int(np.isnan(values).sum())
     return Oddity(nan, int((~np.isfinite(values)).sum()) - nan, False)
 
-
-def oddities(file: str | Path, tensors: dict[str, Entry]) -> dict[str, Oddity]:
+# %% ../../nbs/2_models/01b_headers.ipynb #f7d5db9d
+def oddities(file: str | Path, tensors: dict[str, TensorEntry]) -> dict[str, Oddity]:
     "What is odd about the numbers of each tensor of a type that is known here."
     if not any(entry.end > entry.start for entry in tensors.values()):
         return {}
@@ -214,7 +214,7 @@ def oddities(file: str | Path, tensors: dict[str, Entry]) -> dict[str, Oddity]:
     return found
 
 # %% ../../nbs/2_models/01b_headers.ipynb #5ec5f20e
-def not_finite(found: dict[str, Oddity]) -> list[str]:
+def broken_numbers(found: dict[str, Oddity]) -> list[str]:
     "A sentence for each tensor that holds NaN or infinity."
     told = []
     for name, odd in found.items():

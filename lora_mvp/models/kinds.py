@@ -7,10 +7,22 @@ __all__ = []
 
 # %% ../../nbs/2_models/01a_kinds.ipynb #b24a8c5c
 from dataclasses import dataclass
+from importlib import import_module
 
 # %% ../../nbs/2_models/01a_kinds.ipynb #fb5254a9
 @dataclass(frozen=True)
-class Family:
+class Written:
+    "How a family's layers and bases are called in files."
+
+    prefixes: dict[str, str]  # part of the pipeline -> what its keys begin with in kohya's files
+    sgm_names: bool  # there the UNet's layers are named as in Stability's code (sgm), not as in diffusers
+    v2: bool  # `ss_v2` in kohya's files: built for sd-scripts' option --v2
+    base_version: dict[str, str]  # prediction type -> `ss_base_model_version` in kohya's files
+    architecture: dict[str, str]  # prediction type -> `modelspec.architecture`, without "/lora"
+
+# %% ../../nbs/2_models/01a_kinds.ipynb #93abaeaa
+@dataclass(frozen=True)
+class Family(Written):
     "What differs between families of base models; everything else in this package is the same for all."
 
     name: str  # `tiny`, `sd1`, `sd2`, `sdxl`
@@ -24,25 +36,16 @@ class Family:
     pooled: bool  # the last encoder's pooled, projected output goes to the UNet as well
     needs_time_ids: bool  # the UNet is told original size, crop and target size
     vae_precision: str | None  # torch's name of the autoencoder's type; None is that of the other parts
-    prefixes: dict[str, str]  # part of the pipeline -> what its keys begin with in kohya's files
-    sgm_names: bool  # there the UNet's layers are named as in Stability's code (sgm), not as in diffusers
-    v2: bool  # `ss_v2` in kohya's files: built for sd-scripts' option --v2
-    base_version: dict[str, str]  # prediction type -> `ss_base_model_version` in kohya's files
-    architecture: dict[str, str]  # prediction type -> `modelspec.architecture`, without "/lora"
 
     @property
     def pipeline(self) -> type:
         "diffusers' class."
-        import diffusers
-
-        return getattr(diffusers, self.pipeline_name)
+        return getattr(import_module("diffusers"), self.pipeline_name)
 
     @property
     def vae_dtype(self):
-        "The autoencoder's type, always; None is that of the other parts."
-        import torch
-
-        return self.vae_precision and getattr(torch, self.vae_precision)
+        "torch's type of the autoencoder, always; None is that of the other parts."
+        return self.vae_precision and getattr(import_module("torch"), self.vae_precision)
 
 # %% ../../nbs/2_models/01a_kinds.ipynb #4a7f14a1
 _NO_CHECKER = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}

@@ -22,7 +22,7 @@ from .families import Pipeline
 from .keys import ADAPTER
 from .kohya import write_kohya
 from .proof import demand, differences, effect_of, probe, prove
-from .reading import Factors, base_for, plain, put_factors, read_lora, whole
+from .reading import Factors, base_for, put_factors, read_lora, whole, without_lengths
 
 # %% ../../nbs/2_models/11a_merging.ipynb #19e23dfd
 def summed(
@@ -51,19 +51,19 @@ def reduced(
     return Factors(down.reshape(keep, *f.down.shape[1:]), up, float(keep)), kept
 
 # %% ../../nbs/2_models/11a_merging.ipynb #421542c7
-class Source(BaseModel, extra="forbid"):
+class MergeSource(BaseModel, extra="forbid"):
     "An adapter that went into another."
 
     file: str
     sha256: str
     weight: float
 
-
+# %% ../../nbs/2_models/11a_merging.ipynb #a34501e1
 class MergeRecord(BaseModel, extra="forbid"):
     "How an adapter was made of others, and how it compares with them."
 
     schema_version: Literal[1] = 1
-    sources: list[Source]
+    sources: list[MergeSource]
     base: str
     file: str
     sha256: str
@@ -83,7 +83,7 @@ def _weighed(some: list[dict[str, Factors]], weights: list[float]) -> dict[str, 
             layers.setdefault(name, []).append((f, weight))
     return layers
 
-
+# %% ../../nbs/2_models/11a_merging.ipynb #b414a0d2
 def _one_by_one(base: str, some: list[dict[str, Factors]], weights: list[float]) -> dict[str, torch.Tensor]:
     "The outputs of a base with each adapter fused into it after the other."
     pipe = load_base(base)
@@ -106,7 +106,7 @@ def _dtype_of(sources: list[Path]) -> torch.dtype:
     }
     return _HALVES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
-
+# %% ../../nbs/2_models/11a_merging.ipynb #ccf38785
 def _written(pipe: Pipeline, place: Path, base: str, dtype: torch.dtype, title: str) -> Path:  # the weights' file
     "The adapter in kohya's form where the name is that of a file, else in diffusers'."
     if place.suffix == ".safetensors":
@@ -138,7 +138,7 @@ def _noted(out: Path, record: MergeRecord) -> MergeRecord:
     atomic_write(place, record.model_dump_json(indent=2) + "\n")
     return record
 
-
+# %% ../../nbs/2_models/11a_merging.ipynb #0c210880
 def _ranks(pipe: Pipeline) -> dict[int, int]:
     "How many layers have which rank."
     return dict(sorted(Counter(layer.r[ADAPTER] for layer in adapter_layers(pipe).values()).items()))
@@ -155,7 +155,7 @@ def merge_adapters(
     files, weights, out = [adapter_file(source) for source, _ in sources], [weight for _, weight in sources], Path(out)
     base = base_for(sources[0][0], base)
     fresh = load_base(base)
-    some, bare = [plain(fresh, read_lora(fresh, file, partial)) for file in files], probe(fresh)
+    some, bare = [without_lengths(fresh, read_lora(fresh, file, partial)) for file in files], probe(fresh)
     pipe, kept = made_of(base, some, weights, rank)
     mine, _, tolerance = effect_of(pipe)
     wanted = _one_by_one(base, some, weights)
@@ -165,7 +165,7 @@ def merge_adapters(
         written = _written(pipe, stage, base, _dtype_of(files), out.stem)
         prove(pipe, written, mine, tolerance, fresh, str(out))
         digest = file_sha256(written)
-    origins = [Source(file=f.name, sha256=file_sha256(f), weight=w) for f, w in zip(files, weights, strict=True)]
+    origins = [MergeSource(file=f.name, sha256=file_sha256(f), weight=w) for f, w in zip(files, weights, strict=True)]
     facts = {"sources": origins, "base": base, "file": out.name, "sha256": digest, "rank": rank, "kept": kept}
     far = {"effect": differences(wanted, bare), "difference": differences(wanted, mine), "tolerance": tolerance}
     return _noted(out, MergeRecord(**facts, **far, ranks=_ranks(pipe)))

@@ -71,7 +71,7 @@ class Piece(NamedTuple):
     kind: str  # down, up, alpha, hada_w1_a, ...
     style: str  # whose way of writing names: kohya, diffusers, peft, bare, original, lycoris
 
-
+# %% ../../nbs/2_models/01c_names.ipynb #949fac4e
 def _begun(name: str) -> tuple[str, str, str]:  # part, style, the rest
     for pattern, part, style in _BEGINNINGS:
         if found := re.match(pattern, name):

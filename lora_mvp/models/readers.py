@@ -75,7 +75,7 @@ def _least(*answers: str) -> str:
     "Of several answers to the same question the worst: no, then unknown, then yes."
     return "".join(min(letters, key="n?y".index) for letters in zip(*answers, strict=True))
 
-
+# %% ../../nbs/2_models/01e_readers.ipynb #a8b76157
 def _by_form(q: Question) -> list[str]:
     "The answers that follow from algorithm, names and family, each of which can spoil it."
     if q.family in ("flux", "sd3", "transformer"):
