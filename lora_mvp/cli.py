@@ -7,22 +7,24 @@ __all__ = ['main']
 
 # %% ../nbs/7_doors/03_cli.ipynb #35076730
 import argparse
-import errno
 import json
 import logging
-import math
 import os
-import re
 import sys
 from pathlib import Path
 
+from . import __version__
 from .api.commands import add_service
-from .config import AppConfig, LoraMvpError, config_schema, config_yaml, load_config
+from .config import AppConfig, LoraMvpError, config_schema, config_yaml, find_config, load_config
 from .models.adapter_commands import add_adapters, add_base
+from .screen import set_up_output
+from .terminal import SHELLS, Parser, completion, refusal
+from .terminal import count as _count
+from .terminal import number as _number
 
 # %% ../nbs/7_doors/03_cli.ipynb #d4740500
 def _config(args: argparse.Namespace) -> AppConfig:
-    return load_config(args.config, overrides=args.set or [])
+    return load_config(find_config(args.config), overrides=args.set or [])
 
 # %% ../nbs/7_doors/03_cli.ipynb #f90cff12
 def _manifest(args: argparse.Namespace) -> Path | None:
@@ -40,29 +42,12 @@ def _model_path(args: argparse.Namespace) -> str:
         )
     return args.model_path
 
-# %% ../nbs/7_doors/03_cli.ipynb #d8a9331d
-def _number(text: str) -> float:
-    "A number, for argparse; `nan` and `inf` are none."
-    try:
-        if math.isfinite(value := float(text)):
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text} is not a number")
-
-# %% ../nbs/7_doors/03_cli.ipynb #947b1a54
-def _count(text: str) -> int:
-    "A whole number of at least 1, for argparse."
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-
 # %% ../nbs/7_doors/03_cli.ipynb #30bebdf5
 def _command(commands, name: str, function, needs_config: bool = True) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=function.__doc__.rstrip("."), description=function.__doc__)
     parser.set_defaults(function=function)
     if needs_config:
-        parser.add_argument("--config", help="YAML file; without one the defaults hold")
+        parser.add_argument("--config", help="YAML file (default: config.yaml, where it is there)")
         parser.add_argument(
             "--set", action="append", metavar="SECTION.KEY=VALUE", help="change one value; may be repeated"
         )
@@ -73,10 +58,17 @@ def cmd_config(args: argparse.Namespace) -> None:
     "Print the effective configuration, or its JSON Schema."
     print(json.dumps(config_schema(), indent=2) if args.schema else config_yaml(_config(args)))
 
+# %% ../nbs/7_doors/03_cli.ipynb #84342b76
+def cmd_completion(args: argparse.Namespace) -> None:
+    "Print the script with which a shell completes this command line."
+    print(completion(build_parser(), args.shell))
+
 # %% ../nbs/7_doors/03_cli.ipynb #7d67fca9
 def _add_config(commands) -> None:
     config = _command(commands, "config", cmd_config)
     config.add_argument("--schema", action="store_true", help="the JSON Schema instead, for editors")
+    shell = _command(commands, "completion", cmd_completion, needs_config=False)
+    shell.add_argument("shell", choices=SHELLS, help="bash: put it into ~/.local/share/bash-completion/completions/")
 
 # %% ../nbs/7_doors/03_cli.ipynb #2a0d3cce
 def _told(work):
@@ -96,7 +88,7 @@ def _report(config: AppConfig, manifest, folder: Path) -> None:
     from lora_mvp.data.report import write_report
 
     raw, training, more = Path(config.data.raw_data_dir), config.training, {}
-    if training.aspect_buckets:  # which buckets there are follows from the base, and it takes torch to ask it
+    if training.aspect_buckets and manifest.images:  # the base decides which buckets there are, and asking takes torch
         from lora_mvp.train.diagnosis import base_multiple
 
         more["multiple"] = base_multiple(training)
@@ -183,6 +175,14 @@ def cmd_doctor(args: argparse.Namespace) -> None:
     if errors:
         raise LoraMvpError("doctor", f"{errors} of these must be mended before training.")
 
+# %% ../nbs/7_doors/03_cli.ipynb #2f4ab403
+def cmd_finish(args: argparse.Namespace) -> None:
+    "Write what a finished run still lacks: pictures, kohya's form, the pipeline."
+    from lora_mvp.train.endings import finish
+
+    written = finish(args.run, _manifest(args))
+    print(f"wrote {', '.join(written)} in {args.run}" if written else f"{args.run} lacks nothing")
+
 # %% ../nbs/7_doors/03_cli.ipynb #0336694b
 def cmd_reproduce(args: argparse.Namespace) -> None:
     "Train again as a run.json says, and compare."
@@ -200,6 +200,9 @@ def _add_training(commands) -> None:
     train.add_argument("--extend", action="store_true", help="with --resume: max_train_steps may be larger than it was")
     doctor = _command(commands, "doctor", cmd_doctor)
     doctor.add_argument("--manifest", help="manifest.json written by prepare-data; without one the data is not checked")
+    end = _command(commands, "finish", cmd_finish, needs_config=False)
+    end.add_argument("run", metavar="OUT", help="output folder of a training that has its run.json")
+    end.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
     again = _command(commands, "reproduce", cmd_reproduce, needs_config=False)
     again.add_argument("run", help="run.json of a finished run, or its folder")
     again.add_argument("--out", help="folder of the new run (default: the old one's name with -reproduced)")
@@ -312,7 +315,7 @@ def cmd_choose(args: argparse.Namespace) -> None:
 # %% ../nbs/7_doors/03_cli.ipynb #624581d6
 def _add_real(parser: argparse.ArgumentParser) -> None:
     where = "default: the validation images of the run's manifest"
-    parser.add_argument("--real-glob", help=f'real pictures, e.g. "data/processed/val/**/*.png"; {where}')
+    parser.add_argument("--real-glob", help=f'real pictures: folder, or "data/processed/val/**/*.png"; {where}')
     parser.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
 
 # %% ../nbs/7_doors/03_cli.ipynb #28cfd599
@@ -410,7 +413,8 @@ def _add_demo(commands) -> None:
 def build_parser() -> argparse.ArgumentParser:
     "The parser of `lora-mvp`."
     about = "Train Stable Diffusion LoRA adapters whose results you can trust."
-    parser = argparse.ArgumentParser(prog="lora-mvp", description=about)
+    parser = Parser(prog="lora-mvp", description=about)
+    parser.add_argument("--version", action="version", version=f"lora-mvp {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         _add_config,
@@ -427,39 +431,21 @@ def build_parser() -> argparse.ArgumentParser:
     add_service(commands)
     return parser
 
-# %% ../nbs/7_doors/03_cli.ipynb #e6149f48
-def _needs_no_torchvision(record: logging.LogRecord) -> bool:
-    return "requires torchvision" not in record.getMessage()
-
-
-def set_up_output() -> None:
-    "Log messages go to stderr as plain lines; a letter that the terminal cannot show is escaped instead of an error."
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("lora_mvp").setLevel(logging.INFO)
-    logging.getLogger("transformers.utils.import_utils").addFilter(_needs_no_torchvision)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-# %% ../nbs/7_doors/03_cli.ipynb #58f015ed
-def refusal(error: Exception) -> str | None:
-    "What the system refused, such as space on a full disk; None for any other error."
-    codes = [getattr(error, "errno", None), *map(int, re.findall(r"\(os error (\d+)\)", str(error)))]  # of safetensors
-    found = [os.strerror(c) for c in codes if c in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM)]
-    where = getattr(error, "filename", None)
-    return f"the system refused to write or read{f' {where}' if where else ''}: {found[0]}." if found else None
-
 # %% ../nbs/7_doors/03_cli.ipynb #2af5559d
 def main(argv: list[str] | None = None) -> int:
     "Entry point of the console script `lora-mvp`."
     set_up_output()
-    args = build_parser().parse_args(argv)
+    argv, parser = sys.argv[1:] if argv is None else argv, build_parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    args = parser.parse_args(argv)
     try:
         args.function(args)
         sys.stdout.flush()
     except LoraMvpError as error:
         print(f"{'' if error.code == 'interrupted' else 'error: '}{error}", file=sys.stderr)
-        nothing = dict.fromkeys(("nothing_accepted", "raw_empty", "no_labels"), 3)
+        nothing = dict.fromkeys(("nothing_accepted", "raw_empty"), 3)
         return ({"interrupted": 130} | nothing).get(error.code, 2)
     except KeyboardInterrupt:
         more = " Go on with --resume." if args.command == "train" else ""

@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from .errors import LoraMvpError
 from .files import atomic_write  # noqa: F401  for chapters that still look for it here
+from .given import apply_overrides, complain
 from .plain_yaml import read_yaml, yaml_text
 from .sentences import Sections, sections_of, sentence, unknown_key
 
@@ -63,16 +64,16 @@ def _anchor_scorer(name: str, info) -> str:
 
 # %% ../nbs/08_config.ipynb #3c471d3d
 _logger = logging.getLogger("lora_mvp")
-_MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 
 
 def resolve_model_name(
     name: str,  # hub id or folder, as the user wrote it
 ) -> str:  # the name to load
     "The name a model has today; says so in one log line when it has moved."
-    if name in _MOVED:
-        _logger.warning("%s was deleted from the hub; using %s, the same weights", name, _MOVED[name])
-    return _MOVED.get(name, name)
+    if name in MOVED:
+        _logger.warning("%s was deleted from the hub; using %s, the same weights", name, MOVED[name])
+    return MOVED.get(name, name)
 
 # %% ../nbs/08_config.ipynb #1ae8dbc9
 def _not_empty(value: Any) -> Any:
@@ -121,7 +122,7 @@ Severity = Literal["reject", "warn", "off"]
 CHECKS: dict[str, Severity] = {
     "too_small": "reject",
     "too_oblong": "reject",
-    "blurry": "reject",
+    "blurry": "warn",
     "too_dark": "warn",
     "too_bright": "warn",
     "low_contrast": "warn",
@@ -135,6 +136,9 @@ CHECKS: dict[str, Severity] = {
     "cmyk": "off",
     "icc_converted": "off",
     "icc_invalid": "warn",
+    "hdr": "warn",
+    "colour_unknown": "warn",
+    "orientation_ignored": "warn",
     "caption_file": "warn",
     "caption_too_long": "warn",
 }
@@ -159,6 +163,11 @@ class DataConfig(_Section):
         "A photo of {label}", description="caption of images without a text: {label} folder, {trigger}, {stem} file"
     )
     trigger: str = Field("", description="word that calls the new thing; {trigger} in the template")
+    trigger_in: Literal["template", "captions"] = Field(
+        "template", description="captions: put the word before every caption that lacks it"
+    )
+    repeats: dict[str, Count] = Field({}, description="how often an epoch shows each image of a label")
+    balance: bool = Field(False, description="repeat images of smaller labels until all labels weigh about the same")
     captioner: ModelKey | None = Field(None, description="BLIP or Florence-2 that writes captions: hub id or folder")
     captioner_revision: str | None = Field(None, description="branch, tag or commit of captioner; null: main")
     materialise: Literal["process", "copy", "link"] = Field(
@@ -176,7 +185,9 @@ class DataConfig(_Section):
     )
     min_resolution: Count = Field(256, description="images with a shorter side, in pixels, are left out")
     blur_threshold: float = Field(
-        100.0, ge=0, description="images less sharp (Laplacian variance) are left out; 0: none"
+        100.0,
+        ge=0,
+        description="images less sharp (Laplacian variance as training sees them) are blurry; 0: off",
     )
     max_aspect: float = Field(3.0, ge=1, description="images whose longer side is so many times the other are left out")
     max_pixels: Count = Field(64_000_000, description="larger images are refused before they are decoded")
@@ -191,7 +202,7 @@ Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "c
 
 class _LoopKeys(_Section):
     pretrained_model: ModelKey = Field(
-        "runwayml/stable-diffusion-v1-5",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
         description="base: hub id, folder, .safetensors file, or tiny (embedded, 64 px)",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a base from the hub; null: main")
@@ -252,6 +263,9 @@ class TrainingConfig(_AdapterKeys):
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of captions replaced by an empty one")
     shuffle_tags: bool = Field(False, description="shuffle the comma-separated parts of captions")
     keep_tags: int = Field(1, ge=0, description="first parts of a caption that shuffle_tags leaves in place")
+    masked_loss: float | None = Field(
+        None, ge=0, lt=1, description="weight of the loss outside the images' masks; null: masks are not used"
+    )
     regularization_dir: PathKey | None = Field(
         None, description="images of the class, for prior preservation; captions in .txt files beside them"
     )
@@ -268,7 +282,7 @@ class EvaluationConfig(_Section):
         description="prompts to draw and score; not set: the 32 of the package",
     )
     prompt_file: PathKey | None = Field(
-        None, description="YAML with prompts in groups; {subject} is what was learnt; null: prompts"
+        None, description="YAML with prompts in groups, or .txt; {subject}: what was learnt; null: prompts"
     )
     num_samples: Count = Field(4, description="pictures per prompt")
     fid_batch_size: Count = Field(4, description="pictures per step of the feature extractor")
@@ -360,34 +374,6 @@ def _sections() -> Sections:
     "The JSON Schema of every key: section -> key -> schema."
     return sections_of(AppConfig)
 
-# %% ../nbs/08_config.ipynb #3b898858
-def _override_value(section: str, key: str, text: str) -> tuple[Any, list[str]]:
-    "The value that `text` means for a key, and what is wrong with it."
-    schema = _sections().get(section, {}).get(key, {})
-    options = [option.get("type") for option in schema.get("anyOf", [schema])]
-    nothing = "null" in options and text in ("", "null")
-    if "string" in options and not nothing and text[:1] not in ('"', "'"):
-        return text, []
-    value, _, problems = read_yaml(text)
-    return value, [what for _, what in problems]
-
-# %% ../nbs/08_config.ipynb #cd59ef8e
-def _apply(overrides, data: dict, places: dict, problems: list) -> None:
-    "Put overrides into `data`; `places` learns where each came from."
-    pairs = overrides.items() if isinstance(overrides, dict) else [o.partition("=")[::2] for o in overrides]
-    for i, (name, value) in enumerate(pairs):
-        (section, dot, key), place = str(name).strip().partition("."), f"override {name}"
-        if not (section and dot and key) or (not isinstance(overrides, dict) and "=" not in overrides[i]):
-            problems.append((place, "write it as section.key=value"))
-            continue
-        if not isinstance(overrides, dict):
-            value, wrong = _override_value(section, key, value)
-            problems.extend((place, what) for what in wrong)
-        places.setdefault((section,), place)
-        data[section] = {} if data.get(section) is None else data[section]
-        if isinstance(data[section], dict):
-            data[section][key], places[(section, key)] = value, place
-
 # %% ../nbs/08_config.ipynb #9ca6835a
 def _read_file(path: Path) -> str:
     try:
@@ -397,14 +383,20 @@ def _read_file(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise LoraMvpError("config_unreadable", f"Cannot read {path} as UTF-8 text: {error}") from None
 
-# %% ../nbs/08_config.ipynb #8ef9ae8d
-def _complain(problems: list, name: str) -> None:
-    "Raise one error that holds every problem, each with its place."
-    if not problems:
-        return
-    lines = [f"  {f'line {place}' if isinstance(place, int) else place}: {what}" for place, what in problems]
-    head = f"{name}: {len(problems)} mistake{'s' if len(problems) > 1 else ''} in the configuration"
-    raise LoraMvpError("config_invalid", "\n".join([head, *lines]))
+# %% ../nbs/08_config.ipynb #c17f7aab
+def find_config(
+    named: str | os.PathLike | None = None,  # a file that the user names
+) -> str | os.PathLike | None:  # for `load_config`
+    "The file named, else `config.yaml` in the current folder, where it is there and ours."
+    here = Path("config.yaml")
+    if named is not None or not here.is_file():
+        return named
+    data, _, problems = read_yaml(_read_file(here))
+    if not problems and not (isinstance(data, dict) and set(data) & set(AppConfig.model_fields)):
+        _logger.info("config.yaml here has none of the sections %s: not used", ", ".join(AppConfig.model_fields))
+        return None
+    _logger.info("settings from config.yaml in this folder")
+    return here
 
 # %% ../nbs/08_config.ipynb #d81b07e6
 def override_values(
@@ -412,8 +404,8 @@ def override_values(
 ) -> dict[str, Any]:  # {"section.key": value}
     "Overrides as values; whether a key exists and takes its value is for `load_config` to say."
     data, problems = {}, []
-    _apply(overrides, data, {}, problems)
-    _complain(problems, "overrides")
+    apply_overrides(overrides, _sections(), data, {}, problems)
+    complain(("the command line", problems))
     return {f"{section}.{key}": value for section, keys in data.items() for key, value in keys.items()}
 
 # %% ../nbs/08_config.ipynb #8f8e2d77
@@ -432,7 +424,7 @@ def load_config(
         ]
     data = {k: {} if v is None else v for k, v in data.items()} if isinstance(data, dict) else {}
     places, late = dict(lines), []
-    _apply(overrides, data, places, late)
+    apply_overrides(overrides, _sections(), data, places, late)
     try:
         config = AppConfig.model_validate(data, context={"base": file.parent if file else Path.cwd()})
     except ValidationError as error:
@@ -440,7 +432,8 @@ def load_config(
             at = next((item["loc"][:n] for n in (3, 2, 1) if item["loc"][:n] in places), ())
             place = places.get(at, "override")
             (problems if isinstance(place, int) else late).append((place, sentence(item, _sections())))
-    _complain(sorted(problems, key=lambda found: found[0]) + late, str(path) if path is not None else "overrides")
+    given = "overrides" if isinstance(overrides, dict) else "the command line"
+    complain((str(path), sorted(problems, key=lambda found: found[0])), (given, late))
     return config
 
 # %% ../nbs/08_config.ipynb #31dfed81

@@ -24,7 +24,7 @@ from .data.tables import summary
 from .errors import LoraMvpError
 from .eval.evaluator import Evaluator
 from .eval.records import Metrics, Score, table, with_interval
-from .files import asset, atomic_write, save_png
+from .files import asset, atomic_write, not_writable, save_png
 from .sheets import Tile, contact_sheet
 from .train.loop import train
 from .train.runs import RunFolder, RunRecord
@@ -69,7 +69,7 @@ def demo_folder(out: str | Path) -> AppConfig:  # the demo's configuration, with
                 in_violet(Image.open(file).convert("RGBA")).save(out / part / file.parent.name / file.name)
         shutil.copyfile(asset("demo", "config.yaml"), out / "config.yaml")
     except OSError as e:
-        raise LoraMvpError("output_not_writable", f"{out} cannot be written: {e.strerror or e}.") from e
+        raise not_writable(out, e, code="output_not_writable") from e
     add_bad_files(sorted(p for p in (out / "raw").iterdir() if p.is_dir())[0])
     return load_config(out / "config.yaml")
 

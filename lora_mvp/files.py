@@ -9,6 +9,7 @@ __all__ = []
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import secrets
 import sys
@@ -25,6 +26,14 @@ from .errors import LoraMvpError, first_mistake
 if TYPE_CHECKING:
     from PIL import Image
 
+# %% ../nbs/02_files.ipynb #cb54b3ee
+def cause_of(error: OSError) -> str:
+    "Why something could not be written; a system says `no such file` where it makes none."
+    above = Path(error.filename).parent if isinstance(error.filename, str | os.PathLike) else None
+    if isinstance(error, FileNotFoundError) and above and above.is_dir():
+        return f"nothing can be made in {above}"
+    return str(error.strerror or error)
+
 # %% ../nbs/02_files.ipynb #acce3e38
 def not_writable(
     path: str | os.PathLike,  # what could not be written or made
@@ -34,7 +43,7 @@ def not_writable(
     code: str = "not_writable",
 ) -> LoraMvpError:  # to be raised by the caller
     "The error for a file or folder that cannot be written."
-    why = f"{what} {path} cannot be written: {error.strerror or error}."
+    why = f"{what} {path} cannot be written: {cause_of(error)}."
     return LoraMvpError(code, f"{why} {advice}".strip())
 
 # %% ../nbs/02_files.ipynb #b1afedfe
@@ -54,6 +63,16 @@ def make_folder(
     except OSError as error:
         raise not_writable(path, error, what, advice, code) from error
 
+# %% ../nbs/02_files.ipynb #14b096a5
+NAME_BYTES = 255  # of a name in a folder, on every file system in use
+
+
+def _beside(path: Path) -> Path:
+    "A hidden name beside a file, as long as the system allows where the file's own name is long."
+    token = f"{secrets.token_hex(4)}.tmp"
+    name = f".{path.name}.{token}"
+    return path.with_name(name if len(os.fsencode(name)) <= NAME_BYTES else f".{token}")
+
 # %% ../nbs/02_files.ipynb #7debf34d
 def atomic_write(
     path: str | os.PathLike,  # where the file goes; missing folders are made
@@ -61,7 +80,7 @@ def atomic_write(
 ) -> Path:  # the path written
     "Write a file so that it is there in full or not at all; raises `LoraMvpError` where it cannot be written."
     path, content = Path(path), content.encode() if isinstance(content, str) else content
-    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temp = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temp, "xb") as file:
@@ -70,10 +89,11 @@ def atomic_write(
             os.fsync(file.fileno())
         os.replace(temp, path)
     except OSError as error:
-        why = error.strerror or error
+        why = cause_of(error)
         raise LoraMvpError("not_writable", f"Cannot write {path}: {why}. Choose a place you may write to.") from error
     finally:
-        temp.unlink(missing_ok=True) if temp.parent.is_dir() else None
+        with contextlib.suppress(OSError):  # a place where nothing can be removed holds nothing of ours
+            temp.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/02_files.ipynb #ba89733e
@@ -171,3 +191,17 @@ def no_bars() -> Iterator[None]:
     finally:
         for library in shown:
             library.enable_progress_bar()
+
+# %% ../nbs/02_files.ipynb #65eabf1f
+@contextlib.contextmanager
+def no_remarks() -> Iterator[None]:
+    "Leave out what diffusers and transformers log below an error."
+    libraries = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    before = [library.level for library in libraries]
+    for library in libraries:
+        library.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, before, strict=True):
+            library.setLevel(level)

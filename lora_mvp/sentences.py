@@ -48,8 +48,8 @@ def allowed(
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
     if schema.get("type") == "object":
-        values = allowed(schema["additionalProperties"])
-        return f"a mapping, each value {values}, with the keys {', '.join(schema['propertyNames']['enum'])}"
+        values, names = allowed(schema["additionalProperties"]), schema.get("propertyNames", {}).get("enum")
+        return f"a mapping, each value {values}" + (f", with the keys {', '.join(names)}" if names else "")
     kind = "a path" if schema.get("format") == "path" else _KINDS.get(schema.get("type"), "a list")
     if "items" in schema:
         kind = f"a list, each item {allowed(schema['items'])}"

@@ -22,6 +22,14 @@ def capital(text: str) -> str:
     "Text that begins with a capital letter; the rest stays as it is."
     return text[:1].upper() + text[1:]
 
+# %% ../nbs/03_words.ipynb #039103cd
+def count(
+    n: int,
+    what: str,  # singular
+) -> str:
+    "`1 image`, `2,000 images`, `3 batches`."
+    return f"{n:,} {what}" + ("" if n == 1 else "es" if what.endswith("h") else "s")
+
 # %% ../nbs/03_words.ipynb #d22430f0
 def printable(
     path: str | bytes | os.PathLike,  # any path, also one that is not valid UTF-8

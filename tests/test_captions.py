@@ -110,7 +110,7 @@ def test_a_persons_text_wins_and_stays(blip, images, tmp_path):
     store = AutoCaptions(tmp_path / "captions.json", AutoCaptioner(blip))
     store.fill(images)
     for sha256, path in images.items():
-        caption, source, warning = caption_of(path, "{label}", "disc", "sks", store.get(sha256))
+        caption, source, warning, _ = caption_of(path, "{label}", "disc", "sks", store.get(sha256))
         assert warning is None
         assert (caption, source) == (
             ("by hand", "sidecar") if path in by_hand else (f"sks, {store.get(sha256)}", "automatic")

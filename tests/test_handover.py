@@ -193,7 +193,7 @@ def test_odd_captions_and_missing_labels(tmp_path, to):
     for k, caption in enumerate(["", "two\nlines"]):  # a manifest that somebody else wrote
         manifest.images[k] = manifest.images[k].model_copy(update={"caption": caption})
     out = export_data(manifest, to, tmp_path / "out")
-    assert sorted(read_back(out, to).values()) == ["", "two lines"]
+    assert sorted(read_back(out, to).values()) == [[""], ["two lines"]]
     assert not (out / "val").exists()
     if to == "kohya":
         assert (out / "train" / "1_unlabelled" / "a.txt").read_bytes() == b"\n"

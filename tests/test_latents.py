@@ -357,14 +357,14 @@ def test_sdxl_is_encoded_in_float32_and_told_its_sizes(train, training, tmp_path
 def test_dropout_and_shuffle_draw_only_what_the_table_holds(pipe, train, training, tmp_path):
     wild = training.model_copy(update={"caption_dropout": 0.3, "shuffle_tags": True, "aspect_buckets": False})
     data = encode_images(pipe, train, wild, [], None)
-    table = TextTable(pipe, (v for c in data.captions for v in caption_variants(c, wild)), tmp_path)
+    table = TextTable(pipe, (v for c in data.captions for v in caption_variants([c], wild)), tmp_path)
     assert "" in table and all(c in table for c in data.captions)
     drawn = [data.draw([0, 1, 2], 42, step, 0, wild).captions for step in range(1500)]
     flat = [caption for captions in drawn for caption in captions]
     assert all(caption in table for caption in flat)
     assert 0.27 < flat.count("") / len(flat) < 0.33
     assert all(caption.startswith("sks wave, ") for caption in flat if caption)  # keep_tags: 1
-    assert set(caption_variants(data.captions[0], wild)) == {captions[0] for captions in drawn}
+    assert set(caption_variants([data.captions[0]], wild)) == {captions[0] for captions in drawn}
     assert drawn[:20] == [data.draw([0, 1, 2], 42, step, 0, wild).captions for step in range(20)]
     empty = table[[""]]["prompt_embeds"]
     assert torch.allclose(empty, encode_text(pipe, [""])["prompt_embeds"], atol=1e-5)

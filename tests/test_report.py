@@ -43,7 +43,13 @@ def facts(path, width=90, height=60):
 
 
 def manifest_of(images, rejected=(), ignored=(), folder=None, **config):
-    content = {"images": list(images), "rejected": list(rejected), "ignored": list(ignored), "folder": folder}
+    content = {
+        "images": list(images),
+        "rejected": list(rejected),
+        "ignored": list(ignored),
+        "folder": folder,
+        "notes": [],
+    }
     found = Stand(**content, config={"min_resolution": 32, "blur_threshold": 40.0, "image_size": 64} | config)
     found.rows = lambda split: [row for row in found.images if row.split == split]
     found.path_of = lambda row: folder / row.file
@@ -52,11 +58,12 @@ def manifest_of(images, rejected=(), ignored=(), folder=None, **config):
 
 def image_row(source, label="cat", split="train", caption="a cat", group="", reasons=()):
     row = {"file": "none.png", "source": source, "label": label, "split": split, "caption": caption, "group": group}
-    return Stand(**row, width=64, height=64, reasons=list(reasons), facts=facts(source))
+    return Stand(**row, width=64, height=64, repeats=1, reasons=list(reasons), facts=facts(source))
 
 
 def refused(path, *reasons, label="cat", status="rejected", **more):
-    return Stand(path=path, label=label, status=status, reasons=list(reasons), **({"facts": None} | more))
+    about = {"facts": None, "reason": reasons[0].code if reasons else None} | more
+    return Stand(path=path, label=label, status=status, reasons=list(reasons), **about)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 
 from .paths import confined, open_confined, open_step, path_parts
 from .plain import plain, quoted, read_plain
-from ..config import ApiConfig, AppConfig, resolve_model_name
+from ..config import MOVED, ApiConfig, AppConfig
 from ..data.rows import FILE_KEYS
 from ..errors import LoraMvpError
 from ..models.safety import code_wanted
@@ -135,7 +135,8 @@ def check_model(
 ) -> tuple[str, str | None]:  # the name to load, a path where it is local; its commit
     "A model that a job may use; raises `LoraMvpError`: `model_forbidden`, `unsafe_weights`, `path_forbidden`."
     listed = dict(entry.partition("@")[::2] for entry in api.models)
-    known = next((n for n in (name, resolve_model_name(name)) if n in listed), None)
+    same = (entry for entry in listed if MOVED.get(entry, entry) == MOVED.get(name, name))
+    known = name if name in listed else next(same, None)
     commit = listed.get(known) or None
     if revision not in (None, commit):
         raise LoraMvpError("model_forbidden", "the revision of a model is not a client's to choose; leave it out.")

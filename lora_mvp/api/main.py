@@ -24,7 +24,7 @@ from .backend import Backend
 from .edge import Edge, Gate, log_as_json
 from .engines import Engine
 from .problems import ERRORS, on_error, on_http_error, on_invalid, with_problems
-from ..config import AppConfig, load_config
+from ..config import AppConfig, find_config, load_config
 from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/33_main.ipynb #f531ac05
@@ -34,7 +34,7 @@ def server_config(
 ) -> AppConfig:
     "The settings of the server; raises `LoraMvpError`."
     named = file or os.environ.get("LORA_MVP_CONFIG")
-    return load_config(named or ("config.yaml" if Path("config.yaml").is_file() else None), overrides)
+    return load_config(find_config(named), overrides)
 
 # %% ../../nbs/6_api/33_main.ipynb #99c12ee0
 class noticed_signals:

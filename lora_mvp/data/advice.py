@@ -9,10 +9,12 @@ __all__ = []
 from collections import Counter, defaultdict
 
 from .charts import setting
-from .entries import count, number
+from .entries import number
 from .manifest import Manifest, ManifestImage
 from .steps import is_enlarged
 from .storage import target_size
+from .tables import trigger_note
+from ..words import count
 
 # %% ../../nbs/1_data/22_advice.ipynb #193868e1
 def on_validation(
@@ -92,6 +94,9 @@ def enlarged_images(
     return sum(is_enlarged((f.width, f.height), target_size(f, side, buckets)[::-1]) for f in facts)
 
 # %% ../../nbs/1_data/22_advice.ipynb #1d1efc85
+MANY = 5  # labels that get a sentence of their own
+
+
 def on_scenes(
     of_label: dict[str, list[ManifestImage]],
 ) -> list[str]:  # sentences
@@ -101,7 +106,8 @@ def on_scenes(
         n = max(Counter(row.group for row in rows if row.group).values(), default=0)
         if n >= 3 and n > len(rows) / 2:
             found.append(f"{n} of {len(rows)} images of {label} are the same scene. Add other scenes, or remove some.")
-    return found
+    more = f"{len(found) - MANY:,} more labels are filled by one scene each, like these."
+    return found[:MANY] + ([more] if len(found) > MANY else [])
 
 # %% ../../nbs/1_data/22_advice.ipynb #9782100b
 def on_variety(
@@ -123,9 +129,21 @@ def on_variety(
         found.append(f"{same}: {hint}.")
     return found
 
+# %% ../../nbs/1_data/22_advice.ipynb #0b7deb2a
+def on_words(
+    manifest: Manifest,
+) -> list[str]:  # sentences
+    "What was said about the pictures: what the folder was taken for, words that nobody reads, the trigger word."
+    unread = [r.path for r in manifest.ignored if r.reason in ("lone_caption", "unread_list")]
+    found = [f"{note}." for note in [*manifest.notes, trigger_note(manifest)] if note]
+    if unread:
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        found.append(f"Words that may be captions and are not read: {', '.join(unread[:3])}{more}.")
+    return found
+
 # %% ../../nbs/1_data/22_advice.ipynb #179f1e1c
 def suggestions(
     manifest: Manifest,
 ) -> list[str]:  # sentences, the weightiest first; empty when nothing stands out
     "What a person should know about this data before training on it."
-    return on_amounts(manifest) + on_rejected(manifest) + on_variety(manifest)
+    return on_amounts(manifest) + on_words(manifest) + on_rejected(manifest) + on_variety(manifest)

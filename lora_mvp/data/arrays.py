@@ -20,7 +20,7 @@ def as_array(
 
 # %% ../../nbs/1_data/12_arrays.ipynb #69bc426d
 def horizontal_flip(
-    image: np.ndarray,  # float32, (3, h, w), from -1 to 1
+    image: np.ndarray,  # float32, (3 or 4, h, w), from -1 to 1
     rng: np.random.Generator,
 ) -> np.ndarray:
     "Left and right exchanged, half of the time."
@@ -51,13 +51,18 @@ AUGMENTATIONS = {f.__name__: f for f in (horizontal_flip, color_jitter, gaussian
 
 
 def augment(
-    image: np.ndarray,  # float32, (3, h, w), from -1 to 1
+    image: np.ndarray,  # float32, (3, h, w), from -1 to 1; a fourth channel is a mask
     names: list[str],  # data.augmentations, applied in this order
     rng: np.random.Generator,  # every random number comes from here
-) -> np.ndarray:  # float32, (3, h, w), from -1 to 1; the input is not changed
+) -> np.ndarray:  # float32, of the same shape, from -1 to 1; the input is not changed
     "The image after the named augmentations; raises `LoraMvpError` with the code `augmentation`."
     for name in names:
         if name not in AUGMENTATIONS:
             raise LoraMvpError("augmentation", f"unknown augmentation {name!r}; known are {', '.join(AUGMENTATIONS)}")
-        image = AUGMENTATIONS[name](image, rng)
+        moves = name == "horizontal_flip"
+        image = (
+            AUGMENTATIONS[name](image, rng)
+            if moves
+            else np.concatenate([AUGMENTATIONS[name](image[:3], rng), image[3:]])
+        )
     return np.ascontiguousarray(np.clip(image, -1, 1), dtype=np.float32)

@@ -7,22 +7,25 @@ __all__ = []
 
 # %% ../../nbs/1_data/15_assess.ipynb #b1200187
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..config import AppConfig, DataConfig
-from .captioners import AutoCaptioner, AutoCaptions
-from .captions import caption_of, caption_tokenizer, length_warnings
-from .looks import ImageRecord, judge_look
+from ..config import AppConfig, DataConfig, TrainingConfig
+from .captioners import AutoCaptioner, AutoCaptions, unchanged
+from .captions import Caption, caption_of, caption_tokenizer, length_warnings, with_trigger
+from .images import decode, read_regular
+from .layouts import Told
+from .looks import ImageRecord, judge_look, look_options
 from .manifest import Manifest, Seen
 from .overrides import Override, decided, read_overrides
-from .raw import scan
+from .raw import empty_labels, scan
 from .splits import group, near_duplicates, remember, split_groups
 from .survey import survey
-from ..words import as_words
+from ..errors import LoraMvpError
+from ..words import as_words, printable
 
 # %% ../../nbs/1_data/15_assess.ipynb #9e153e00
 log = logging.getLogger("lora_mvp")
@@ -35,10 +38,11 @@ def look_at_all(
     files: list[File],  # from `scan`
     data: DataConfig,
     cache: Path | None = None,  # what earlier runs found, by content
+    training: TrainingConfig | None = None,  # how large pictures are that are stored as they are
 ) -> list[File]:  # the same files, looked at and judged
     "Inspect every file that is still in question."
     waiting = [path for path, record in files if record.status == "accepted"]
-    looks = survey(waiting, cache, max_pixels=data.max_pixels, background=data.background)
+    looks = survey(waiting, cache, **look_options(data, training))
     found = dict(zip(waiting, looks, strict=True))
     return [(p, judge_look(found[p], r.path, r.label, data) if p in found else r) for p, r in files]
 
@@ -80,10 +84,19 @@ def accepted(
     "Those that have not been refused."
     return [(path, record) for path, record in files if record.status == "accepted"]
 
+# %% ../../nbs/1_data/15_assess.ipynb #f1a5cf5c
+def listed_captions(
+    said: dict[Path, Told],  # of `scan`
+    path: Path,
+) -> tuple[str, ...]:
+    "The captions that a list has for a picture."
+    return said[path].captions if path in said else ()
+
 # %% ../../nbs/1_data/15_assess.ipynb #c12e4ebd
 def known_captions(
     config: AppConfig,
     accepted: list[tuple[Path, ImageRecord]],  # nothing is asked about them
+    said: dict[Path, Told],  # nor about what was said
 ) -> AutoCaptions | None:  # None without a captioner
     "What the captioner said in earlier runs."
     data = config.data
@@ -95,21 +108,19 @@ def known_captions(
 def automatic_captions(
     config: AppConfig,
     accepted: list[tuple[Path, ImageRecord]],
+    said: dict[Path, Told],  # by a person, of `scan`
 ) -> AutoCaptions | None:  # None without a captioner
     "Let the captioner describe the images that nobody has; what it said is kept in captions.json."
-    captions = known_captions(config, accepted)
+    captions = known_captions(config, accepted, said)
     plain = "{stem}"  # any template: only the place that a caption comes from matters here
     if captions:
-        captions.fill({r.sha256: path for path, r in accepted if caption_of(path, plain, r.label)[1] == "template"})
+        source = {
+            path: caption_of(path, plain, r.label, listed=listed_captions(said, path)).source for path, r in accepted
+        }
+        seen = {path: r.sha256 for path, r in accepted if source[path] == "template"}
+        paths = {sha256: path for path, sha256 in seen.items()}
+        captions.fill(paths, opened=lambda path: unchanged(path, seen[path]))
     return captions
-
-# %% ../../nbs/1_data/15_assess.ipynb #3d0c5d28
-class Caption(NamedTuple):
-    "The words that go with one image."
-
-    text: str
-    source: str  # `curated`, `sidecar`, `automatic` or `template`
-    warning: str | None = None  # what is wrong with the file beside the image
 
 # %% ../../nbs/1_data/15_assess.ipynb #068a896e
 def choose_captions(
@@ -117,14 +128,20 @@ def choose_captions(
     files: list[File],  # accepted
     overrides: dict[str, Override],
     automatic: AutoCaptions | None,
+    said: dict[Path, Told],  # of `scan`
 ) -> list[Caption]:  # one per file
-    "The caption of every accepted image."
-    captions = []
+    "The caption of every accepted image; with data.trigger_in all of them hold the trigger word."
+    captions, trigger = [], data.trigger if data.trigger_in == "captions" else ""
     for path, record in files:
-        said = automatic.get(record.sha256) if automatic else None
-        caption = Caption(*caption_of(path, data.caption_template, record.label, data.trigger, said))
+        spoken = automatic.get(record.sha256) if automatic else None
+        caption = caption_of(
+            path, data.caption_template, record.label, data.trigger, spoken, listed_captions(said, path)
+        )
         by_hand = overrides.get(record.sha256, Override()).caption
-        captions.append(Caption(as_words(by_hand), "curated", caption.warning) if by_hand else caption)
+        if by_hand:
+            caption = Caption(as_words(by_hand), "curated", caption.warning)
+        text, *others = (with_trigger(words, trigger) for words in (caption.text, *caption.others))
+        captions.append(caption._replace(text=text, others=tuple(others)))
     return captions
 
 # %% ../../nbs/1_data/15_assess.ipynb #ae824998
@@ -135,9 +152,9 @@ def note_captions(
     tokenizer: Any | None,  # of the base
 ) -> list[File]:
     "The same files; what is wrong with their captions is noted."
-    cut = length_warnings([caption.text for caption in captions.values()], tokenizer)
-    paths = list(captions)
-    long = {paths[k]: (sentence, count, limit) for k, sentence, count, limit in cut}
+    texts = [(path, text) for path, caption in captions.items() for text in (caption.text, *caption.others)]
+    cut = length_warnings([text for _, text in texts], tokenizer)
+    long = {texts[k][0]: (sentence, count, limit) for k, sentence, count, limit in cut}
 
     def noted(path: Path, record: ImageRecord) -> ImageRecord:
         if path in captions and captions[path].warning:
@@ -204,15 +221,62 @@ def deal(
     groups: dict[str, str],  # from `group_images`
     history: dict[str, Seen],  # by content hash; empty to start afresh
     data: DataConfig,
+    given: dict[str, str],  # by content hash: what a person decided
 ) -> tuple[dict[str, str], dict[str, Seen]]:  # by content hash: the split; and the new history
-    "The split that keeps groups together and agrees with the past."
-    past = {sha256: seen.split for sha256, seen in history.items()}
+    "The split that keeps groups together and agrees with the past; a person's decision goes before both."
+    past = {sha256: seen.split for sha256, seen in history.items()} | given
     labels = {record.sha256: record.label for record in records}
-    splits = split_groups(labels, groups, past, data.train_ratio, data.seed)
+    splits = split_groups(labels, groups, past, data.train_ratio, data.seed) | given
     looks = {k: {"phash": seen.phash, "pixel_sha256": seen.pixel_sha256} for k, seen in history.items()}
     for r in records:
         looks[r.sha256] = {"phash": (r.facts.phashes or [""])[0], "pixel_sha256": r.facts.pixel_sha256}
     return splits, {k: Seen(split=split, **looks[k]) for k, split in remember(past, splits).items()}
+
+# %% ../../nbs/1_data/15_assess.ipynb #8735165d
+def repeats_of(
+    learnt: dict[Path, tuple[str, int]],  # picture to learn -> its label, repeats that the folder asks for
+    data: DataConfig,
+) -> dict[Path, int]:
+    "How often an epoch shows each picture; raises `LoraMvpError` (`unknown_label`)."
+    labels = {label for label, _ in learnt.values()}
+    if learnt and (unknown := sorted(set(data.repeats) - labels)):
+        text = f"data.repeats names the label {unknown[0]!r}, which no training picture has; there are {', '.join(sorted(labels))}"
+        raise LoraMvpError("unknown_label", text)
+    repeats = {path: data.repeats.get(label, said) for path, (label, said) in learnt.items()}
+    weight = Counter()
+    for path, (label, _) in learnt.items():
+        weight[label] += repeats[path]
+    most = max(weight.values(), default=0)
+    factor = {label: round(most / n) if data.balance else 1 for label, n in weight.items()}
+    return {path: repeats[path] * factor[label] for path, (label, _) in learnt.items()}
+
+# %% ../../nbs/1_data/15_assess.ipynb #e85bde16
+def mask_trouble(
+    mask: Path,
+    record: ImageRecord,  # of its picture
+    data: DataConfig,
+) -> str | None:  # None: it can be used
+    "Why a mask cannot be used."
+    try:
+        im, _ = decode(read_regular(mask), data.max_pixels)
+    except LoraMvpError as e:
+        return f"{printable(mask.name)}: {e}"
+    w, h, width, height = *im.size, record.facts.width, record.facts.height
+    if abs(w * height - h * width) <= max(w, h, width, height):  # a pixel of rounding
+        return None
+    return f"{printable(mask.name)}: it is {w} x {h}, the picture {width} x {height}: not the same shape"
+
+# %% ../../nbs/1_data/15_assess.ipynb #8ccaeab3
+def note_masks(
+    files: list[File],
+    said: dict[Path, Told],
+    data: DataConfig,
+) -> tuple[list[File], dict[Path, Path]]:  # the same files; masks that can be used, by picture
+    "Masks that cannot be used are noted at their picture, which is learnt as a whole."
+    masks = {path: said[path].mask for path, _ in accepted(files) if path in said and said[path].mask}
+    trouble = {path: mask_trouble(masks[path], record, data) for path, record in files if path in masks}
+    noted = [(p, r.with_reason("mask_file", "warn", trouble[p]) if trouble.get(p) else r) for p, r in files]
+    return noted, {path: mask for path, mask in masks.items() if not trouble[path]}
 
 # %% ../../nbs/1_data/15_assess.ipynb #77598dd0
 @dataclass(frozen=True)
@@ -221,10 +285,11 @@ class Taken:
 
     path: Path  # the raw file
     record: ImageRecord
-    caption: str
-    caption_source: str
+    caption: Caption
     split: str  # `train` or `val`
     group: str
+    repeats: int  # how often an epoch shows it
+    mask: Path | None  # the raw file
 
 # %% ../../nbs/1_data/15_assess.ipynb #80d8f3fe
 @dataclass(frozen=True)
@@ -235,6 +300,7 @@ class Assessment:
     others: list[ImageRecord]  # by path
     history: dict[str, Seen]  # by content hash: every image that was ever dealt out
     captioner: dict[str, Any] | None  # the model that made the automatic captions
+    notes: list[str]  # what the folder was taken for, of [layouts](12a_layouts.ipynb)
 
 # %% ../../nbs/1_data/15_assess.ipynb #2640bad2
 def assess(
@@ -245,19 +311,31 @@ def assess(
 ) -> Assessment:
     "Find, look, judge, caption, group, split: all that writes nothing but the captioner's words."
     data, overrides, past = config.data, read_overrides(Path(config.data.processed_dir)), past_of(before, config.data)
-    files = look_at_all(scan(Path(data.raw_data_dir)), data, cache)
+    found, layout = scan(Path(data.raw_data_dir))
+    if empty := empty_labels(Path(data.raw_data_dir), found):
+        more = f" and {len(empty) - 10:,} more" if len(empty) > 10 else ""
+        log.warning("label folders without a file: %s%s", ", ".join(empty[:10]), more)
+    files = look_at_all(found, data, cache, config.training)
     files = overrule(note_copies(files, data), overrides)
 
-    automatic = captioner(config, accepted(files))
-    chosen = choose_captions(data, accepted(files), overrides, automatic)
+    automatic = captioner(config, accepted(files), layout.said)
+    chosen = choose_captions(data, accepted(files), overrides, automatic, layout.said)
     captions = dict(zip([path for path, _ in accepted(files)], chosen, strict=True))
     tokenizer = caption_tokenizer(config.training.pretrained_model)
     files = overrule(note_captions(files, captions, data, tokenizer), overrides)
+    files, masks = note_masks(files, layout.said, data)
 
     groups = group_images([record for _, record in accepted(files)], past, data.near_duplicate_bits)
     files = overrule(note_alike(files, groups, data.checks["near_duplicate"]), overrides)
-    splits, history = deal([record for _, record in accepted(files)], groups, past, data)
+    given = {r.sha256: layout.said[p].split for p, r in accepted(files) if layout.said[p].split}
+    splits, history = deal([record for _, record in accepted(files)], groups, past, data, given)
+    learnt = {p: (r.label, layout.said[p].repeats) for p, r in accepted(files) if splits[r.sha256] == "train"}
+    repeats = repeats_of(learnt, data)
 
-    taken = [Taken(p, r, *captions[p][:2], splits[r.sha256], groups[r.sha256]) for p, r in accepted(files)]
+    taken = [
+        Taken(p, r, captions[p], splits[r.sha256], groups[r.sha256], repeats.get(p, 1), masks.get(p))
+        for p, r in accepted(files)
+    ]
     others = [record for _, record in files if record.status != "accepted"]
-    return Assessment(taken, others, history, automatic.captioner.record if automatic else None)
+    record = automatic.captioner.record if automatic else None
+    return Assessment(taken, others, history, record, layout.notes)

@@ -6,14 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/1_data/04_captions.ipynb #42948169
-import codecs
+import json
 import os
 import re
 import string
 import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from .encodings import decode_text
 from .images import read_regular
 from ..errors import LoraMvpError
 from ..files import asset
@@ -45,23 +46,56 @@ def render_caption(
     except (ValueError, KeyError, IndexError) as e:
         raise LoraMvpError("caption_template", f"data.caption_template {template!r}: {e}; known are {known}") from e
 
+# %% ../../nbs/1_data/04_captions.ipynb #9c6ba319
+CAPTION_KEYS = (
+    "caption",
+    "text",
+    "prompt",
+    "tags",
+)  # the names that other programs give it, in lists and in JSON files
+
+
+def said_in(
+    value: Any,  # from JSON: text, or a list of texts
+    tags: bool = False,  # whether a list is one caption and not several
+) -> list[str]:
+    "The captions in a value; none where it is something else."
+    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    if not all(isinstance(text, str) for text in texts):
+        return []
+    texts = [", ".join(texts)] if tags else [line for text in texts for line in text.splitlines()]
+    return [words for words in map(as_words, texts) if words]
+
+# %% ../../nbs/1_data/04_captions.ipynb #d4304fee
+def captions_in(
+    row: dict,  # from JSON or a table
+) -> list[str]:
+    "The captions of a row: those of the first key that has any."
+    found = (said_in(row.get(key), key == "tags") for key in CAPTION_KEYS)
+    return [*next((texts for texts in found if texts), []), *said_in(row.get("other_captions"))]
+
 # %% ../../nbs/1_data/04_captions.ipynb #5ef7326a
 def read_sidecar(
-    file: Path,  # the text file beside an image
-) -> tuple[str, str | None]:  # its words, what is wrong with it
-    "A caption written by hand; no words when there are none to be read."
+    file: Path,  # the file beside an image
+) -> tuple[list[str], str | None]:  # its captions, what is wrong with it
+    "Captions written by hand; none when there are none to be read."
     name = printable(file.name)
     try:
         data = read_regular(file, max_bytes=2**20)
     except LoraMvpError as e:
-        return "", f"{name} is empty" if e.code == "empty_file" else f"{name} cannot be read: {e}"
-    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    if b"\0" in data and not utf16:
-        return "", f"{name} cannot be read: it is not UTF-8; save it as UTF-8"
-    text = as_words(data.decode("utf-16" if utf16 else "utf-8-sig", "replace"))
-    if "\ufffd" in text:
-        return text, f"{name} is not all UTF-8: some letters became \ufffd; save it as UTF-8"
-    return text, None if text else f"{name} is empty"
+        return [], f"{name} is empty" if e.code == "empty_file" else f"{name} cannot be read: {e}"
+    text, encoding = decode_text(data)
+    if text is None:
+        return [], f"{name} cannot be read: it is not UTF-8, and too short to tell what else; save it as UTF-8"
+    wrong = None if encoding.startswith("utf-8") else f"{name} is not UTF-8; it was read as {encoding}"
+    if file.suffix.lower() != ".json":
+        return (found, wrong) if (found := said_in(text)) else ([], f"{name} is empty")
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        return [], f"{name} cannot be read: {e}"
+    found = captions_in(row) if isinstance(row, dict) else said_in(row)
+    return (found, wrong) if found else ([], f"{name} holds no caption (no {', '.join(CAPTION_KEYS)})")
 
 # %% ../../nbs/1_data/04_captions.ipynb #4abb4251
 def with_trigger(
@@ -74,31 +108,62 @@ def with_trigger(
         return caption
     return f"{trigger}, {caption}"
 
+# %% ../../nbs/1_data/04_captions.ipynb #e4de5dac
+SIDECARS = (".txt", ".caption", ".json")  # the first with content wins
+
+
+def sidecar_names(
+    name: str,  # of an image file
+) -> list[str]:
+    "What a file with its caption may be called, the first first."
+    return [f"{stem}{ending}" for ending in SIDECARS for stem in (Path(name).stem, name)]
+
+# %% ../../nbs/1_data/04_captions.ipynb #d19a0d12
+class Caption(NamedTuple):
+    "The words that go with one image."
+
+    text: str
+    source: str  # `curated`, `sidecar`, `list`, `automatic` or `template`
+    warning: str | None = None  # why a file with captions was not used as it is
+    others: tuple[str, ...] = ()  # captions that training draws as well
+
+# %% ../../nbs/1_data/04_captions.ipynb #0f99dc33
+def beside(
+    path: Path,  # the raw image
+) -> tuple[list[str], list[str]]:  # captions, what a person should know
+    "The captions in files beside an image."
+    found = [path.with_name(name) for name in sidecar_names(path.name) if os.path.lexists(path.with_name(name))]
+    warnings = []
+    for k, file in enumerate(found):
+        texts, wrong = read_sidecar(file)
+        warnings += [wrong] if wrong else []
+        if texts:
+            left = found[k + 1 :]
+            return texts, warnings + (
+                [f"{printable(file.name)} is used, {printable(left[0].name)} is not"] if left else []
+            )
+    return [], warnings
+
 # %% ../../nbs/1_data/04_captions.ipynb #7a094f00
-SIDECARS = (".txt", ".caption")  # the first with content wins
-
-
 def caption_of(
     path: Path,  # the raw image
     template: str,  # data.caption_template
     label: str,  # folder name
     trigger: str = "",  # the trigger word
     automatic: str | None = None,  # what a model said, see the next chapter
-) -> tuple[str, str, str | None]:  # caption; `sidecar`, `automatic` or `template`; what a person should know
+    listed: tuple[str, ...] = (),  # what a list of captions says, see [layouts](12a_layouts.ipynb)
+) -> Caption:
     "The caption of an image, where it is from, and a warning when a file beside the image was not used as it is."
-    found = [path.with_suffix(ending) for ending in SIDECARS if os.path.lexists(path.with_suffix(ending))]
-    warnings = []
-    for k, file in enumerate(found):
-        text, wrong = read_sidecar(file)
-        warnings += [wrong] if wrong else []
-        if text:
-            left = found[k + 1 :]
-            warnings += [f"{printable(file.name)} is used, {printable(left[0].name)} is not"] if left else []
-            return text, "sidecar", "; ".join(warnings) or None
+    texts, warnings = beside(path)
+    if texts and listed and set(texts) != set(listed):
+        warnings.append("the file beside it is used, the list of captions says something else")
     warning = "; ".join(warnings) or None
+    if texts or listed:
+        first, *others = texts or listed
+        return Caption(first, "sidecar" if texts else "list", warning, tuple(others))
     if automatic:
-        return with_trigger(automatic, trigger), "automatic", warning
-    return render_caption(template, label, path.stem, trigger), "template", warning
+        return Caption(with_trigger(automatic, trigger), "automatic", warning)
+    return Caption(render_caption(template, label, path.stem, trigger), "template", warning)
 
 # %% ../../nbs/1_data/04_captions.ipynb #7cd59458
 CLIP_WORDS = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\w\s]|_)+")  # CLIP's pattern, for `re`

@@ -47,11 +47,3 @@ def number(
     if value is None or not math.isfinite(value):
         return "" if value is None else str(value)
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
-
-# %% ../../nbs/1_data/19_entries.ipynb #039103cd
-def count(
-    n: int,
-    what: str,  # singular
-) -> str:
-    "`1 image`, `2 images`."
-    return f"{n:,} {what}{'' if n == 1 else 's'}"

@@ -12,11 +12,12 @@ from typing import Any
 
 from PIL import Image
 
-from .entries import Entry, count, entries, number, spread
+from .entries import Entry, entries, number, spread
 from .images import REASONS, open_rgb
 from .manifest import Manifest, ManifestImage, leaves_folder
 from ..errors import LoraMvpError
 from ..html import and_more, gallery, jpeg_uri, text, tile
+from ..words import count
 
 # %% ../../nbs/1_data/20_galleries.ipynb #580c5aa2
 def first_that_opens(

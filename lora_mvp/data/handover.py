@@ -8,8 +8,8 @@ __all__ = ['export_data']
 # %% ../../nbs/1_data/17_handover.ipynb #79076edd
 import hashlib
 import json
+import logging
 import os
-import re
 import secrets
 import shutil
 from collections import defaultdict
@@ -21,7 +21,10 @@ from .manifest import Manifest, ManifestImage
 from .storage import portable_name, unique_name
 from ..errors import LoraMvpError
 from ..files import png_bytes
-from ..words import as_words
+from ..words import as_words, count
+
+# %% ../../nbs/1_data/17_handover.ipynb #60e95d0e
+log = logging.getLogger("lora_mvp")
 
 # %% ../../nbs/1_data/17_handover.ipynb #1ba24654
 def verified_bytes(
@@ -54,10 +57,9 @@ def readable_bytes(
 def visible_stem(
     text: str,  # wanted
 ) -> str:
-    "A portable file name without ending that no reader skips and no system reserves."
+    "A portable file name without ending that no reader skips."
     name = portable_name(text)
-    reserved = re.match(r"\.|(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name, re.IGNORECASE)
-    return f"image-{name}" if reserved else name
+    return f"image-{name}" if name.startswith(".") else name
 
 # %% ../../nbs/1_data/17_handover.ipynb #371527ed
 def place_of(
@@ -68,7 +70,7 @@ def place_of(
     "Where a picture goes."
     stem, folder = PurePosixPath(row.file).stem, row.split
     if to == "kohya":
-        folder += f"/1_{portable_name(row.label or 'unlabelled')}"
+        folder += f"/{row.repeats}_{portable_name(row.label or 'unlabelled')}"
     elif row.label:
         stem = f"{row.label}-{stem}"
     key = hashlib.sha256(row.file.encode()).hexdigest()
@@ -79,20 +81,22 @@ def write_pictures(
     manifest: Manifest,
     to: str,  # `hf` or `kohya`
     out: Path,  # an empty folder
-) -> dict[str, str]:  # file (POSIX, relative to it) -> caption
+) -> dict[str, list[str]]:  # file (POSIX, relative to it) -> captions
     "Write pictures and captions."
     captions, lines, taken = {}, defaultdict(list), defaultdict(set)
-    extra = [name for name in ("source", "group") if any(getattr(row, name, "") for row in manifest.images)]
+    extra = [
+        name for name in ("source", "group", "other_captions") if any(getattr(row, name, "") for row in manifest.images)
+    ]
     for row in manifest.images:
         data, ending = readable_bytes(verified_bytes(manifest.path_of(row), row.sha256))
-        file, caption = place_of(row, to, taken) + ending, as_words(row.caption)
+        file, words = place_of(row, to, taken) + ending, [as_words(w) for w in (row.caption, *row.other_captions)]
         (out / file).parent.mkdir(parents=True, exist_ok=True)
         (out / file).write_bytes(data)
-        captions[file] = caption
+        captions[file] = words
         if to == "kohya":
-            (out / file).with_suffix(".txt").write_bytes(f"{caption}\n".encode())
+            (out / file).with_suffix(".txt").write_bytes("".join(f"{line}\n" for line in words).encode())
         else:
-            line = {"file_name": (out / file).name, "text": caption, "label": row.label}
+            line = {"file_name": (out / file).name, "text": words[0], "label": row.label}
             lines[row.split].append(line | {name: getattr(row, name) for name in extra})
     for split, rows in lines.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -103,23 +107,23 @@ def write_pictures(
 def read_back(
     folder: Path,  # written by `export_data`
     to: str,  # `hf` or `kohya`
-) -> dict[str, str]:  # file (POSIX, relative to it) -> caption
-    "Every picture of an exported folder with its caption; raises `LoraMvpError` where the two do not fit."
+) -> dict[str, list[str]]:  # file (POSIX, relative to it) -> captions
+    "Every picture of an exported folder with its captions; raises `LoraMvpError` where the two do not fit."
     files = {path for path in folder.rglob("*") if not path.is_dir()}
     pictures = {path for path in files if path.suffix in COPIED.values()}
     if to == "kohya":
         texts = {path: path.with_suffix(".txt") for path in pictures}
-        rows = [(path, text.read_text(encoding="utf-8")[:-1]) for path, text in texts.items() if text in files]
+        rows = [(path, text.read_text(encoding="utf-8").splitlines()) for path, text in texts.items() if text in files]
         beside = len(pictures)  # a text file each
     else:
         lists = [path for path in files if path.name == "metadata.jsonl"]
         lines = [(at.parent, json.loads(line)) for at in lists for line in at.read_bytes().splitlines()]
-        rows = [(place / line["file_name"], line["text"]) for place, line in lines]
+        rows = [(place / line["file_name"], [line["text"], *line.get("other_captions", [])]) for place, line in lines]
         beside = len({path.parent for path in pictures})  # a list for each folder
     captions = dict(rows)
     if captions.keys() != pictures or len(rows) != len(pictures) or len(files) != len(pictures) + beside:
         raise LoraMvpError("export_incomplete", f"{folder}: pictures and captions do not fit; write it again")
-    return {path.relative_to(folder).as_posix(): caption for path, caption in captions.items()}
+    return {path.relative_to(folder).as_posix(): words for path, words in captions.items()}
 
 # %% ../../nbs/1_data/17_handover.ipynb #1d1d1a0b
 def check_target(
@@ -146,6 +150,8 @@ def export_data(
         raise LoraMvpError(
             "nothing_to_export", "the manifest has no pictures; see what `lora-mvp prepare-data` refused"
         )
+    if masks := sum(bool(row.mask) for row in manifest.images):
+        log.warning("%s of pictures left out: neither form has a place for masks", count(masks, "mask"))
     out = Path(os.path.realpath(out))
     temp = out.with_name(f".{secrets.token_hex(4)}.tmp")
     try:

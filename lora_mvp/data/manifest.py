@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from .captions import CAPTION_KEYS
 from .images import decode, read_regular
 from .looks import Facts, ImageRecord, Reason
-from .rows import CAPTION_KEYS, FILE_KEYS, text_at
+from .rows import FILE_KEYS, SPLIT_NAMES, text_at
 from ..errors import LoraMvpError, first_mistake
 from ..words import as_words
 
@@ -29,6 +30,10 @@ class ManifestImage(BaseModel):
     label: str
     caption: str
     caption_source: Literal["template", "sidecar", "automatic", "curated", "list"] = "template"
+    other_captions: list[str] = []  # training takes turns with these
+    repeats: int = Field(1, ge=1)  # how often an epoch shows it
+    mask: str = ""  # POSIX, relative to the manifest: white where the loss counts, of the shape of `file`; empty: none
+    mask_sha256: str = ""  # of the bytes of `mask`
     split: Literal["train", "val"]
     stored: Literal["processed", "linked", "copied", "original"] = "processed"  # PNG, hard link, same bytes, not ours
     width: int  # pixels of `file`, upright
@@ -62,6 +67,7 @@ class Manifest(BaseModel):
     ignored: list[ImageRecord] = []
     history: dict[str, Seen] = {}  # by `source_sha256`: every image that was ever dealt out
     captioner: dict[str, Any] | None = None  # the model that made the automatic captions
+    notes: list[str] = []  # what the raw folder was taken for
     folder: Path = Field(default=Path("."), exclude=True)  # where the manifest lies
 
     @model_validator(mode="after")
@@ -121,9 +127,6 @@ def listed_facts(
     return {"width": width, "height": height, "sha256": hashlib.sha256(data).hexdigest()}
 
 # %% ../../nbs/1_data/09_manifest.ipynb #0397a23a
-SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "test": "val"}
-
-
 def row_of_list(
     row: Any,  # as it was in the file
     folder: Path,  # of the list
@@ -204,8 +207,9 @@ def parse_manifest(
     except (OSError, ValueError, RecursionError) as e:
         raise LoraMvpError("manifest_invalid", f"{path} is not readable JSON ({e}); {AGAIN}") from e
     for row in manifest.images:
-        if leaves_folder(row.file):
-            raise LoraMvpError("manifest_escapes", f"{path} names {row.file!r}, which lies outside its folder; {AGAIN}")
+        for file in (row.file, *([row.mask] if row.mask else [])):
+            if leaves_folder(file):
+                raise LoraMvpError("manifest_escapes", f"{path} names {file!r}, which lies outside its folder; {AGAIN}")
     return manifest.model_copy(update={"folder": folder})
 
 # %% ../../nbs/1_data/09_manifest.ipynb #5eb5b715
@@ -214,7 +218,8 @@ def read_manifest(
 ) -> Manifest:
     "The manifest in a file, all of its images present; raises `LoraMvpError`, also `manifest_file_gone`."
     manifest = parse_manifest(path)
-    gone = [row.file for row in manifest.images if not manifest.path_of(row).is_file()]
+    files = [file for row in manifest.images for file in (row.file, row.mask) if file]
+    gone = [file for file in files if not (manifest.folder / file).is_file()]
     if gone:
         more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
         again = "put it back, or run `lora-mvp prepare-data` again"

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from tqdm import tqdm
 from ..config import AppConfig, DataConfig
 from .assess import Assessment, Taken, assess, automatic_captions, known_captions
 from .captions import render_caption
-from .looks import ImageRecord
+from .images import decode, read_regular
+from .looks import ImageRecord, Reason
 from .manifest import Manifest, ManifestImage, parse_manifest
-from .raw import check_raw
+from .raw import check_raw, scan
 from lora_mvp.data.storage import (
     announce_files,
+    crop_to,
     locked,
     pending_files,
     place_bytes,
@@ -37,7 +39,7 @@ from lora_mvp.data.storage import (
     unique_name,
 )
 from ..errors import LoraMvpError
-from ..files import make_folder, not_writable
+from ..files import file_sha256, make_folder, not_writable, png_bytes
 from ..words import printable
 
 # %% ../../nbs/1_data/16_prepare.ipynb #ff6af755
@@ -82,7 +84,8 @@ def row_of(
 ) -> ManifestImage:  # names the raw file, as nothing is written yet
     "The row of one image."
     r = taken.record
-    about = {"source": r.path, "label": r.label, "caption": taken.caption, "caption_source": taken.caption_source}
+    about = {"source": r.path, "label": r.label, "caption": taken.caption.text, "caption_source": taken.caption.source}
+    about |= {"other_captions": list(taken.caption.others), "repeats": taken.repeats}
     where = {"split": taken.split, "group": taken.group, "source_sha256": r.sha256, "reasons": r.reasons}
     size = {"width": r.facts.width, "height": r.facts.height, "sha256": r.sha256}
     return ManifestImage(file="", stored="original", facts=r.facts, **about, **where, **size)
@@ -106,7 +109,12 @@ def manifest_of(
 ) -> Manifest:
     "All of it as a manifest; its counts add up or it is none."
     lists = {status: [r for r in found.others if r.status == status] for status in ("rejected", "ignored")}
-    about = {"config": portable_config(data), "history": found.history, "captioner": found.captioner}
+    about = {
+        "config": portable_config(data),
+        "history": found.history,
+        "captioner": found.captioner,
+        "notes": found.notes,
+    }
     return Manifest(images=rows, **lists, **about, folder=Path(data.processed_dir).absolute())
 
 # %% ../../nbs/1_data/16_prepare.ipynb #e764c56e
@@ -134,6 +142,22 @@ def refuse_empty(
     refusal.manifest = manifest
     raise refusal
 
+# %% ../../nbs/1_data/16_prepare.ipynb #9ba7315e
+def refuse_no_folder(
+    data: DataConfig,
+) -> None:
+    "As `check_raw`; where the folder is there and holds nothing to take, the refusal says of every file why."
+    raw = Path(data.raw_data_dir)
+    try:
+        check_raw(raw)
+    except LoraMvpError as e:
+        if e.code != "raw_empty":
+            raise
+        refusal = NothingAccepted(e.code, e.message)
+        others = [record for _, record in scan(raw)[0] if record.status != "accepted"]
+        refusal.manifest = manifest_of(data, Assessment([], others, {}, None, []), [])
+        raise refusal from e
+
 # %% ../../nbs/1_data/16_prepare.ipynb #30dd3cf1
 def check_data(
     config: AppConfig,
@@ -141,7 +165,7 @@ def check_data(
     "Look at the raw folder and say what `prepare_data` would take; writes nothing. Raises like it."
     data, raw = config.data, Path(config.data.raw_data_dir)
     render_caption(data.caption_template, "label", "stem", data.trigger)
-    check_raw(raw)
+    refuse_no_folder(data)
     found = assess(config, earlier_manifest(Path(data.processed_dir)), None, known_captions)
     manifest = manifest_of(data, found, [row_of(taken) for taken in found.taken])
     refuse_empty(raw, manifest)
@@ -165,6 +189,7 @@ class Target:
     "Where one image goes, and how."
 
     source: Path  # raw file
+    mask: Path | None  # raw file
     row: ManifestImage  # what is known before it is stored
     mode: str  # `process`, `copy` or `link`
     size: tuple[int, int] | None  # width and height of a processed picture; None: its own
@@ -183,7 +208,8 @@ def plan_files(
         ending = ".png" if mode == "process" else true_ending(r.format)
         row = row_of(taken).model_copy(update={"file": f"{taken.split}/{folder}/{name}{ending}"})
         size = target_size(r.facts, data.image_size, data.aspect_buckets) if data.materialise == "process" else None
-        targets.append(Target(taken.path, row, mode, size))
+        mask = {"mask": f"masks/{taken.split}/{folder}/{name}.png"} if taken.mask else {}
+        targets.append(Target(taken.path, taken.mask, row.model_copy(update=mask), mode, size))
     return targets
 
 # %% ../../nbs/1_data/16_prepare.ipynb #1e6f4e1a
@@ -198,35 +224,92 @@ def still_there(
     if row is None or not same_settings or any(getattr(row, key) != value for key, value in wanted.items()):
         return False
     path = out / row.file
-    if row.stored == "linked":
-        return path.is_file() and os.path.samefile(source, path)
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == row.sha256
+    if row.stored == "linked" and not (source.exists() and path.exists() and os.path.samefile(source, path)):
+        return False
+    return path.is_file() and file_sha256(path) == row.sha256
+
+# %% ../../nbs/1_data/16_prepare.ipynb #299fe175
+def files_of(
+    manifest: Manifest | None,
+) -> set[str]:  # POSIX, relative to it
+    "The files that a manifest names."
+    return {file for row in manifest.images for file in (row.file, row.mask) if file} if manifest else set()
+
+# %% ../../nbs/1_data/16_prepare.ipynb #260ee3ec
+def store_mask(
+    target: Target,
+    out: Path,  # processed folder
+    made: dict[str, Any],  # width and height of the stored picture
+    max_pixels: int,  # data.max_pixels
+    ours: bool,  # whether an earlier run of ours wrote that path
+) -> dict[str, Any]:  # SHA-256 of what was written; no mask and the reason, where it has gone
+    "Store the mask of an image."
+    facts = target.row.facts
+    try:
+        im = decode(read_regular(target.mask), max_pixels)[0].resize((facts.width, facts.height))
+    except LoraMvpError as e:
+        reason = Reason(code="mask_file", severity="warn", detail=f"{printable(target.mask.name)}: {e}")
+        return {"mask": "", "reasons": [*target.row.reasons, reason]}
+    data = png_bytes(crop_to(im, made["width"], made["height"]).convert("L"))
+    place_bytes(data, out / target.row.mask, ours)
+    return {"mask_sha256": hashlib.sha256(data).hexdigest()}
+
+# %% ../../nbs/1_data/16_prepare.ipynb #2524a4e2
+def same_pixels(
+    old: ManifestImage | None,  # of an earlier run
+    new: ManifestImage,
+) -> bool:
+    "Whether the raw picture looked the same then; another version of this package may read its colours in another way."
+    return bool(old and old.facts and new.facts) and old.facts.pixel_sha256 == new.facts.pixel_sha256
 
 # %% ../../nbs/1_data/16_prepare.ipynb #deb2db30
 def store_pictures(
     targets: list[Target],  # by path
     data: DataConfig,
     before: Manifest | None,  # of an earlier run
-) -> list[ManifestImage]:  # the rows of the targets, and what was stored
+) -> list[ManifestImage | LoraMvpError]:  # per target: its row and what was stored; `changed`: it is not what it was
     "Store every accepted image that is not there already."
     out, earlier = Path(data.processed_dir), {row.file: row for row in before.images} if before else {}
-    ours = earlier.keys() | pending_files(out)
+    kept = files_of(before)
+    ours = kept | pending_files(out)
     remove_unfinished({out / file for file in {*ours, "manifest.json", ".prepare/pending.json"}})
-    new = {t.row.file for t in targets if not os.path.lexists(out / t.row.file)}  # what lies there already is not ours
-    announce_files(out, (ours | new) - earlier.keys())
+    wanted = {file for t in targets for file in (t.row.file, t.row.mask) if file}
+    new = {file for file in wanted if not os.path.lexists(out / file)}  # what lies there already is not ours
+    announce_files(out, (ours | new) - kept)
     decide = ("image_size", "aspect_buckets", "background", "materialise")
     same_settings = before is not None and all(before.config.get(k) == getattr(data, k) for k in decide)
     rows = []
     for target in tqdm(targets, "write", unit="image", leave=False, disable=None):
-        file, old = target.row.file, earlier.get(target.row.file)
-        made_from = {"file": file, "source_sha256": target.row.source_sha256}
-        if still_there(target.source, out, old, made_from, same_settings):
+        file, old, sha256 = target.row.file, earlier.get(target.row.file), target.row.source_sha256
+        made_from, same = {"file": file, "source_sha256": sha256}, same_settings and same_pixels(old, target.row)
+        if still_there(target.source, out, old, made_from, same):
             made = {key: getattr(old, key) for key in ("stored", "width", "height", "sha256")}
         else:
             how = (target.mode, target.size, data.background, data.max_pixels)
-            made = store(target.source, out, file, *how, ours=file in ours)
+            try:
+                made = store(target.source, out, file, *how, ours=file in ours, sha256=sha256)
+            except LoraMvpError as e:
+                if e.code != "changed":
+                    raise
+                rows.append(e)
+                continue
+        if target.mask:
+            made |= store_mask(target, out, made, data.max_pixels, ours=target.row.mask in ours)
         rows.append(target.row.model_copy(update=made))
     return rows
+
+# %% ../../nbs/1_data/16_prepare.ipynb #901a3abf
+def without_changed(
+    found: Assessment,
+    stored: list[ManifestImage | LoraMvpError],  # of `store_pictures`, in the order of `found.taken`
+    before: Manifest | None,  # of an earlier run
+) -> Assessment:
+    "The same, but what changed before it could be stored is refused, and nothing remembers it as dealt out."
+    pairs = zip(found.taken, stored, strict=True)
+    lost = [t.record.with_reason(e.code, "reject", str(e)) for t, e in pairs if isinstance(e, LoraMvpError)]
+    kept = before.history if before else {}
+    history = {k: v for k, v in found.history.items() if k in kept or k not in {r.sha256 for r in lost}}
+    return replace(found, others=sorted([*found.others, *lost], key=lambda r: r.path), history=history)
 
 # %% ../../nbs/1_data/16_prepare.ipynb #fcefeff2
 def write_all(
@@ -236,12 +319,13 @@ def write_all(
 ) -> Manifest:
     "Store the pictures, then the manifest, then remove what an earlier run wrote and nobody needs."
     out = Path(data.processed_dir)
-    rows = store_pictures(plan_files(found.taken, data), data, before)
-    manifest = manifest_of(data, found, rows)
-    ours = {row.file for row in before.images} if before else set()
-    ours |= pending_files(out)
+    stored = store_pictures(plan_files(found.taken, data), data, before)
+    rows = [row for row in stored if isinstance(row, ManifestImage)]
+    manifest = manifest_of(data, without_changed(found, stored, before), rows)
+    refuse_empty(Path(data.raw_data_dir), manifest)
+    ours = files_of(before) | pending_files(out)
     place_bytes(manifest.to_json().encode(), out / "manifest.json", ours=True)
-    remove_stale(out, ours - {row.file for row in rows})
+    remove_stale(out, ours - files_of(manifest))
     state_file(out, "pending.json").unlink(missing_ok=True)
     return manifest
 
@@ -256,7 +340,7 @@ def prepare_data(
         config = config.model_copy(update={"data": config.data.model_copy(update={"materialise": "link"})})
     data, raw, out = config.data, Path(config.data.raw_data_dir), Path(config.data.processed_dir)
     render_caption(data.caption_template, "label", "stem", data.trigger)
-    check_raw(raw)
+    refuse_no_folder(data)
     check_folders(raw, out)
     with locked(out):
         before = earlier_manifest(out)

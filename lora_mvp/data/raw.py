@@ -9,8 +9,9 @@ __all__ = []
 import os
 from pathlib import Path
 
-from .captions import SIDECARS
-from .images import claimed_format
+from .captions import SIDECARS, sidecar_names
+from .kinds import claimed_format
+from .layouts import Layout, read_layout
 from .looks import ImageRecord
 from ..errors import LoraMvpError
 from ..words import printable
@@ -25,20 +26,12 @@ def is_hidden(
     "Whether a name belongs to something a person did not put there."
     return name.startswith(".") or name.lower() in JUNK
 
-# %% ../../nbs/1_data/13_raw.ipynb #a36481da
-def is_sidecar(
-    name: str,  # a file name
-    image_stems: set[str],  # names without ending of the images in its folder
-) -> bool:
-    "Whether a file is the caption of an image beside it."
-    return Path(name).suffix in SIDECARS and Path(name).stem in image_stems
-
 # %% ../../nbs/1_data/13_raw.ipynb #4aabbccf
 def is_caption(
     name: str,  # a file name
 ) -> bool:
     "Whether a file looks like a caption, of whatever image."
-    return Path(name).suffix.lower() in SIDECARS
+    return Path(name).suffix.lower() in SIDECARS[:2]  # other programs' .json files are many things
 
 # %% ../../nbs/1_data/13_raw.ipynb #e248cc9e
 def walk(
@@ -49,7 +42,7 @@ def walk(
         entries = list(os.scandir(folder))
     except OSError:
         return [(folder, "unreadable")]
-    image_stems = {Path(e.name).stem for e in entries if claimed_format(e.name)}
+    sidecars = {name for e in entries if claimed_format(e.name) for name in sidecar_names(e.name)}
     found = []
     for entry in entries:
         path = Path(entry.path)
@@ -57,7 +50,7 @@ def walk(
             found.append((path, "hidden"))
         elif entry.is_dir(follow_symlinks=False):
             found += walk(path)
-        elif not is_sidecar(entry.name, image_stems):
+        elif entry.name not in sidecars:
             found.append((path, "lone_caption" if is_caption(entry.name) else None))
     return found
 
@@ -65,32 +58,56 @@ def walk(
 def check_raw(
     raw: Path,  # data.raw_data_dir
 ) -> None:
-    "Raise `LoraMvpError` when the raw folder is missing, empty or without label folders."
+    "Raise `LoraMvpError` when the raw folder is missing, empty or may not be read."
     where = f"the raw folder {raw} (data.raw_data_dir)"
     if not raw.is_dir():
         wrong = "is not a folder" if raw.exists() else "does not exist"
         raise LoraMvpError("raw_missing", f"{where} {wrong}; make it, or point the setting at your images")
     try:
-        visible = sorted(p for p in raw.iterdir() if not is_hidden(p.name))
+        visible = any(not is_hidden(path.name) for path in raw.iterdir())
     except OSError as e:
         raise LoraMvpError("raw_unreadable", f"{where} cannot be read: {e.strerror}; check its permissions") from e
     if not visible:
-        raise LoraMvpError("raw_empty", f"{where} is empty; put images into one sub-folder per label")
-    if not any(p.is_dir() for p in visible):
-        move = f"move {printable(visible[0].name)} and the others into {raw.name}/<label>/"
-        raise LoraMvpError("no_labels", f"{where} has no label folders, one per kind of picture; {move}")
+        raise LoraMvpError("raw_empty", f"{where} is empty; put images into it, in one sub-folder per label")
+
+# %% ../../nbs/1_data/13_raw.ipynb #e7754533
+def label_of(
+    path: Path,
+    raw: Path,
+    layout: Layout,
+) -> tuple[str, str | None]:  # the label; why the file is none to learn
+    "What the place of a file decides."
+    parts, reason = path.relative_to(raw).parts, layout.reasons.get(path)
+    flat = all(len(picture.relative_to(raw).parts) == 1 for picture in layout.said)
+    if path in layout.said:
+        return (layout.said[path].label, reason) if flat or len(parts) > 1 else ("", "no_label")
+    if len(parts) > 1 or path.is_dir():
+        return printable(parts[0]), reason
+    return "", reason or "not_an_image"
 
 # %% ../../nbs/1_data/13_raw.ipynb #2187255e
 def scan(
     raw: Path,  # the raw folder
-) -> list[tuple[Path, ImageRecord]]:  # by path; judged already where the place or the name is enough
+) -> tuple[
+    list[tuple[Path, ImageRecord]], Layout
+]:  # by path, judged where place or name is enough; what the folder says
     "Every file below the raw folder with its label."
     pairs = []
-    for path, reason in sorted(walk(raw), key=lambda pair: os.fsencode(pair[0].relative_to(raw).as_posix())):
-        place = path.relative_to(raw)
-        at_root = len(place.parts) == 1 and not path.is_dir()
-        if at_root and reason != "hidden":
-            reason = "no_label" if claimed_format(path) else "not_an_image"
-        record = ImageRecord(path=printable(place), label="" if at_root else printable(place.parts[0]))
-        pairs.append((path, record.with_reason(reason, "reject") if reason else record))
-    return pairs
+    found = sorted(walk(raw), key=lambda pair: os.fsencode(pair[0].relative_to(raw).as_posix()))
+    layout = read_layout(raw, [path for path, reason in found if reason is None])
+    for path, reason in found:
+        if path not in layout.used:
+            label, other = label_of(path, raw, layout)
+            record = ImageRecord(path=printable(path.relative_to(raw)), label=label)
+            pairs.append((path, record.with_reason(reason or other, "reject") if reason or other else record))
+    return pairs, layout
+
+# %% ../../nbs/1_data/13_raw.ipynb #43b385d5
+def empty_labels(
+    raw: Path,  # the raw folder
+    found: list[tuple[Path, ImageRecord]],  # of `scan`
+) -> list[str]:  # sorted
+    "Label folders in which nothing lies, so that nothing else would name them."
+    filled = {path.relative_to(raw).parts[0] for path, record in found if record.reason != "hidden"}
+    folders = [p.name for p in raw.iterdir() if p.is_dir() and not p.is_symlink() and not is_hidden(p.name)]
+    return sorted(printable(name) for name in folders if name not in filled)

@@ -16,7 +16,7 @@ from PIL import Image
 from ..config import TrainingConfig
 from .advice import suggestions
 from .charts import balance, charts
-from .entries import count, entries, number, spread
+from .entries import entries, number, spread
 from .galleries import Thumbnails, group_galleries, ignored_list, reason_galleries, split_gallery
 from .manifest import Manifest
 from .steps import MULTIPLE, Plan, plan_arithmetic, plan_of
@@ -24,6 +24,7 @@ from ..errors import LoraMvpError
 from ..files import atomic_write, save_png
 from ..html import colour_key, page, section, text
 from ..sheets import Tile, contact_sheet
+from ..words import count
 
 # %% ../../nbs/1_data/23_report.ipynb #25b41802
 def step_rows(

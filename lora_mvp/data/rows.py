@@ -10,7 +10,7 @@ import json
 
 # %% ../../nbs/1_data/08_rows.ipynb #a674a0b3
 FILE_KEYS = ("file", "image", "image_path", "path", "file_name")
-CAPTION_KEYS = ("caption", "text", "prompt")
+SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "val"}
 
 # %% ../../nbs/1_data/08_rows.ipynb #4724ac15
 def text_at(

@@ -14,6 +14,7 @@ import numpy as np
 from ..config import LoraMvpError, TrainingConfig, derive_seed
 from .manifest import ManifestImage
 from .storage import bucket_of, crop_box
+from ..words import count
 
 # %% ../../nbs/1_data/18_steps.ipynb #cc14518a
 MULTIPLE = 64  # pixels; of a base that is not known: what Stable Diffusion 1.5 and 2 need, SDXL is content with 32
@@ -48,13 +49,15 @@ class Plan:
         shapes: list[tuple[int, int]],  # of each picture; a batch holds one shape
         batch_size: int,
         seed: int,
+        repeats: list[int] | None = None,  # how often an epoch shows each picture; None: once
     ):
         if not shapes:
             raise LoraMvpError("no_images", "there are no pictures to train on: 0 pictures are 0 batches")
         self.shapes, self.batch_size, self.seed = shapes, batch_size, seed
-        self.buckets: dict[tuple[int, int], int] = {}  # shape -> number of pictures
-        for shape in shapes:
-            self.buckets[shape] = self.buckets.get(shape, 0) + 1
+        self.shown = [i for i, n in enumerate(repeats or [1] * len(shapes)) for _ in range(n)]  # in an epoch
+        self.buckets: dict[tuple[int, int], int] = {}  # shape -> pictures shown in an epoch
+        for i in self.shown:
+            self.buckets[shapes[i]] = self.buckets.get(shapes[i], 0) + 1
         self.batches = {shape: math.ceil(n / batch_size) for shape, n in self.buckets.items()}  # of an epoch
         self.batches_per_epoch = sum(self.batches.values())
         self._dealt = (-1, [])  # the latest epoch and its batches, so as not to deal it for each batch
@@ -74,7 +77,7 @@ class Plan:
         "All batches of one epoch."
         rng = np.random.default_rng(derive_seed(self.seed, "order", epoch))
         stacks: dict[tuple[int, int], list[int]] = {shape: [] for shape in self.buckets}
-        for i in rng.permutation(len(self.shapes)).tolist():
+        for i in (self.shown[k] for k in rng.permutation(len(self.shown))):
             stacks[self.shapes[i]].append(i)
         size = self.batch_size
         batches = [stack[k : k + size] for stack in stacks.values() for k in range(0, len(stack), size)]
@@ -88,7 +91,7 @@ def plan_of(
 ) -> Plan:
     "The plan of a run on these pictures; raises `LoraMvpError` (`no_images`) when there are none."
     shapes = [frame_of(row.width, row.height, training, multiple) for row in rows]
-    return Plan(shapes, training.batch_size, training.seed)
+    return Plan(shapes, training.batch_size, training.seed, [row.repeats for row in rows])
 
 # %% ../../nbs/1_data/18_steps.ipynb #e61bd3be
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Arithmetic:
     smaller_batches: int  # of them
     batches_per_step: int  # accumulation x processes
     steps: int  # training.max_train_steps
+    shown: int  # pictures of an epoch, with repeats
 
     @property
     def steps_per_epoch(self) -> float:
@@ -114,16 +118,13 @@ class Arithmetic:
         return self.steps / self.steps_per_epoch
 
     def __str__(self) -> str:
+        repeated = f" ({self.shown} with repeats)" if self.shown != self.images else ""
         smaller = f" ({self.smaller_batches} of them smaller)" if self.smaller_batches else ""
         return (
-            f"{_count(self.images, 'image')} in {_count(self.buckets, 'bucket')}, {self.batch_size} per batch: "
-            f"{_count(self.batches_per_epoch, 'batch')} an epoch{smaller}; {self.batches_per_step} per step: "
-            f"{self.steps_per_epoch:.4g} steps an epoch, {_count(self.steps, 'step')} are {self.epochs:.4g} epochs"
+            f"{count(self.images, 'image')}{repeated} in {count(self.buckets, 'bucket')}, {self.batch_size} per batch: "
+            f"{count(self.batches_per_epoch, 'batch')} an epoch{smaller}; {self.batches_per_step} per step: "
+            f"{self.steps_per_epoch:.4g} steps an epoch, {count(self.steps, 'step')} are {self.epochs:.4g} epochs"
         )
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}{'es' if what.endswith('h') else 's'}"
 
 # %% ../../nbs/1_data/18_steps.ipynb #a2d76a7b
 def refuse_large_batch(
@@ -145,12 +146,13 @@ def plan_arithmetic(
 ) -> Arithmetic:
     "The numbers of a run; `LoraMvpError` (`batch_larger_than_data`, `no_steps`) for settings that train nothing sensible."
     images, size = len(plan.shapes), plan.batch_size
-    refuse_large_batch(images, size)
+    refuse_large_batch(len(plan.shown), size)
     if min(accumulation, processes, steps) < 1:
         sum_ = f"gradient_accumulation {accumulation}, processes {processes}, max_train_steps {steps}"
         raise LoraMvpError("no_steps", f"these settings make no optimiser step: {sum_}; each must be at least 1")
     smaller = sum(n % size > 0 for n in plan.buckets.values())
-    return Arithmetic(images, len(plan.buckets), size, plan.batches_per_epoch, smaller, accumulation * processes, steps)
+    per_step, shown = accumulation * processes, len(plan.shown)
+    return Arithmetic(images, len(plan.buckets), size, plan.batches_per_epoch, smaller, per_step, steps, shown)
 
 # %% ../../nbs/1_data/18_steps.ipynb #2b4a1743
 def count_steps(

@@ -7,10 +7,13 @@ __all__ = ['summary']
 
 # %% ../../nbs/1_data/10_tables.ipynb #4c0398fa
 from collections import Counter, defaultdict
+from pathlib import PurePosixPath
 
+from .captions import with_trigger
 from .images import REASONS
 from .manifest import Manifest
 from ..sheets import text_table
+from ..words import as_words
 
 # %% ../../nbs/1_data/10_tables.ipynb #c59f2e0c
 NO_LABEL = "(no label)"
@@ -18,14 +21,18 @@ NO_LABEL = "(no label)"
 
 def table_of_labels(
     manifest: Manifest,
+    most: int = 20,  # labels named
 ) -> list[str]:  # lines
-    "Accepted per label and split, refused per label."
+    "Accepted per label and split, refused per label; of many labels the largest."
     counts = Counter((row.label, row.split) for row in manifest.images)
     counts.update((r.label, "rejected") for r in manifest.rejected)
     columns = ("train", "val", "rejected")
-    body = [
-        [label or NO_LABEL, *(counts[label, c] for c in columns)] for label in sorted({label for label, _ in counts})
-    ]
+    rows = {label: [counts[label, c] for c in columns] for label in sorted({label for label, _ in counts})}
+    large = set(sorted(rows, key=lambda label: -sum(rows[label]))[:most])
+    body = [[label or NO_LABEL, *row] for label, row in rows.items() if label in large]
+    rest = [row for label, row in rows.items() if label not in large]
+    if rest:
+        body.append([f"and {len(rest):,} more", *map(sum, zip(*rest, strict=True))])
     total = ["total", *(sum(row[i] for row in body) for i in range(1, len(columns) + 1))]
     table = text_table([["label", *columns], *body, total], "<>>>", gap="", least=len(NO_LABEL))
     return table.splitlines()
@@ -65,18 +72,38 @@ def lines_of_warnings(
         lines.append(f"  {code} ({len(names)}): {REASONS[code]}: {', '.join(names[:most])}{more}")
     return ["", "accepted, but look at:", *lines] if lines else []
 
-# %% ../../nbs/1_data/10_tables.ipynb #d1a17c0a
+# %% ../../nbs/1_data/10_tables.ipynb #b52c5412
+def by_ending(
+    paths: list[str],
+) -> str:
+    "How many files of each ending, the most frequent first."
+    counts = Counter(PurePosixPath(path).suffix.lower() or "without ending" for path in paths)
+    return ", ".join(f"{n} {ending}" for ending, n in counts.most_common(6)) + (
+        " and others" if len(counts) > 6 else ""
+    )
+
+# %% ../../nbs/1_data/10_tables.ipynb #6e14385c
 def lines_of_ignored(
     manifest: Manifest,
     most: int,  # files named
 ) -> list[str]:  # lines; none without ignored files
-    "How many files are no images, and which captions belong to none."
-    lone = [r.path for r in manifest.ignored if r.reason == "lone_caption"]
-    more = f" and {len(lone) - most} more" if len(lone) > most else ""
-    lines = [f"lone_caption ({len(lone)}): {REASONS['lone_caption']}: {', '.join(lone[:most])}{more}"] if lone else []
-    rest = len(manifest.ignored) - len(lone)
-    lines += [f"ignored ({rest}): files that are no images"] if rest else []
-    return ["", *lines] if lines else []
+    "Files that are no images to learn, by what they are."
+    paths = defaultdict(list)
+    for r in manifest.ignored:
+        paths[r.reason].append(r.path)
+    lines = []
+    for reason in ("lone_caption", "unread_list", "lone_mask"):  # somebody's words, or work
+        if names := paths.pop(reason, []):
+            more = f" and {len(names) - most} more" if len(names) > most else ""
+            lines.append(f"{reason} ({len(names)}): {REASONS[reason]}: {', '.join(names[:most])}{more}")
+    named = {
+        "not_an_image": "files that are no images",
+        "cache": REASONS["cache"],
+        "regularisation": REASONS["regularisation"],
+    }
+    lines += [f"ignored ({len(names)}): {named[r]}: {by_ending(names)}" for r, names in paths.items() if r in named]
+    hidden = [f"ignored ({len(paths['hidden'])}): hidden files"] if paths["hidden"] else []
+    return ["", *lines, *hidden] if lines or hidden else []
 
 # %% ../../nbs/1_data/10_tables.ipynb #54d0db4d
 def lines_of_rejected(
@@ -95,11 +122,62 @@ def lines_of_rejected(
         lines += [f"  ... and {len(records) - most} more"] if len(records) > most else []
     return lines
 
+# %% ../../nbs/1_data/10_tables.ipynb #3314e658
+def trigger_note(
+    manifest: Manifest,
+) -> str | None:  # None: nothing to say
+    "How many captions to learn lack the trigger word, and what to do."
+    trigger, rows = as_words(str(manifest.config.get("trigger") or "")), manifest.rows("train")
+    without = sum(with_trigger(row.caption, trigger) != row.caption for row in rows)
+    if not trigger or not without:
+        return None
+    text = (
+        f"the trigger word {trigger!r} is not in {without} of {len(rows)} captions to learn, so these do not teach it"
+    )
+    return f"{text}; write it there, or set data.trigger_in to captions"
+
+# %% ../../nbs/1_data/10_tables.ipynb #92a309d7
+SOURCES = {  # of captions
+    "sidecar": "from files beside the images",
+    "list": "from a list",
+    "curated": "written by hand in the curator",
+    "automatic": "from a model",
+    "template": "from the template",
+}
+
+
+def lines_of_captions(
+    manifest: Manifest,
+) -> list[str]:  # lines
+    "Where the captions are from, how many images have several, and what became of the trigger word."
+    counts = Counter(row.caption_source for row in manifest.images)
+    several = sum(bool(row.other_captions) for row in manifest.images)
+    parts = [f"{counts[source]} {words}" for source, words in SOURCES.items() if counts[source]]
+    turns = f"; {several} images have several, and training takes turns with them" if several else ""
+    lines = [f"captions: {', '.join(parts)}{turns}"] if parts else []
+    note = trigger_note(manifest)
+    return lines + ([f"trigger: {note}"] if note else [])
+
+# %% ../../nbs/1_data/10_tables.ipynb #4bc96654
+def lines_of_folder(
+    manifest: Manifest,
+    most: int,  # not used: there are few
+) -> list[str]:  # lines
+    "What the folder was taken for, its captions, and repeats."
+    weight, rows = Counter(), manifest.rows("train")
+    for row in rows:
+        weight[row.label] += row.repeats
+    repeated = any(row.repeats > 1 for row in rows)
+    labels = ", ".join(f"{label or NO_LABEL} {n}" for label, n in weight.most_common(5))
+    epoch = f"repeats: an epoch shows {sum(weight.values())} images instead of {len(rows)}: {labels}"
+    lines = [f"folder: {note}" for note in manifest.notes] + lines_of_captions(manifest)
+    return ["", *lines, *([epoch] if repeated else [])] if lines or repeated else []
+
 # %% ../../nbs/1_data/10_tables.ipynb #e0881ded
 def summary(
     manifest: Manifest,
     most: int = 10,  # files named per reason
 ) -> str:  # several lines
     "A short table for the terminal: accepted per label and split, refused per reason with file names."
-    parts = (lines_of_rejected, lines_of_warnings, lines_of_ignored, lines_of_groups)
+    parts = (lines_of_folder, lines_of_rejected, lines_of_warnings, lines_of_ignored, lines_of_groups)
     return "\n".join([*table_of_labels(manifest), *(line for part in parts for line in part(manifest, most))])

@@ -14,28 +14,33 @@ from typing import Any
 from PIL import Image
 
 from ..config import AppConfig
+from ..data.captions import with_trigger
 from ..data.manifest import Manifest, read_manifest
 from ..errors import LoraMvpError
-from .copies import RealSet, find_real, read_pictures, real_of_split
+from .copies import RealSet, find_real, read_pictures, real_of_split, trained_on
 from .records import Warned
-from .samples import OWN, Sample, SamplePlan, draw_plan, fill_all, make_plan, read_prompts
+from .samples import OWN, Sample, SamplePlan, draw_plan, fill_all, make_plan, own_prompts, read_prompts
 from ..files import asset, file_sha256
 from ..infer import LoadedRun, load_run, render
 from ..models.base import base_hash
 from ..models.contents import adapter_file
+from ..models.drawing import cut_prompts
 from ..train.runs import RunFolder, read_run
+from ..words import as_words
 
 # %% ../../nbs/5_eval/10_columns.ipynb #545044b3
 def subjects_of(
     config: AppConfig,
     manifests: list[Manifest],
 ) -> list[str]:  # sorted; may be empty
-    "What the data calls the new thing: the trigger with each label."
-    named = {
-        (config.data.trigger or str(m.config.get("trigger") or ""), row.label) for m in manifests for row in m.images
-    }
-    found = {f"{trigger} {label}".strip() for trigger, label in named} - {""}
-    return sorted(found) or [word for word in [config.data.trigger] if word]
+    "What the data calls the new thing: the trigger, if it was taught, with each label."
+    found = set()
+    for m in manifests:
+        trigger = as_words(config.data.trigger or str(m.config.get("trigger") or ""))
+        taught = any(with_trigger(row.caption, trigger) == row.caption for row in m.rows("train"))
+        found |= {f"{trigger if taught else ''} {row.label}".strip() for row in m.images}
+    found -= {""}
+    return sorted(found) or [word for word in [config.data.trigger] if word and not manifests]
 
 # %% ../../nbs/5_eval/10_columns.ipynb #72fedfb5
 def plan_for(
@@ -105,7 +110,7 @@ def real_warnings(
     train: RealSet | None,
 ) -> list[Warned]:
     "What to know about the real pictures."
-    shared = len(set(real.pixels) & set(train.pixels)) if train else 0
+    shared = len(trained_on(real, train)) if train else 0
     lossy = sum(Path(file).suffix.lower() in (".jpg", ".jpeg") for file in real.files)
     refused = f"{len(real.refused)} of the real files are no pictures, the first: {(real.refused or [''])[0]}"
     copies = f"{real.copies} of the real files hold a picture that is there already; each counts once."
@@ -188,11 +193,14 @@ def draw_columns(
     batch_size: int = 4,
 ) -> list[Column]:
     "Draw all columns, with one model in memory at a time."
-    run, drawn = None, []
+    run, drawn, cut = None, [], None
     for k, column in enumerate(columns):
         if run is None or column.model != columns[k - 1].model:
             run = None  # let go before the next is loaded
             run = load_run(column.model, column.base, partial=column.partial)
+        if cut is None and (cut := cut_prompts(run.pipe, own_prompts([row.prompt for row in plan.rows]))):
+            text = "the base reads %d tokens of a prompt and no more; %d prompts are cut, the first: %r"
+            log.warning(text, min(cut.values()), len(cut), next(iter(cut)))
         log.info("drawing %d pictures: %s", len(plan.rows), column.name)
         folder = out / "samples" / column.folder
         drawn.append(draw_column(column, run, model_facts(run, column.scale), plan, folder, batch_size))

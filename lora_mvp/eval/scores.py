@@ -28,6 +28,7 @@ from lora_mvp.eval.metrics import (
     unit_rows,
 )
 from .records import Measured, Metrics, PairScore, Score, Warned
+from .samples import own_prompts
 from .verdicts import MAX_COPIED, Comparison, Fault, Goal, Margin, compare_scores, judge_scores
 from ..sheets import Tile, contact_sheet
 from ..stats import MIN_PAIRS, group_means, group_members, mean_interval, paired_test
@@ -368,7 +369,7 @@ def care_for(
     unsure = [name for name, s in scores.items() if s.p is not None and s.change.low is None]
     random = [e.name for e in {id(e): e for e in extractors}.values() if not e.meaningful]
     counts = len(prompts), len(set(prompts)), len(real)
-    return find_warnings(*counts, cut=scorer.too_long(prompts), dim=look.dim, unsure=unsure, random=random)
+    return find_warnings(*counts, cut=scorer.too_long(own_prompts(prompts)), dim=look.dim, unsure=unsure, random=random)
 
 # %% ../../nbs/5_eval/09_scores.ipynb #1eed3cc7
 def score_sides(

@@ -9,7 +9,8 @@ __all__ = ['sample']
 import torch
 from PIL import Image
 
-from .families import Pipeline, native_size
+from ..files import no_remarks
+from .families import Pipeline, native_size, text_parts
 
 # %% ../../nbs/2_models/06_drawing.ipynb #43821f0c
 @torch.no_grad()
@@ -36,14 +37,18 @@ def sample(
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         generators = [torch.Generator().manual_seed(s) for s in seeds[part]]
-        out = pipe(
-            prompts[part],
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=generators,
-            height=size,
-            width=size,
-            output_type="latent",
-        )
+        how = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "generator": generators}
+        with no_remarks():  # on the length of prompts; `cut_prompts` is for that
+            out = pipe(prompts[part], height=size, width=size, output_type="latent", **how)
         pictures += decode_latents(pipe, out.images)
     return pictures
+
+# %% ../../nbs/2_models/06_drawing.ipynb #cbd9c5be
+def cut_prompts(
+    pipe: Pipeline,
+    prompts: list[str],
+) -> dict[str, int]:  # prompt -> tokens that are read
+    "The prompts of which the base reads only the beginning."
+    limits = [getattr(pipe, name.replace("text_encoder", "tokenizer")) for name in text_parts(pipe)]
+    tokens = {p: [(len(t(p, verbose=False).input_ids), t.model_max_length) for t in limits] for p in prompts}
+    return {prompt: most for prompt, counts in tokens.items() for count, most in counts if count > most}

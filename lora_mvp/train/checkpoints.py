@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..config import TrainingConfig
+from ..config import MOVED, TrainingConfig
 from ..errors import LoraMvpError
 
 # %% ../../nbs/3_train/07_checkpoints.ipynb #85827002
@@ -75,6 +75,22 @@ def _write_files(staging: Path, step: int, tensors: dict, state: dict, identity:
     for path in [*staging.iterdir(), staging]:
         _sync(path)
 
+# %% ../../nbs/3_train/07_checkpoints.ipynb #2754ada4
+def identity_of(folder: Path) -> dict[str, str] | None:
+    "Which run a checkpoint says it belongs to; None where it cannot be read."
+    try:
+        identity = json.loads((folder / MANIFEST).read_text())["identity"]
+    except (OSError, ValueError, KeyError):
+        return None
+    base = json.loads(identity.get("pretrained_model", "null"))
+    return identity | ({"pretrained_model": json.dumps(MOVED[base])} if base in MOVED else {})
+
+
+def is_of(folder: Path, identity: dict[str, str]) -> bool:
+    "Whether a checkpoint belongs to a run, which may have been made longer since."
+    theirs = identity_of(folder)
+    return theirs is not None and {**theirs, "max_train_steps": 0} == {**identity, "max_train_steps": 0}
+
 # %% ../../nbs/3_train/07_checkpoints.ipynb #d08d9b27
 def save_checkpoint(
     output_dir: Path,
@@ -101,7 +117,7 @@ def save_checkpoint(
     except (OSError, SafetensorError):
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    for old in checkpoints(output_dir)[:-keep]:
+    for old in [folder for folder in checkpoints(output_dir) if is_of(folder, identity)][:-keep]:
         if old.name != f"checkpoint-{best}":
             _discard(old)
     return final
@@ -156,7 +172,7 @@ def load_checkpoint(
             "checkpoint_damaged", f"the checkpoint {folder} is damaged: {problem}. Go on from an older one."
         )
     record = json.loads((folder / MANIFEST).read_text())
-    theirs = record["identity"]
+    theirs = identity_of(folder) or {}
     differs = [k for k in sorted({*identity, *theirs} - free) if identity.get(k) != theirs.get(k)]
     if differs:
         lines = "; ".join(f"{k} was {theirs.get(k)}, is now {identity.get(k)}" for k in differs)

@@ -24,13 +24,18 @@ from transformers.utils.versions import require_version
 from ..config import AppConfig, LoraMvpError, TrainingConfig
 from ..data.manifest import Manifest, ManifestImage, read_manifest
 from ..data.steps import MULTIPLE, count_steps, frame_of, is_enlarged
+from ..data.tables import trigger_note
+from ..files import NAME_BYTES
 from ..models.adapters import add_lora
 from ..models.base import find_base
 from ..models.families import family_of, granularity, native_size, text_parts
 from ..models.layouts import check_file, config_folder
-from .memory import MemoryEstimate, advice, amount, full_bytes, largest, skeleton
+from .foresight import amount, disk_need
+from .memory import MemoryEstimate, advice, largest, skeleton
 from .objectives import noise_schedule
 from .pictures import photo_warning, picture_variants, regularization_sources, sources
+from .runs import RunFolder
+from ..words import count
 
 # %% ../../nbs/3_train/15_diagnosis.ipynb #136ede46
 @dataclass(frozen=True)
@@ -250,6 +255,12 @@ def data_findings(config: AppConfig, manifest: Manifest, multiple: int) -> Itera
     photos = photo_warning(sources(manifest, "train"), t.pretrained_model)
     if photos:
         yield Finding("warn", "data", photos)
+    if note := trigger_note(manifest):
+        yield Finding("warn", "data", f"{note}.")
+    if masks := sum(bool(row.mask) for row in manifest.images) if t.masked_loss is None else 0:
+        yield Finding(
+            "warn", "data", f"{count(masks, 'mask')} of pictures will not be used; training.masked_loss=0.1 does."
+        )
     if not manifest.rows("val"):
         yield Finding("warn", "data", "no image validates, so nothing will show overfitting; lower data.train_ratio.")
     if t.regularization_dir:
@@ -269,6 +280,9 @@ def _folder_finding(out: Path, base: str) -> Finding | None:
         return Finding("error", "settings", f"training.output_dir {out} is a file; choose a folder.")
     if Path(base) == out:
         return Finding("error", "settings", f"training.output_dir {out} is the base itself; choose another folder.")
+    if len(os.fsencode(RunFolder(out).kohya.name)) > NAME_BYTES:
+        text = "the adapter's file is called after it, and that name would be too long"
+        return Finding("error", "settings", f"training.output_dir {out}: {text}; choose a shorter one.")
     above = existing(out)
     if not (above.is_dir() and os.access(above, os.W_OK)):
         return Finding("error", "settings", f"training.output_dir {out} cannot be written; choose another folder.")
@@ -291,7 +305,10 @@ def settings_findings(t: TrainingConfig) -> Iterator[Finding]:
     if t.resume_from and not Path(t.resume_from).is_dir():
         text = f"training.resume_from {t.resume_from} does not exist; set it to null or a checkpoint."
         yield Finding("error", "settings", text)
-    folder = _folder_finding(Path(t.output_dir), t.pretrained_model)
+    try:
+        folder = _folder_finding(Path(t.output_dir), t.pretrained_model)
+    except OSError as error:  # a path that the system does not take
+        folder = Finding("error", "settings", f"training.output_dir {t.output_dir}: {error.strerror}; choose another.")
     if folder:
         yield folder
 
@@ -344,11 +361,9 @@ def memory_findings(estimate: MemoryEstimate, t: TrainingConfig, memory: float |
 def disk_findings(estimate: MemoryEstimate, training: TrainingConfig, free: float | None = None) -> Iterator[Finding]:
     "Whether the output folder's disk holds the checkpoints and the results."
     (pipe, adapters), out = estimate.pipe(training), existing(Path(training.output_dir))
-    adapter = sum(p.numel() * 4 for part in adapters.values() for p in part)
-    kept = min(training.max_checkpoints, -(-training.max_train_steps // training.checkpointing_steps)) + 2
-    need = 3 * adapter * kept + 3 * adapter + (full_bytes(pipe) if training.save_pipeline else 0)
+    need = sum(disk_need(pipe, adapters, training, len(training.sample_prompts) or 4))
     free = shutil.disk_usage(out).free if free is None else free
-    text = f"results and {kept} checkpoints take about {amount(need)}, {amount(free)} are free in {out}"
+    text = f"results and checkpoints take about {amount(need)}, {amount(free)} are free in {out}"
     hint = "free some, or set training.save_pipeline: false or a lower max_checkpoints"
     yield Finding("error", "disk", f"{text}; {hint}.") if need > free else Finding("ok", "disk", f"{text}.")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from torch.nn.functional import adaptive_avg_pool2d
 from tqdm.auto import tqdm
 
 from ..config import TrainingConfig, derive_seed
@@ -35,6 +36,7 @@ class Batch:
     latents: torch.Tensor  # (batch, channels, height, width), scaled for the UNet
     captions: list[str]  # after dropout and shuffling
     time_ids: torch.Tensor | None  # (batch, 6) for SDXL
+    masks: torch.Tensor | None = None  # (batch, 1, height, width), how much each place counts
 
 # %% ../../nbs/3_train/04_latents.ipynb #b747d410
 @dataclass
@@ -46,6 +48,8 @@ class LatentSet:
     mean: list[torch.Tensor]  # per picture (variants, channels, height, width), scaled for the UNet
     std: list[torch.Tensor]  # like `mean`
     time_ids: list[torch.Tensor] | None = None  # per picture (6,), for SDXL
+    others: list[tuple[str, ...]] | None = None  # per picture, more captions
+    masks: list[torch.Tensor] | None = None  # per picture (variants, 1, height, width), from 0 to 1
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -70,9 +74,14 @@ class LatentSet:
         std = torch.stack([self.std[i][v] for i, v in zip(indices, variant, strict=True)])
         latents = mean + std * torch.randn(mean.shape, generator=generator)
         rng = np.random.default_rng(derive_seed(seed, "caption", step, micro))
-        captions = [draw_caption(self.captions[i], training, rng) for i in indices]
+        captions = [draw_caption(self.captions_of(i), training, rng) for i in indices]
         times = torch.stack([self.time_ids[i] for i in indices]) if self.time_ids else None
-        return Batch([self.ids[i] for i in indices], latents, captions, times)
+        masks = [self.masks[i][v] for i, v in zip(indices, variant, strict=True)] if self.masks else None
+        return Batch([self.ids[i] for i in indices], latents, captions, times, torch.stack(masks) if masks else None)
+
+    def captions_of(self, i: int) -> list[str]:
+        "Every caption of a picture."
+        return [self.captions[i], *(self.others[i] if self.others else ())]
 
     def first(
         self,
@@ -91,19 +100,25 @@ def encode_one(
     augmentations: list[str],
 ) -> dict[
     str, torch.Tensor
-]:  # mean and std: float32 (variants, channels, height, width); size: height, width of the picture
+]:  # mean, std: float32 (variants, channels, height, width), mask: one channel, 0 to 1; size: height, width of the picture
     "What is kept of one picture; `LoraMvpError` (`latent_not_finite`) where the autoencoder fails."
     im, vae = decode_picture(data, source.path), pipe.vae
     height, width = frame_of(*im.size, training, granularity(pipe))
-    variants = picture_variants(as_array(crop_to(im, width, height)), augmentations, training.seed, source.sha256)
-    posterior = vae.encode(torch.from_numpy(variants).to(vae.device, vae.dtype)).latent_dist
+    image = as_array(crop_to(im, width, height))
+    if training.masked_loss is not None and source.mask:
+        mask = decode_picture(checked_bytes(source.mask, source.mask_sha256), source.mask)
+        image = np.concatenate([image, as_array(crop_to(mask, width, height))[:1]])
+    variants = torch.from_numpy(picture_variants(image, augmentations, training.seed, source.sha256))
+    posterior = vae.encode(variants[:, :3].to(vae.device, vae.dtype)).latent_dist
     mean, std = (x.float().cpu() * vae.config.scaling_factor for x in (posterior.mean, posterior.std))
     if not (mean.isfinite().all() and std.isfinite().all()):
         text = (
             f"the autoencoder gave NaN or infinity for {source.id}; use mixed_precision: no, or leave the picture out"
         )
         raise LoraMvpError("latent_not_finite", text)
-    return {"mean": mean, "std": std, "size": torch.tensor([im.height, im.width])}
+    found = {"mean": mean, "std": std, "size": torch.tensor([im.height, im.width])}
+    masks = {"mask": adaptive_avg_pool2d((variants[:, 3:] + 1) / 2, mean.shape[-2:])} if variants.shape[1] > 3 else {}
+    return found | masks
 
 # %% ../../nbs/3_train/04_latents.ipynb #4f00ed7a
 def vae_facts(pipe: DiffusionPipeline) -> dict:
@@ -125,7 +140,8 @@ def image_facts(
     "What a latent follows from on the side of the data; size and buckets decide the crop."
     facts = {"image": source.sha256, "resolution": training.resolution, "buckets": training.aspect_buckets}
     seed = training.seed if is_random(augmentations) else None
-    return facts | {"augmentations": augmentations, "seed": seed}
+    masked = {"mask": source.mask_sha256} if training.masked_loss is not None and source.mask else {}
+    return facts | masked | {"augmentations": augmentations, "seed": seed}
 
 # %% ../../nbs/3_train/04_latents.ipynb #2358f102
 def picture_time_ids(
@@ -149,6 +165,19 @@ def warn_of_squares(
         hint = "to keep their shapes, run `lora-mvp prepare-data --no-copy`"
         log.warning("training.aspect_buckets has no effect: all %d pictures are square; %s", len(sizes), hint)
 
+# %% ../../nbs/3_train/04_latents.ipynb #7ab4cbce
+def loss_masks(
+    entries: list[dict[str, torch.Tensor]],  # of `encode_one`
+    least: float | None,  # training.masked_loss: the weight outside a mask
+) -> (
+    list[torch.Tensor] | None
+):  # per picture (variants, 1, height, width), from `least` to 1; None: no picture has a mask
+    "How much each place of each latent counts; a picture without a mask counts as a whole."
+    if least is None or not any("mask" in entry for entry in entries):
+        return None
+    whole = [entry.get("mask", torch.ones_like(entry["mean"][:, :1])) for entry in entries]
+    return [least + (1 - least) * mask for mask in whole]
+
 # %% ../../nbs/3_train/04_latents.ipynb #1ea65be0
 def encode_images(
     pipe: DiffusionPipeline,
@@ -162,7 +191,7 @@ def encode_images(
     common = vae_facts(pipe) if cache else {}
     entries = []
     for source in tqdm(sources, desc="encode", unit="image", leave=False, disable=None):
-        data = checked_bytes(source)
+        data = checked_bytes(source.path, source.sha256)
         facts = common | image_facts(source, training, augmentations)
         entries.append(store.get(facts, encode_one, pipe, source, data, training, augmentations))
     log.info("latents: %d pictures encoded, %d read from the cache", store.made, store.found)
@@ -173,5 +202,6 @@ def encode_images(
     times = (
         [picture_time_ids(s, f) for s, f in zip(sizes, frames, strict=True)] if family_of(pipe).needs_time_ids else None
     )
-    mean, std = [e["mean"] for e in entries], [e["std"] for e in entries]
-    return LatentSet([s.id for s in sources], [s.caption for s in sources], mean, std, times)
+    mean, std, others = [e["mean"] for e in entries], [e["std"] for e in entries], [s.others for s in sources]
+    masks = loss_masks(entries, training.masked_loss)
+    return LatentSet([s.id for s in sources], [s.caption for s in sources], mean, std, times, others, masks)

@@ -30,17 +30,8 @@ from ..models.adapters import add_lora
 from ..models.base import DTYPES
 from ..models.families import FAMILIES, encode_text, family_of, granularity, text_parts, unet_arguments
 from ..models.layouts import check_folder
+from .foresight import amount, full_bytes
 from .objectives import image_losses
-
-# %% ../../nbs/3_train/14_memory.ipynb #2c3270e9
-def amount(
-    count: float,  # bytes
-) -> str:
-    "Bytes in words."
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} bytes"
 
 # %% ../../nbs/3_train/14_memory.ipynb #1af65767
 class LiveBytes(TorchDispatchMode):
@@ -235,12 +226,6 @@ class Phase:
 def frozen_bytes(*modules: torch.nn.Module) -> int:
     "Bytes of the weights that do not learn."
     return sum(p.numel() * p.element_size() for m in modules for p in m.parameters() if not p.requires_grad)
-
-# %% ../../nbs/3_train/14_memory.ipynb #7133c64c
-def full_bytes(pipe) -> int:
-    "Bytes of the base in float32, without the adapter."
-    parts = (pipe.unet, pipe.vae, *text_parts(pipe).values())
-    return sum(p.numel() * 4 for part in parts for p in part.parameters() if not p.requires_grad)
 
 # %% ../../nbs/3_train/14_memory.ipynb #45a0ef51
 def learning_bytes(

@@ -127,7 +127,8 @@ def batch_losses(
     torch.manual_seed(derive_seed(seed, "dropout", step, micro))
     prediction = network.predict(noisy, timesteps, batch.captions, batch.time_ids)
     weights = min_snr_weights(network.noise, timesteps, t.snr_gamma).to(network.device) if t.snr_gamma else None
-    return image_losses(prediction, target.to(network.device), weights), timesteps
+    masks = None if batch.masks is None else batch.masks.to(network.device)
+    return image_losses(prediction, target.to(network.device), weights, masks), timesteps
 
 # %% ../../nbs/3_train/10_network.ipynb #b333b1c7
 VALIDATION_IMAGES = 32  # at most, of each split: a mark must stay short beside the training between two of them
@@ -152,5 +153,6 @@ def fixed_noise_losses(
         noisy, target = noisy_and_target(network.noise, latents, noise, timesteps)
         ids = None if time_ids is None else time_ids.expand(grid, -1)
         prediction = network.predict(noisy, timesteps, [caption] * grid, ids)
-        losses.append(float(image_losses(prediction, target.to(network.device)).mean()))
+        masks = data.masks[i][:1].expand(grid, -1, -1, -1).to(network.device) if data.masks else None
+        losses.append(float(image_losses(prediction, target.to(network.device), masks=masks).mean()))
     return losses

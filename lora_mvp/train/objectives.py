@@ -122,7 +122,12 @@ def image_losses(
     prediction: torch.Tensor,  # (batch, channels, height, width)
     target: torch.Tensor,  # as the prediction
     weights: torch.Tensor | None = None,  # (batch,), of `min_snr_weights`
+    masks: torch.Tensor | None = None,  # (batch, 1, height, width), how much each place counts, not below 0
 ) -> torch.Tensor:  # (batch,), float32
-    "Mean squared error of each image, times its weight."
-    losses = (prediction.float() - target.float()).square().flatten(1).mean(1)
+    "Mean squared error of each image, weighted by its mask, times its weight; 0 where a mask is 0 everywhere."
+    errors = (prediction.float() - target.float()).square()
+    if masks is None:
+        losses = errors.flatten(1).mean(1)
+    else:
+        losses = (errors.mean(1, keepdim=True) * masks).flatten(1).sum(1) / masks.flatten(1).sum(1).clamp(min=1e-6)
     return losses if weights is None else losses * weights

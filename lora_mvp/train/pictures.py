@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/3_train/01_pictures.ipynb #4343b067
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,9 @@ import numpy as np
 from ..config import derive_seed
 from ..data.arrays import augment
 from ..data.captions import caption_of
-from ..data.images import claimed_format, decode, read_regular
+from ..data.images import decode, read_regular
+from ..data.kinds import claimed_format
+from ..data.layouts import find_masks
 from ..data.looks import plain_share
 from ..data.manifest import Manifest
 from ..data.raw import walk
@@ -33,6 +35,10 @@ class Source:
     caption: str
     sha256: str  # of the file's bytes
     label: str
+    others: tuple[str, ...] = ()  # more captions, of which training draws one each time
+    repeats: int = 1  # how often an epoch shows it
+    mask: Path | None = None  # grey, of the picture's shape; white where the loss counts
+    mask_sha256: str = ""  # of that file's bytes
 
 # %% ../../nbs/3_train/01_pictures.ipynb #b4f2236e
 def sources(
@@ -40,7 +46,22 @@ def sources(
     split: str,  # `train` or `val`
 ) -> list[Source]:
     "The pictures of one split."
-    return [Source(r.file, manifest.path_of(r), r.caption, r.sha256, r.label) for r in manifest.rows(split)]
+    return [
+        Source(r.file, manifest.path_of(r), r.caption, r.sha256, r.label, tuple(r.other_captions), r.repeats)
+        for r in manifest.rows(split)
+    ]
+
+# %% ../../nbs/3_train/01_pictures.ipynb #19bcf9db
+def with_masks(
+    found: list[Source],  # of `sources`
+    manifest: Manifest,
+) -> list[Source]:
+    "The same pictures with their masks."
+    masks = {row.file: row for row in manifest.images if row.mask}
+    return [
+        replace(s, mask=manifest.folder / masks[s.id].mask, mask_sha256=masks[s.id].mask_sha256) if s.id in masks else s
+        for s in found
+    ]
 
 # %% ../../nbs/3_train/01_pictures.ipynb #40b580db
 def read_picture(path: Path) -> bytes:
@@ -59,25 +80,26 @@ def decode_picture(data: bytes, path: Path):  # an upright RGB Pillow image
         raise LoraMvpError(e.code, f"{path} cannot be used as an image: {e}") from e
 
 # %% ../../nbs/3_train/01_pictures.ipynb #eecbd0f8
-def checked_bytes(source: Source) -> bytes:
-    "The bytes of a source's file; `LoraMvpError` (`image_changed`) when they are no longer the ones it was made of."
-    data = read_picture(source.path)
-    if hashlib.sha256(data).hexdigest() != source.sha256:
-        text = f"{source.path} has changed since the manifest was written; run `lora-mvp prepare-data` again"
+def checked_bytes(path: Path, sha256: str) -> bytes:
+    "The bytes of a file; `LoraMvpError` (`image_changed`) when they are no longer the ones that the manifest knows."
+    data = read_picture(path)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        text = f"{path} has changed since the manifest was written; run `lora-mvp prepare-data` again"
         raise LoraMvpError("image_changed", text)
     return data
 
 # %% ../../nbs/3_train/01_pictures.ipynb #ad4d6168
 def _regularization_source(path: Path, folder: Path, prompt: str | None) -> Source:
     "One picture of the class, decoded now, so that a bad file is named before anything is encoded."
-    caption = caption_of(path, "", "")[0] or prompt
+    words = caption_of(path, "", "")
+    caption = words.text or prompt
     if not caption:
         text = f"{path} has no caption; write {path.with_suffix('.txt').name} beside it, or set training.regularization_prompt"
         raise LoraMvpError("regularization_caption", text)
     data = read_picture(path)
     decode_picture(data, path)
     sha256 = hashlib.sha256(data).hexdigest()
-    return Source(printable(path.relative_to(folder)), path, caption, sha256, "regularization")
+    return Source(printable(path.relative_to(folder)), path, caption, sha256, "regularization", words.others)
 
 # %% ../../nbs/3_train/01_pictures.ipynb #b03305da
 def regularization_sources(
@@ -90,6 +112,8 @@ def regularization_sources(
     if not folder.is_dir():
         raise LoraMvpError("regularization_missing", f"{where} is not a folder; make it, or set it to null")
     found = [path for path, reason in walk(folder) if reason is None and claimed_format(path)]
+    masks, alone = find_masks(folder, found)
+    found = [path for path in found if path not in {*masks.values(), *alone}]
     if not found:
         raise LoraMvpError("regularization_empty", f"{where} holds no images; put some in, or set it to null")
     return [_regularization_source(path, folder, prompt) for path in sorted(found, key=os.fsencode)]
@@ -104,11 +128,11 @@ def is_random(augmentations: list[str]) -> bool:
 
 # %% ../../nbs/3_train/01_pictures.ipynb #1a71ba4f
 def picture_variants(
-    image: np.ndarray,  # float32, (3, height, width), from -1 to 1
+    image: np.ndarray,  # float32, (3, height, width), from -1 to 1; a fourth channel is a mask
     augmentations: list[str],  # data.augmentations
     seed: int,
     name: str,  # of the picture: two pictures vary differently
-) -> np.ndarray:  # float32, (variants, 3, height, width)
+) -> np.ndarray:  # float32, (variants, channels, height, width)
     "All the versions of one picture that training may see."
     if is_random(augmentations):
         rngs = [np.random.default_rng(derive_seed(seed, "augment", name, v)) for v in range(VARIANTS)]

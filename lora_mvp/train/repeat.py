@@ -6,7 +6,6 @@
 __all__ = ['reproduce', 'reproduction_text']
 
 # %% ../../nbs/3_train/16_repeat.ipynb #f6cc1939
-import json
 import logging
 from pathlib import Path
 
@@ -14,12 +13,12 @@ import numpy as np
 from pydantic import BaseModel
 from safetensors.numpy import load_file
 
-from ..config import AppConfig, LoraMvpError
-from ..data.manifest import read_manifest
+from ..errors import LoraMvpError
 from ..files import atomic_write
 from ..models.adapters import WEIGHTS
+from .endings import same_data
 from .loop import train
-from .runs import RunFolder, RunRecord, dataset_hash, read_run
+from .runs import RunFolder, RunRecord, config_of, read_run
 
 # %% ../../nbs/3_train/16_repeat.ipynb #2ac8ef8e
 log = logging.getLogger("lora_mvp")
@@ -79,9 +78,7 @@ def repeatable(
         text = f"{then.root} was made longer at step {record.extended[0]}; such a run cannot be repeated in one go."
         raise LoraMvpError("run_was_extended", text)
     source = Path(manifest or record.manifest)
-    if dataset_hash(read_manifest(source)) != record.dataset_sha256:
-        text = f"{source} does not hold the data of {then.record}: images, captions or split have changed."
-        raise LoraMvpError("data_has_changed", text)
+    same_data(record, source)
     return then, record, source
 
 # %% ../../nbs/3_train/16_repeat.ipynb #182a042f
@@ -94,7 +91,7 @@ def reproduce(
     "Train again as the record says and compare; writes `reproduction.json` into the new run."
     then, record, source = repeatable(run, manifest)
     now = RunFolder(out or then.root.with_name(f"{then.root.absolute().name}-reproduced"))
-    config = AppConfig.model_validate_json(json.dumps(record.config))
+    config = config_of(record)
     config.training.output_dir, config.training.resume_from = now.root.absolute(), None
     train(config, source, progress=progress)
     result = compare_runs(then, now)

@@ -15,12 +15,12 @@ from typing import Literal
 from PIL import Image
 from pydantic import BaseModel
 
-from ..config import AppConfig
+from ..config import MOVED, AppConfig
 from ..data.manifest import Manifest
-from ..errors import LoraMvpError
-from ..files import make_folder, read_record
+from ..errors import LoraMvpError, first_mistake
+from ..files import read_record
 from ..sheets import Tile, contact_sheet
-from .checkpoints import checkpoints
+from .checkpoints import checkpoints, identity_of
 
 # %% ../../nbs/3_train/08_runs.ipynb #98b7e68b
 class RunFolder:
@@ -44,28 +44,6 @@ class RunFolder:
     def sample(self, step: int, number: int) -> Path:
         "The picture of a sample prompt, counted from 0, at a step."
         return self.samples / f"step-{step:06d}-{number}.png"
-
-# %% ../../nbs/3_train/08_runs.ipynb #be50843b
-def prepare_folder(folder: RunFolder, resume: bool, overwrite: bool) -> bool:  # whether a run is to be removed
-    "Make the output folder; refuse one that holds a run unless told what to do with it."
-    make_folder(folder.root, "training.output_dir", advice="", code="output_not_writable")
-    if resume or not (folder.record.exists() or folder.pipeline.exists() or checkpoints(folder.root)):
-        return False
-    if not overwrite:
-        text = f"{folder.root} already holds a run. Go on with --resume, start anew with --overwrite, or choose another training.output_dir."
-        raise LoraMvpError("output_in_use", text)
-    return True
-
-# %% ../../nbs/3_train/08_runs.ipynb #8093520f
-def clear_folder(folder: RunFolder) -> None:
-    "Remove a run's files, and nothing else that may be in its folder."
-    f, parts = folder, ["unet", "vae", "scheduler", "feature_extractor"]
-    parts += [f"{part}{k}" for part in ("text_encoder", "tokenizer") for k in ("", "_2")]
-    for old in [*checkpoints(f.root), f.adapter, f.best_adapter, *(f.root / part for part in parts)]:
-        shutil.rmtree(old, ignore_errors=True)
-    files = [f.start, f.record, f.kohya, f.pipeline, f.history, f.validation, f.curve, f.sheet, f.best]
-    for file in [*files, *f.samples.glob("step-*.png")]:
-        file.unlink(missing_ok=True)
 
 # %% ../../nbs/3_train/08_runs.ipynb #1e41e311
 class RunStart(BaseModel):
@@ -101,6 +79,7 @@ class RunRecord(BaseModel):
     device: str
     processes: int
     machine: str
+    regularization_images: int = 0
 
 # %% ../../nbs/3_train/08_runs.ipynb #11e0e692
 def read_run(root: str | Path) -> RunRecord:
@@ -112,10 +91,23 @@ def read_run(root: str | Path) -> RunRecord:
         )
     return read_record(RunRecord, file, "run_unreadable", "a run record")
 
+# %% ../../nbs/3_train/08_runs.ipynb #5b7c5ad6
+def config_of(record: RunRecord) -> AppConfig:
+    "The settings of a run; raises `LoraMvpError` (`run_unreadable`) where this version does not know them."
+    try:
+        return AppConfig.model_validate(record.config)
+    except ValueError as error:
+        text = f"the settings in run.json are those of another version ({first_mistake(error)}); use that version."
+        raise LoraMvpError("run_unreadable", text) from error
+
 # %% ../../nbs/3_train/08_runs.ipynb #5f7eb3a4
 def dataset_hash(manifest: Manifest) -> str:
-    "A hash over content, caption and split of every accepted image."
-    rows = sorted([row.sha256, row.caption, row.split] for row in manifest.images)
+    "A hash over content, captions, split, repeats and mask of every accepted image."
+    rows = []
+    for row in manifest.images:
+        more = [row.other_captions, row.repeats, row.mask_sha256]
+        rows.append([row.sha256, row.caption, row.split, *(more if more != [[], 1, ""] else [])])
+    rows.sort(key=json.dumps)
     return sha256(json.dumps(rows).encode()).hexdigest()
 
 # %% ../../nbs/3_train/08_runs.ipynb #968197f7
@@ -130,11 +122,20 @@ FREE = {
 }
 
 
+def settings_identity(
+    config: AppConfig,
+    dataset: str,  # of `dataset_hash`
+) -> dict[str, str]:
+    "What of settings and data makes a run the run it is."
+    settings = config.training.model_dump(mode="json", exclude=FREE)
+    settings |= {"augmentations": config.data.augmentations, "dataset": dataset[:16]}
+    settings["pretrained_model"] = MOVED.get(settings["pretrained_model"], settings["pretrained_model"])
+    return {k: json.dumps(v) for k, v in settings.items()}
+
+
 def run_identity(config: AppConfig, manifest: Manifest) -> dict[str, str]:
     "What must not change between a checkpoint and the run that resumes it, as far as settings and data say it."
-    settings = config.training.model_dump(mode="json", exclude=FREE)
-    settings |= {"augmentations": config.data.augmentations, "dataset": dataset_hash(manifest)[:16]}
-    return {k: json.dumps(v) for k, v in settings.items()}
+    return settings_identity(config, dataset_hash(manifest))
 
 # %% ../../nbs/3_train/08_runs.ipynb #9943ec42
 def base_identity(
@@ -146,6 +147,68 @@ def base_identity(
     settings = {"base": base[:16]}
     settings |= {"regularization_images": sha256(json.dumps(regularization).encode()).hexdigest()[:16]}
     return {k: json.dumps(v) for k, v in (settings | {"processes": processes}).items()}
+
+# %% ../../nbs/3_train/08_runs.ipynb #187c569f
+def differing(
+    ours: dict[str, str],  # of `run_identity`
+    theirs: dict[str, str],  # of a checkpoint or a record
+) -> list[str]:  # such as "seed was 1, is now 2"
+    "What two identities disagree about, as far as both say it; the length of the run does not count."
+    keys = sorted((ours.keys() & theirs.keys()) - {"max_train_steps"})
+    return [f"{key} was {theirs[key]}, is now {ours[key]}" for key in keys if theirs[key] != ours[key]]
+
+
+def strangers(
+    folder: RunFolder,
+    identity: dict[str, str],  # of `run_identity`
+) -> dict[Path, list[str]]:  # file or folder -> what differs
+    "The record and the checkpoints in a folder that belong to another run."
+    found = {path: differing(identity, theirs) for path in checkpoints(folder.root) if (theirs := identity_of(path))}
+    if folder.record.is_file():
+        record = read_run(folder.root)
+        found[folder.record] = differing(identity, settings_identity(config_of(record), record.dataset_sha256))
+    return {path: reasons for path, reasons in found.items() if reasons}
+
+# %% ../../nbs/3_train/08_runs.ipynb #c1bc5f2a
+def prepare_folder(
+    folder: RunFolder,
+    identity: dict[str, str],  # of `run_identity`
+    resume: bool,
+    overwrite: bool,
+) -> bool:  # whether a run is to be removed
+    "Refuse a folder that holds a run unless told what to do with it, and one that holds another run when going on."
+    if resume:
+        for path, reasons in strangers(folder, identity).items():
+            text = f"{path} belongs to another run: {'; '.join(reasons)}. Move it away, or choose another training.output_dir."
+            raise LoraMvpError("output_of_another_run", text)
+        return False
+    if not (folder.record.exists() or folder.pipeline.exists() or checkpoints(folder.root)):
+        return False
+    if not overwrite:
+        text = f"{folder.root} already holds a run. Go on with --resume, start anew with --overwrite, or choose another training.output_dir."
+        raise LoraMvpError("output_in_use", text)
+    return True
+
+# %% ../../nbs/3_train/08_runs.ipynb #b8e202ca
+def run_files(folder: RunFolder) -> list[Path]:
+    "The files and folders of a run that are there."
+    f, parts = folder, ["unet", "vae", "scheduler", "feature_extractor"]
+    parts += [f"{part}{k}" for part in ("text_encoder", "tokenizer") for k in ("", "_2")]
+    found = [*checkpoints(f.root), f.adapter, f.kohya, f.pipeline, f.record, *(f.root / part for part in parts)]
+    return [path for path in [*found, *run_traces(f)] if path.exists()]
+
+
+def run_traces(folder: RunFolder) -> list[Path]:
+    "Those that say how a run went, and which of its checkpoints is best."
+    f = folder
+    found = [f.start, f.history, f.validation, f.curve, f.sheet, f.best, f.best_adapter, *f.samples.glob("step-*.png")]
+    return [path for path in found if path.exists()]
+
+
+def remove_all(paths: list[Path]) -> None:
+    "Remove files and folders."
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 # %% ../../nbs/3_train/08_runs.ipynb #777a9028
 def sample_files(folder: RunFolder) -> dict[int, list[Path]]:  # step -> a picture per prompt

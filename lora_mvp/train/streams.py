@@ -16,7 +16,7 @@ from ..data.manifest import Manifest
 from ..data.steps import Plan
 from .cache import cache_folder
 from .latents import LatentSet, encode_images
-from .pictures import photo_warning, regularization_sources, sources
+from .pictures import photo_warning, regularization_sources, sources, with_masks
 from .texts import TextTable, caption_variants
 
 # %% ../../nbs/3_train/05_streams.ipynb #04dc9e7b
@@ -52,18 +52,19 @@ log = logging.getLogger("lora_mvp")
 def load_data(pipe: DiffusionPipeline, config: AppConfig, manifest: Manifest) -> TrainingData:
     "Encode the images of all streams and of validation, and every caption that may be drawn."
     t, cache = config.training, cache_folder(config.training, manifest)
-    train, val = sources(manifest, "train"), sources(manifest, "val")
+    train, val = (with_masks(sources(manifest, split), manifest) for split in ("train", "val"))
     photos = photo_warning(train, t.pretrained_model)
     if photos:
         log.warning("%s", photos)
     prior = regularization_sources(t.regularization_dir, t.regularization_prompt) if t.regularization_dir else []
     train_set = encode_images(pipe, train, t, config.data.augmentations, cache)
-    streams = [Stream(train_set, Plan(train_set.shapes, t.batch_size, t.seed), 1.0, t.seed)]
+    plan = Plan(train_set.shapes, t.batch_size, t.seed, [s.repeats for s in train])
+    streams = [Stream(train_set, plan, 1.0, t.seed)]
     if prior:
         streams.append(prior_stream(encode_images(pipe, prior, t, [], cache), t))
     val_set = encode_images(pipe, val, t, [], cache) if val else None
     texts = None
     if t.text_encoder_learning_rate is None:
-        drawn = [variant for s in train + prior for variant in caption_variants(s.caption, t)]
+        drawn = [variant for s in train + prior for variant in caption_variants([s.caption, *s.others], t)]
         texts = TextTable(pipe, [*drawn, *(s.caption for s in val)], cache)
     return TrainingData(streams, val_set, texts, [[s.sha256, s.caption] for s in prior])

@@ -22,6 +22,20 @@ from ..models.base import weights_hash
 from ..models.families import encode_text, family_of, text_parts
 from .cache import TensorCache, plain_config
 
+# %% ../../nbs/3_train/03_texts.ipynb #c60349e8
+def split_tags(
+    caption: str,
+) -> list[str]:
+    "The comma-separated parts; a comma in brackets, as in a weighted group `(a, b:1.2)`, separates nothing."
+    parts, depth = [""], 0
+    for letter in caption:
+        depth = max(0, depth + (letter in "([{<") - (letter in ")]}>"))
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in (parts if not depth else caption.split(","))]
+
 # %% ../../nbs/3_train/03_texts.ipynb #5b235a33
 ORDERS = 8  # of the tags of one caption
 
@@ -31,7 +45,7 @@ def tag_orders(
     training: TrainingConfig,
 ) -> list[str]:  # the caption itself, then others
     "The orders of tags that training may see, all different: with shuffle_tags up to eight, else one."
-    tags = [tag.strip() for tag in caption.split(",")]
+    tags = split_tags(caption)
     kept, rest = tags[: training.keep_tags], tags[training.keep_tags :]
     if not training.shuffle_tags or len(rest) < 2:
         return [caption]
@@ -41,19 +55,21 @@ def tag_orders(
 
 # %% ../../nbs/3_train/03_texts.ipynb #23d615bc
 def caption_variants(
-    caption: str,
+    captions: list[str],  # of one picture
     training: TrainingConfig,
 ) -> list[str]:
     "Every caption that training may draw for a picture; the first is the caption itself."
-    return tag_orders(caption, training) + ([""] if training.caption_dropout else [])
+    orders = [order for caption in captions for order in tag_orders(caption, training)]
+    return orders + ([""] if training.caption_dropout else [])
 
 # %% ../../nbs/3_train/03_texts.ipynb #d38f9aef
 def draw_caption(
-    caption: str,
+    captions: list[str],  # of one picture, each as likely as the others
     training: TrainingConfig,
     rng: np.random.Generator,
 ) -> str:  # one of `caption_variants`
     "A caption after dropout and shuffling."
+    caption = captions[rng.integers(len(captions))] if len(captions) > 1 else captions[0]
     orders = tag_orders(caption, training)
     dropped, order = rng.random() < training.caption_dropout, rng.integers(len(orders))
     return "" if dropped else orders[order]

@@ -61,6 +61,16 @@ def warn_of_warmup(t: TrainingConfig) -> None:
         text = "lr_warmup_steps (%d) covers all of max_train_steps (%d): the learning rate only rises."
         log.warning(text, t.lr_warmup_steps, t.max_train_steps)
 
+# %% ../../nbs/3_train/11_updates.ipynb #4223d4e0
+def rate_schedule(
+    t: TrainingConfig,
+    optimizer: torch.optim.Optimizer,  # with the peak rate of each group
+) -> torch.optim.lr_scheduler.LambdaLR:
+    "The course of the learning rate, in optimizer steps."
+    beyond = t.lr_warmup_steps + 1 if t.lr_scheduler == "polynomial" else 0
+    length = max(t.max_train_steps, beyond)
+    return get_scheduler(t.lr_scheduler, optimizer, num_warmup_steps=t.lr_warmup_steps, num_training_steps=length)
+
 # %% ../../nbs/3_train/11_updates.ipynb #65ae9d4d
 class Updates:
     "The adapter's parameters, their optimizer and the schedule of its rate."
@@ -73,8 +83,7 @@ class Updates:
         self.params = [p for group in groups.values() for p in group]
         groups = [{"params": ps, "lr": rates.get(name, t.text_encoder_learning_rate)} for name, ps in groups.items()]
         optimizer = torch.optim.AdamW(groups, weight_decay=1e-2, fused=True)
-        lengths = {"num_warmup_steps": t.lr_warmup_steps, "num_training_steps": t.max_train_steps}
-        self.schedule = get_scheduler(t.lr_scheduler, optimizer, **lengths)
+        self.schedule = rate_schedule(t, optimizer)
         self.optimizer = self.accelerator.prepare(optimizer)
         network.economize()
         self.moved = False  # whether the adapter is known to change
