@@ -26,12 +26,22 @@ from .inspection import inspect_adapter, title_of
 from .keys import ADAPTER, adaptable_modules, is_block, original_name
 from .names import algorithms_of
 
+# %% ../../nbs/2_models/09a_reading.ipynb #9cb4d32c
+def base_layers(network: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    "The layers of a part of the base by name, whether or not an adapter is in it."
+    found = {
+        name.removesuffix(".base_layer"): layer
+        for name, layer in adaptable_modules(network).items()
+        if "lora_" not in name
+    }
+    return found
+
 # %% ../../nbs/2_models/09a_reading.ipynb #45454979
 def layer_names(pipe: Pipeline) -> dict[Layer, str]:  # as in `Contents` -> `unet.<module>`
     "Every name under which a layer of the base may stand in a file."
     found = {}
     for part, network in adaptable_parts(pipe).items():
-        for name in adaptable_modules(network):
+        for name in base_layers(network):
             plain = name.removeprefix("text_model.").replace(".", "_")
             found[part, plain] = f"{part}.{name}"
             if part == "unet" and is_block(name):
@@ -176,7 +186,7 @@ def read_factors(
 ) -> tuple[dict[str, Factors], dict[str, str]]:  # `unet.<module>` -> factors; layer of the file -> why it is left out
     "What a file adds to each layer of a base."
     tensors, names = load_file(contents.file), layer_names(pipe)
-    modules = {f"{p}.{n}": m for p, part in adaptable_parts(pipe).items() for n, m in adaptable_modules(part).items()}
+    modules = {f"{p}.{n}": m for p, part in adaptable_parts(pipe).items() for n, m in base_layers(part).items()}
     bad = {name for name, odd in oddities(contents.file, contents.header.tensors).items() if odd.nan or odd.infinite}
     found, left = {}, {name: "belongs to no layer" for name in contents.beside}
     for layer, kinds in contents.layers.items():
@@ -204,7 +214,7 @@ def without_lengths(pipe: Pipeline, factors: dict[str, Factors]) -> dict[str, Fa
     "The factors without lengths: those of DoRA are made part of the difference."
     modules, done = {}, {}
     for part, network in adaptable_parts(pipe).items():
-        modules |= {f"{part}.{name}": module for name, module in adaptable_modules(network).items()}
+        modules |= {f"{part}.{name}": module for name, module in base_layers(network).items()}
     for name, f in factors.items():
         if f.magnitude is not None:
             weight = modules[name].weight.detach().float().cpu()
