@@ -75,7 +75,8 @@ def load_run(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     record = read_run(path) if RunFolder(path).record.is_file() else None
     revision = record.base_revision if record and record.base == base else None
-    pipe = load_base(base, device, torch.float16 if device == "cuda" else torch.float32, revision)
+    vae = record.config["training"].get("vae") if record and record.base == base else None
+    pipe = load_base(base, device, torch.float16 if device == "cuda" else torch.float32, revision, vae)
     if record:
         pipe.scheduler = sampling_scheduler(pipe.scheduler, record.config["training"]["zero_terminal_snr"])
     if adapter:
@@ -107,7 +108,7 @@ def bare_base(run: LoadedRun) -> LoadedRun:
     "The base of a run, loaded anew, with the run's scheduler."
     pipe = run.pipe
     base = load_base(run.base, pipe.device, pipe.unet.dtype, base_revision(pipe))
-    base.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    base.scheduler, base.vae = type(pipe.scheduler).from_config(pipe.scheduler.config), pipe.vae
     return LoadedRun(base, run.base, None)
 
 # %% ../nbs/4_infer/01_infer.ipynb #725f2b81

@@ -373,3 +373,44 @@ def test_inspect_needs_no_torch(sd1):
     code += "print(code, sorted({'torch', 'diffusers', 'peft', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 []" and "LoHa" in done.stdout
+
+
+def test_a_training_begins_where_an_adapter_ended_and_is_saved_in_half(drawings, small_run, tmp_path):
+    """From a file of another program, by the settings alone; what is written is certified and comes back."""
+    from lora_mvp.config import load_config
+    from lora_mvp.models.kohya import write_kohya
+    from lora_mvp.models.miniatures import random_lora
+    from lora_mvp.models.proof import differences, probe
+    from lora_mvp.train.loop import train
+
+    first = random_lora(load_base("tiny"), lora_targets="attention", text_encoder_learning_rate=None, by=0.05)
+    file = write_kohya(first, tmp_path / "first.safetensors")
+    keys = {"init_adapter": file, "save_dtype": "float16", "learning_rate": 1e-9, "max_train_steps": 2}
+    train(load_config(overrides=small_run(tmp_path / "run", **keys)), drawings)
+    written = inspect_adapter(tmp_path / "run")
+    assert written.dtype == "F16" and inspect_adapter(tmp_path / "run" / "run.safetensors").dtype == "F16"
+    again = load_base("tiny")
+    load_lora(again, tmp_path / "run")
+    wanted = probe(first)
+    assert differences(wanted, probe(again))["unet"] < 0.01 * differences(wanted, probe(load_base("tiny")))["unet"]
+    certificate = json.loads((tmp_path / "run" / "lora_adapter" / "certificate.json").read_text())
+    assert set(certificate["forms"]) == {"diffusers", "kohya"}
+
+
+def test_merged_adapters_do_what_both_did(sd1, tmp_path):
+    """A LoHa and a LoRA of other trainers, half and half, judged by the formulas of both."""
+    from lora_mvp.models.merging import merge_adapters
+
+    pair = [(sd1.files["loha"], 0.5), (sd1.files["kohya"], -1.0)]
+    record = merge_adapters(pair, tmp_path / "both.safetensors", base=sd1.root)
+    pipe = sd1.fresh()
+    load_lora(pipe, tmp_path / "both.safetensors")
+    fuse(pipe)
+    loha, kohya = sd1.zoo.deltas["loha"], sd1.zoo.deltas["kohya"]
+    sd1.zoo.deltas["both"] = {name: 0.5 * loha.get(name, 0) - kohya.get(name, 0) for name in {*loha, *kohya}}
+    assert sd1.is_right("both", sd1.weights(pipe)) and record.kept == 1.0
+    assert (tmp_path / "both.certificate.json").is_file()
+    small = merge_adapters(
+        [(tmp_path / "both.safetensors", 1.0)], tmp_path / "small.safetensors", rank=2, base=sd1.root
+    )
+    assert set(small.ranks) == {2} and 0.1 < small.kept < 1
