@@ -249,6 +249,13 @@ class _AdapterKeys(_LoopKeys):
     text_encoder_learning_rate: float | None = Field(
         None, gt=0, le=1, description="also adapts the text encoder, at this rate; null: leaves it alone"
     )
+    init_adapter: PathKey | None = Field(None, description="adapter of any program to begin with; null: none")
+    save_dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="numbers of the saved adapter; the half-sized ones lose what no eye sees"
+    )
+    vae: ModelKey | None = Field(
+        None, description="another autoencoder: folder, .safetensors file or hub id; null: the base's own"
+    )
 
 # %% ../nbs/08_config.ipynb #35a5f717
 class TrainingConfig(_AdapterKeys):
