@@ -21,7 +21,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 STEPS = {}
-TOGETHER = ("outputs", "readme", "wheel")  # the last steps run side by side: each waits a lot
+TOGETHER = [("tests", "wheel"), ("outputs", "readme")]  # side by side: each waits a lot for files and processes
 IN_A_KERNEL = ("tutorials/*.ipynb", "index.ipynb")  # every chapter runs in the `notebooks` step
 
 
@@ -178,8 +178,9 @@ def main() -> int:
     if unknown:
         parser.error(f"no step named {', '.join(unknown)}; there are: {', '.join(STEPS)}")
     begin = time.monotonic()
-    alone = [[name] for name in chosen if name not in TOGETHER]
-    for names in filter(None, [*alone, [name for name in chosen if name in TOGETHER]]):
+    groups = [next((group for group in TOGETHER if name in group), (name,)) for name in chosen]
+    for group in dict.fromkeys(groups):
+        names = [name for name in chosen if name in group]
         with ThreadPoolExecutor(len(names)) as pool:
             if not all(list(pool.map(attempt, names))):
                 return 1

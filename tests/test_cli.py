@@ -229,7 +229,6 @@ ELSEWHERE = f"{TRAIN} --set training.output_dir=elsewhere"
 MISTAKES = {  # name -> command, what its sentence must hold
     "no such folder": (f"{PREPARE} --set data.raw_data_dir=nowhere", "nowhere", "does not exist"),
     "empty folder": (f"{PREPARE} --set data.raw_data_dir=empty", "empty", "one sub-folder per label"),
-    "no labels": (f"{PREPARE} --set data.raw_data_dir=flat", "flat", "no label folders"),
     "no manifest": ("lora-mvp train --manifest nowhere.json", "nowhere.json", "prepare-data"),
     "newer manifest": ("lora-mvp train --manifest newer.json", "newer.json", "schema version 99"),
     "file gone": ("lora-mvp train --manifest gone/manifest.json", "gone/manifest.json", "train/disc/photo"),
@@ -269,8 +268,6 @@ def run_here(command: str) -> subprocess.CompletedProcess:
 def mistaken(home, used, pool):
     """All of them made, beside a finished run that they must leave alone; name -> finished process."""
     (home / "empty").mkdir()
-    (home / "flat").mkdir()
-    shutil.copy(next(home.glob("my photos/*/*")), home / "flat")
     manifest = json.loads((home / "processed" / "manifest.json").read_text())
     (home / "newer.json").write_text(json.dumps(manifest | {"schema_version": 99}))
     shutil.copytree(home / "processed", home / "gone")
@@ -292,7 +289,7 @@ def mistaken(home, used, pool):
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_answered_with_one_sentence(mistaken, name):
     done = mistaken[name]
-    nothing = name in ("empty folder", "no labels")  # to be told from a mistake in a command: there is no picture yet
+    nothing = name == "empty folder"  # to be told from a mistake in a command: there is no picture yet
     assert done.returncode == (3 if nothing else 2) and done.stdout == "", done.stderr
     assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr, done.stderr
     sentence = done.stderr.split("error:")[1]
