@@ -29,6 +29,7 @@ setup(
     extras_require={
         "dev": cfg["dev_requirements"].split(),
         "postgres": cfg["postgres_requirements"].split(),  # api.db_path: postgresql+pg8000://...
+        "heic": cfg["heic_requirements"].split(),
         "eval-offline": cfg["eval_offline_requirements"].split(),
     },
     entry_points={

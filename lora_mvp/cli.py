@@ -16,6 +16,7 @@ from pathlib import Path
 from . import __version__
 from .api.commands import add_service
 from .config import AppConfig, LoraMvpError, config_schema, config_yaml, find_config, load_config
+from .models.adapter_commands import add_adapters, add_base
 from .screen import set_up_output
 from .terminal import SHELLS, Parser, completion, refusal
 from .terminal import finite_number as _number
@@ -87,7 +88,7 @@ def _report(config: AppConfig, manifest, folder: Path) -> None:
     from lora_mvp.data.report import write_report
 
     raw, training, more = Path(config.data.raw_data_dir), config.training, {}
-    if training.aspect_buckets:  # which buckets there are follows from the base, and it takes torch to ask it
+    if training.aspect_buckets and manifest.images:  # the base decides which buckets there are, and asking takes torch
         from lora_mvp.train.diagnosis import base_multiple
 
         more["multiple"] = base_multiple(training)
@@ -207,32 +208,6 @@ def _add_training(commands) -> None:
     again.add_argument("--out", help="folder of the new run (default: the old one's name with -reproduced)")
     again.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
 
-# %% ../nbs/7_doors/03_cli.ipynb #c7048033
-def cmd_export(args: argparse.Namespace) -> None:
-    "Write an adapter in another form, and verify what was written."
-    from lora_mvp.models.exports import export_adapter
-
-    print(f"wrote {export_adapter(args.adapter, args.to, args.out, args.base)}")
-
-# %% ../nbs/7_doors/03_cli.ipynb #90b0386b
-def cmd_inspect(args: argparse.Namespace) -> None:
-    "Say what an adapter file is and which programs can load it."
-    from lora_mvp.models.inspection import describe, inspect_adapter
-
-    facts = inspect_adapter(args.adapter)
-    print(facts.model_dump_json(indent=2) if args.json else describe(facts))
-
-# %% ../nbs/7_doors/03_cli.ipynb #ac94f790
-def _add_adapters(commands) -> None:
-    export = _command(commands, "export", cmd_export, needs_config=False)
-    export.add_argument("adapter", help="output folder of a training, an adapter folder or a .safetensors file")
-    export.add_argument("--to", required=True, choices=["kohya", "diffusers", "fused"], help="the form to write")
-    export.add_argument("--out", required=True, help="file for kohya, folder for the others; must not exist")
-    export.add_argument("--base", help="another base than the one the adapter was trained on")
-    inspect = _command(commands, "inspect", cmd_inspect, needs_config=False)
-    inspect.add_argument("adapter", help="a .safetensors file, also of another trainer, or an adapter folder")
-    inspect.add_argument("--json", action="store_true", help="as JSON")
-
 # %% ../nbs/7_doors/03_cli.ipynb #47617d95
 def cmd_generate(args: argparse.Namespace) -> None:
     "Draw pictures with a trained adapter."
@@ -241,7 +216,7 @@ def cmd_generate(args: argparse.Namespace) -> None:
 
     steps = args.steps or e.num_inference_steps
     check_request(args.prompt, args.seed, args.count, steps, args.size)
-    run = load_run(path, base=args.base, fuse_scale=args.lora_scale if args.fuse else None)
+    run = load_run(path, args.base, fuse_scale=args.lora_scale if args.fuse else None, partial=args.partial)
     guidance = e.guidance_scale if args.guidance_scale is None else args.guidance_scale
     for file in generate(
         run, args.prompt, args.seed, args.out, args.count, args.lora_scale, steps, guidance, args.size
@@ -252,7 +227,9 @@ def cmd_generate(args: argparse.Namespace) -> None:
 def _add_generate(commands) -> None:
     parser = _command(commands, "generate", cmd_generate)
     parser.add_argument(
-        "--model-path", required=True, help="output folder of a training, an adapter or a pipeline folder"
+        "--model-path",
+        required=True,
+        help="output folder of a training, an adapter of any program, or a pipeline folder",
     )
     parser.add_argument("--prompt", action="append", required=True, help="what to draw; may be repeated")
     parser.add_argument("--seed", type=int, default=1, help="of the first picture (default 1)")
@@ -261,7 +238,7 @@ def _add_generate(commands) -> None:
         "--lora-scale", type=_number, default=1.0, help="strength of the adapter; 0 is the base (default 1)"
     )
     parser.add_argument("--fuse", action="store_true", help="fuse the adapter into the weights before drawing")
-    parser.add_argument("--base", help="another base than the one the adapter was trained on")
+    add_base(parser)
     parser.add_argument("--steps", type=_count, help="denoising steps (default: evaluation.num_inference_steps)")
     parser.add_argument("--guidance-scale", type=_number, help="default: evaluation.guidance_scale")
     parser.add_argument("--size", type=int, help="side in pixels (default: the base's own)")
@@ -306,13 +283,14 @@ def cmd_evaluate(args: argparse.Namespace) -> None:
     if args.checkpoints:
         _choose(config, path, args)
         return
-    from lora_mvp.eval.evaluator import evaluate
+    from lora_mvp.eval.evaluator import evaluate, evaluation_folder
     from lora_mvp.eval.pages import headline
     from lora_mvp.eval.records import Metrics, table
 
-    found = Metrics.model_validate(evaluate(config, path, args.real_glob, args.out, args.lora_scale, _manifest(args)))
+    more = (args.real_glob, args.out, args.lora_scale, _manifest(args), args.base, args.partial)
+    found = Metrics.model_validate(evaluate(config, path, *more))
     print(f"{headline(found)}\n\n{table(found)}")
-    print(f"wrote {args.out or Path(path) / 'evaluation'}: report.html, metrics.json, samples.png")
+    print(f"wrote {args.out or evaluation_folder(path)}: report.html, metrics.json, samples.png")
 
 # %% ../nbs/7_doors/03_cli.ipynb #c9b3b33b
 def cmd_compare(args: argparse.Namespace) -> None:
@@ -323,7 +301,8 @@ def cmd_compare(args: argparse.Namespace) -> None:
     from lora_mvp.eval.records import findings
     from lora_mvp.eval.verdicts import judgement_text
 
-    found = compare(config, args.a, args.b, args.out, args.real_glob, args.lora_scale, _manifest(args))
+    more = (args.real_glob, args.lora_scale, _manifest(args), args.base, args.partial)
+    found = compare(config, args.a, args.b, args.out, *more)
     print(f"{headline(found)}\n\n{judgement_text(found.judgement, found.columns)}")
     print("\n".join([*findings(found)[1:], *(f"note: {w.message}" for w in found.warnings)]))
     print(f"wrote {args.out}: report.html, metrics.json, samples.png")
@@ -336,7 +315,7 @@ def cmd_choose(args: argparse.Namespace) -> None:
 # %% ../nbs/7_doors/03_cli.ipynb #624581d6
 def _add_real(parser: argparse.ArgumentParser) -> None:
     where = "default: the validation images of the run's manifest"
-    parser.add_argument("--real-glob", help=f'real pictures, e.g. "data/processed/val/**/*.png"; {where}')
+    parser.add_argument("--real-glob", help=f'real pictures: folder, or "data/processed/val/**/*.png"; {where}')
     parser.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
 
 # %% ../nbs/7_doors/03_cli.ipynb #28cfd599
@@ -394,7 +373,7 @@ def _add_vote(commands) -> None:
 def _add_judging(commands) -> None:
     evaluate = _command(commands, "evaluate", cmd_evaluate)
     what = evaluate.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model-path", help="output folder of a training, or an adapter folder")
+    what.add_argument("--model-path", help="output folder of a training, or an adapter of any program")
     what.add_argument("--pictures", metavar="FOLDER", help="pictures that another program drew, instead of a model")
     evaluate.add_argument("--baseline", metavar="FOLDER", help="with --pictures: the base's, same prompts and seeds")
     evaluate.add_argument("--prompts", metavar="CSV", help="with --pictures: file,prompt[,seed]; else the files' notes")
@@ -412,6 +391,8 @@ def _add_judging(commands) -> None:
     choose.add_argument("run", metavar="OUT", help="output folder of a training, finished or not")
     choose.add_argument("--max-copied", type=_number, help="largest share of copies (default 0.05)")
     choose.add_argument("--max-forgotten", type=_number, help="largest loss on other prompts, points; else the margin")
+    for parser in (evaluate, compare):
+        add_base(parser)
     for parser in (evaluate, compare, choose):
         _add_real(parser)
 
@@ -439,7 +420,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_config,
         _add_data,
         _add_training,
-        _add_adapters,
+        add_adapters,
         _add_generate,
         _add_judging,
         _add_grid,

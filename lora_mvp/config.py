@@ -122,7 +122,7 @@ Severity = Literal["reject", "warn", "off"]
 CHECKS: dict[str, Severity] = {
     "too_small": "reject",
     "too_oblong": "reject",
-    "blurry": "reject",
+    "blurry": "warn",
     "too_dark": "warn",
     "too_bright": "warn",
     "low_contrast": "warn",
@@ -136,6 +136,9 @@ CHECKS: dict[str, Severity] = {
     "cmyk": "off",
     "icc_converted": "off",
     "icc_invalid": "warn",
+    "hdr": "warn",
+    "colour_unknown": "warn",
+    "orientation_ignored": "warn",
     "caption_file": "warn",
     "caption_too_long": "warn",
 }
@@ -182,7 +185,9 @@ class DataConfig(_Section):
     )
     min_resolution: Count = Field(256, description="images with a shorter side, in pixels, are left out")
     blur_threshold: float = Field(
-        100.0, ge=0, description="images less sharp (Laplacian variance) are left out; 0: none"
+        100.0,
+        ge=0,
+        description="images less sharp (Laplacian variance as training sees them) are blurry; 0: off",
     )
     max_aspect: float = Field(3.0, ge=1, description="images whose longer side is so many times the other are left out")
     max_pixels: Count = Field(64_000_000, description="larger images are refused before they are decoded")
@@ -244,6 +249,13 @@ class _AdapterKeys(_LoopKeys):
     text_encoder_learning_rate: float | None = Field(
         None, gt=0, le=1, description="also adapts the text encoder, at this rate; null: leaves it alone"
     )
+    init_adapter: PathKey | None = Field(None, description="adapter of any program to begin with; null: none")
+    save_dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="numbers of the saved adapter; the half-sized ones lose what no eye sees"
+    )
+    vae: ModelKey | None = Field(
+        None, description="another autoencoder: folder, .safetensors file or hub id; null: the base's own"
+    )
 
 # %% ../nbs/08_config.ipynb #35a5f717
 class TrainingConfig(_AdapterKeys):
@@ -277,7 +289,7 @@ class EvaluationConfig(_Section):
         description="prompts to draw and score; not set: the 32 of the package",
     )
     prompt_file: PathKey | None = Field(
-        None, description="YAML with prompts in groups; {subject} is what was learnt; null: prompts"
+        None, description="YAML with prompts in groups, or .txt; {subject}: what was learnt; null: prompts"
     )
     num_samples: Count = Field(4, description="pictures per prompt")
     fid_batch_size: Count = Field(4, description="pictures per step of the feature extractor")

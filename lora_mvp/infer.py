@@ -19,11 +19,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from .errors import LoraMvpError
 from .files import make_folder, not_writable
-from .models.adapters import WEIGHTS, fuse, load_adapter, set_scale
+from .models.adapters import WEIGHTS, fuse, set_scale
 from .models.base import LOADING, base_revision, load_base
 from .models.drawing import cut_prompts, sample
 from .models.families import Pipeline, native_size
-from .models.inspection import recorded_base
+from .models.reading import base_for, load_lora
 from .train.objectives import sampling_scheduler
 from .train.runs import RunFolder, read_run
 
@@ -38,33 +38,35 @@ class LoadedRun:
     fused: float | None = None  # the strength at which the adapter was fused
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # held while it draws
 
+# %% ../nbs/4_infer/01_infer.ipynb #d4124220
+def holds_one_adapter(folder: Path) -> bool:
+    "Whether a folder holds one safetensors file and is no pipeline, as peft and other trainers leave it."
+    return not (folder / "model_index.json").is_file() and len(list(folder.glob("*.safetensors"))) == 1
+
 # %% ../nbs/4_infer/01_infer.ipynb #81e31e6e
-def find_run(path: str | Path, base: str | None = None) -> tuple[str, Path | None]:  # base, adapter folder
+def find_run(path: str | Path, base: str | None = None) -> tuple[str, Path | None]:  # base, adapter's folder or file
     "Which base and which adapter a path stands for; `LoraMvpError` `model_not_found` when neither."
     folder = RunFolder(path)
     if folder.record.is_file():
         return base or read_run(path).base, folder.adapter
-    if (folder.root / WEIGHTS).is_file():
-        base = base or recorded_base(folder.root / WEIGHTS)
-        if not base:
-            text = f"{path} is an adapter that does not say which base it was trained on; name it with --base."
-            raise LoraMvpError("base_unknown", text)
-        return base, folder.root
+    if folder.root.is_file() or (folder.root / WEIGHTS).is_file() or holds_one_adapter(folder.root):
+        return base_for(path, base), folder.root
     if path == "tiny" or (folder.root / "model_index.json").is_file():
         return str(path), None
     if not folder.root.exists():
         raise LoraMvpError("model_not_found", f"there is no model at {path}: no such folder.")
-    text = f"{path} holds neither a finished run (run.json), an adapter ({WEIGHTS}) nor a pipeline (model_index.json)."
+    text = f"{path} holds neither a finished run (run.json), an adapter (one .safetensors file) nor a pipeline (model_index.json)."
     raise LoraMvpError(
         "model_not_found", text + " If a training is still going on or was stopped, finish it with --resume."
     )
 
 # %% ../nbs/4_infer/01_infer.ipynb #96589e77
 def load_run(
-    path: str | Path,  # output folder, adapter folder, or pipeline folder
+    path: str | Path,  # output folder, adapter folder or file of any program, or pipeline folder
     base: str | None = None,  # another base than the recorded one
     device: str | None = None,  # None: CUDA where there is one
     fuse_scale: float | None = None,  # fuse the adapter at this strength
+    partial: bool = False,  # use the layers of an adapter that fit and leave out the others
 ) -> LoadedRun:
     "Load base and adapter."
     base, adapter = find_run(path, base)
@@ -73,12 +75,13 @@ def load_run(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     record = read_run(path) if RunFolder(path).record.is_file() else None
     revision = record.base_revision if record and record.base == base else None
-    pipe = load_base(base, device, torch.float16 if device == "cuda" else torch.float32, revision)
+    vae = record.config["training"].get("vae") if record and record.base == base else None
+    pipe = load_base(base, device, torch.float16 if device == "cuda" else torch.float32, revision, vae)
     if record:
         pipe.scheduler = sampling_scheduler(pipe.scheduler, record.config["training"]["zero_terminal_snr"])
     if adapter:
         with LOADING:
-            load_adapter(pipe, adapter)
+            load_lora(pipe, adapter, partial)
         if fuse_scale is not None:
             fuse(pipe, fuse_scale)
     return LoadedRun(pipe, base, adapter, fuse_scale)
@@ -105,7 +108,7 @@ def bare_base(run: LoadedRun) -> LoadedRun:
     "The base of a run, loaded anew, with the run's scheduler."
     pipe = run.pipe
     base = load_base(run.base, pipe.device, pipe.unet.dtype, base_revision(pipe))
-    base.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    base.scheduler, base.vae = type(pipe.scheduler).from_config(pipe.scheduler.config), pipe.vae
     return LoadedRun(base, run.base, None)
 
 # %% ../nbs/4_infer/01_infer.ipynb #725f2b81

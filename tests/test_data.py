@@ -39,7 +39,10 @@ from lora_mvp.data.storage import crop_to, locked, portable_name
 from lora_mvp.data.tables import summary
 
 FLAT = facts_of(Image.new("RGB", (8, 8)))
-LOOSE = DataConfig(min_resolution=64, checks={"rotated": "warn", "had_alpha": "warn", "16bit": "warn", "cmyk": "warn"})
+STRICT = {"blurry": "reject"}
+LOOSE = DataConfig(
+    min_resolution=64, checks=STRICT | {"rotated": "warn", "had_alpha": "warn", "16bit": "warn", "cmyk": "warn"}
+)
 
 
 def picture(seed=0, size=(96, 80)):
@@ -319,11 +322,8 @@ def test_photographs():
     records = {name: inspect_image(path) for name, path in photographs().items()}
     good = ["astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png"]
     assert [records[name].status for name in good] == ["accepted"] * 7
-    assert [records[name].reason for name in ("color.png", "text.png", "multipage.tif")] == [
-        "blurry",
-        "too_small",
-        "animated",
-    ]
+    assert [records[name].reason for name in ("text.png", "multipage.tif")] == ["too_small", "animated"]
+    assert records["color.png"].warnings == ["blurry"]
     known = [name for name, record in records.items() if record.facts]
     pairs = near_duplicates([records[name].facts.phashes for name in known])
     assert {(known[i], known[j]) for i, j, _ in pairs} == {
@@ -361,7 +361,7 @@ def test_hostile_folder(tmp_path, copy):
     (raw / ".git" / "config").write_text("x")
     picture(99).save(raw / "lost.png")
     before = tree(raw)
-    manifest = prepare_data(settings(tmp_path), copy=copy)
+    manifest = prepare_data(settings(tmp_path, checks=STRICT), copy=copy)
     assert tree(raw) == before
     seen = [r.path for r in [*manifest.rejected, *manifest.ignored]] + [row.source for row in manifest.images]
     expected = {f"zoo/{n}" for n in [*files, "pipe.png", ".DS_Store"]} | {"linked_label", ".git", "lost.png"}
@@ -380,7 +380,11 @@ def test_hostile_folder(tmp_path, copy):
     assert {row.stored for row in manifest.images} == ({"processed"} if copy else {"linked"})
     after = tree(tmp_path / "out")
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("[!.]*/**/*.*")}
-    assert prepare_data(settings(tmp_path), copy=copy) == manifest == read_manifest(tmp_path / "out" / "manifest.json")
+    assert (
+        prepare_data(settings(tmp_path, checks=STRICT), copy=copy)
+        == manifest
+        == read_manifest(tmp_path / "out" / "manifest.json")
+    )
     assert tree(tmp_path / "out") == after
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
     for row in manifest.images:
@@ -620,7 +624,12 @@ def test_when_nothing_is_accepted(tmp_path, capsys, command):
     assert tree(tmp_path) == before
     (tmp_path / "nothing").mkdir()
     assert main([command, f"--set=data.raw_data_dir={tmp_path / 'nothing'}", *folders[1:]]) == 3
+    assert (told / "report.html").is_file()
+    shutil.rmtree(told)
     (tmp_path / "nothing" / "cat").mkdir()
+    assert main([command, f"--set=data.raw_data_dir={tmp_path / 'nothing'}", *folders[1:]]) == 3
+    assert (told / "report.html").is_file()
+    capsys.readouterr()
     assert main([command, f"--set=data.raw_data_dir={tmp_path / 'nothing'}", *folders[1:]]) == 3
     assert capsys.readouterr().out.splitlines()[1].split() == ["total", "0", "0", "0"]
 
@@ -657,7 +666,7 @@ def test_severities(tmp_path):
     raw = fill(tmp_path / "raw", cat=3)
     for name in ("soft.png", "small.png"):
         (raw / "cat" / name).write_bytes(zoo()[name][0])
-    manifest = prepare_data(settings(tmp_path, checks={"blurry": "warn", "too_small": "off"}))
+    manifest = prepare_data(settings(tmp_path, checks={"too_small": "off"}))  # blurry warns by itself
     found = {row.source: [(r.code, r.severity) for r in row.reasons] for row in manifest.images}
     assert found["cat/soft.png"] == [("blurry", "warn")] and found["cat/small.png"] == []
     (reason,) = next(row for row in manifest.images if row.source == "cat/soft.png").reasons
@@ -1007,3 +1016,88 @@ def test_scan_is_in_order_of_bytes(tmp_path):
     picture().save(raw / "A" / "z.png")
     paths = [record.path for _, record in scan(raw)[0]]
     assert paths == sorted(paths, key=str.encode)
+
+
+# ---- a folder that somebody works in meanwhile
+
+
+def edit(path):
+    picture(50).save(path)
+
+
+def edit_in_place(path):
+    with open(path, "r+b") as file:
+        file.write(picture(51).tobytes()[:10])
+
+
+def vanish(path):
+    path.unlink()
+
+
+CHANGES = [("process", edit), ("process", vanish), ("copy", edit_in_place), ("link", edit_in_place), ("link", vanish)]
+
+
+@pytest.mark.parametrize(("mode", "happens"), CHANGES)
+def test_a_picture_that_changes_while_data_is_prepared_costs_that_picture(tmp_path, monkeypatch, mode, happens):
+    """It is named, and the record is true of what was stored."""
+    from lora_mvp.data import prepare
+
+    raw = fill(tmp_path / "raw", cat=4)
+    planned = prepare.plan_files
+
+    def plan_and_change(found, data):
+        targets = planned(found, data)
+        happens(raw / "cat" / "cat_1.png")
+        return targets
+
+    monkeypatch.setattr(prepare, "plan_files", plan_and_change)
+    manifest = prepare_data(settings(tmp_path, materialise=mode))
+    monkeypatch.setattr(prepare, "plan_files", planned)
+    assert [(r.path, r.reason) for r in manifest.rejected] == [("cat/cat_1.png", "changed")]
+    assert "cat/cat_1.png" in summary(manifest)
+    assert len(manifest.images) == 3 and len(manifest.history) == 3
+    for row in read_manifest(tmp_path / "out" / "manifest.json").images:
+        assert hashlib.sha256(manifest.path_of(row).read_bytes()).hexdigest() == row.sha256
+        assert hashlib.sha256((raw / row.source).read_bytes()).hexdigest() == row.source_sha256
+    stored = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.png")}
+    assert stored == {row.file for row in manifest.images}
+    if happens is edit:  # the next run takes what is there then
+        assert len(prepare_data(settings(tmp_path)).images) == 4
+
+
+def test_every_picture_changes(tmp_path, monkeypatch):
+    from lora_mvp.data import prepare
+
+    raw, planned = fill(tmp_path / "raw", cat=2), prepare.plan_files
+    monkeypatch.setattr(prepare, "plan_files", lambda *a: (planned(*a), shutil.rmtree(raw / "cat"))[0])
+    with pytest.raises(prepare.NothingAccepted) as e:
+        prepare_data(settings(tmp_path))
+    assert "2 changed" in str(e.value) and e.value.manifest.counts["rejected"] == 2
+
+
+def test_pictures_are_stored_again_when_they_are_read_in_another_way(tmp_path):
+    """A manifest of a version that read colours otherwise does not vouch for what it stored."""
+    fill(tmp_path / "raw", cat=3)
+    first = prepare_data(settings(tmp_path))
+    path = tmp_path / "out" / "manifest.json"
+    content = json.loads(path.read_text())
+    row = content["images"][0]
+    pale = encoded(Image.new("RGB", (32, 32), "grey"))
+    (tmp_path / "out" / row["file"]).write_bytes(pale)
+    row["sha256"], row["facts"]["pixel_sha256"] = hashlib.sha256(pale).hexdigest(), "of another reading"
+    path.write_text(json.dumps(content))
+    assert prepare_data(settings(tmp_path)).images == first.images
+
+
+def test_labels_in_numbers_and_with_odd_names(tmp_path):
+    "3,000 labels are a table of twenty, empty label folders are named, and no file has the name of a device."
+    raw = fill(tmp_path / "raw", **{f"label{k:02}": 1 for k in range(30)}, con=1)
+    (raw / "dog").mkdir()
+    picture(77).save(raw / "con" / "aux.png")
+    manifest = prepare_data(settings(tmp_path))
+    lines = summary(manifest).splitlines()
+    assert len(lines) < 60 and lines[0].split() == ["label", "train", "val", "rejected"]
+    assert any(line.startswith("and 11 more") for line in lines) and any(line.startswith("con ") for line in lines)
+    assert {row.file.split("/")[1] for row in manifest.images if row.label == "con"} == {"_con"}
+    assert "_aux.png" in {Path(row.file).name for row in manifest.images}
+    assert "folder: label folders without a file: dog" in lines

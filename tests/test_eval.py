@@ -78,7 +78,7 @@ def drawing(monkeypatch, scorer):
     "`evaluate` with pictures that depend on prompt, seed, model and strength, and no diffusion."
     loaded = []
 
-    def load(path, base=None, device=None):
+    def load(path, base=None, device=None, partial=False):
         loaded.append(str(path))
         return LoadedRun(pipe=None, base="tiny", adapter=path)
 
@@ -88,7 +88,7 @@ def drawing(monkeypatch, scorer):
 
     monkeypatch.setattr(drawn_columns, "load_run", load)
     monkeypatch.setattr(drawn_columns, "render", render)
-    monkeypatch.setattr(evaluation, "find_run", lambda path: ("tiny", path))
+    monkeypatch.setattr(evaluation, "find_run", lambda path, base=None: ("tiny", path))
     monkeypatch.setattr(evaluation, "scorer_for", lambda base, config: scorer)
     monkeypatch.setattr(drawn_columns, "model_facts", lambda run, scale: {"base": f"{run.adapter} at {scale}"})
     return loaded

@@ -12,8 +12,10 @@ from PIL import Image
 
 from lora_mvp.cli import main
 from lora_mvp.config import LoraMvpError
+from lora_mvp.data.images import open_rgb
+from lora_mvp.data.manifest import read_manifest
 from lora_mvp.eval import columns as drawing
-from lora_mvp.eval.copies import find_real
+from lora_mvp.eval.copies import find_real, read_pictures, real_of_split, trained_on
 from lora_mvp.eval.evaluator import Evaluator
 from lora_mvp.eval.extractors import find_extractor
 from lora_mvp.eval.metrics import alignment
@@ -245,6 +247,25 @@ def test_training_pictures_as_real_ones_are_called_what_they_are(root, tmp_path,
     assert "real_equals_train" in [w.code for w in found.warnings]
     own = Evaluator(settings(root / "few.yaml")).evaluate(root / "good", tmp_path / "own")  # the manifest's own split
     assert 0 < own.n_real < 10 and "real_equals_train" not in [w.code for w in own.warnings]
+
+
+def test_a_training_picture_is_recognised_in_every_form(root, tmp_path):
+    """The raw file, what training saw, and each of them saved again; and what was held out is not."""
+    manifest = read_manifest(root / "data" / "manifest.json")
+    train, raw = real_of_split(manifest, "train"), manifest.folder / manifest.config["raw_data_dir"]
+
+    def forms(rows):
+        files = [path for row in rows for path in (raw / row.source, manifest.path_of(row))]
+        for k, file in enumerate(files[:]):
+            im = open_rgb(file)
+            im.resize((2 * im.width, 2 * im.height)).save(tmp_path / f"{k}.jpg", quality=70)
+            files.append(tmp_path / f"{k}.jpg")
+        return read_pictures([str(file) for file in files])
+
+    seen = forms(manifest.rows("train")[:5])
+    assert len(seen.images) >= 15 and trained_on(seen, train) == list(range(len(seen.images)))
+    held_out = forms(manifest.rows("val"))
+    assert held_out.images and trained_on(held_out, train) == []
 
 
 def test_mistakes_are_named_before_anything_is_drawn(root, tmp_path):

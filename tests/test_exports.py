@@ -22,9 +22,10 @@ from lora_mvp.models.adapters import (
 from lora_mvp.models.base import load_base
 from lora_mvp.models.exports import export_adapter, export_fused
 from lora_mvp.models.inspection import describe, inspect_adapter
-from lora_mvp.models.kohya import kohya_state, load_kohya, write_kohya
+from lora_mvp.models.kohya import kohya_state, write_kohya
 from lora_mvp.models.miniatures import random_base
 from lora_mvp.models.proof import certify, differences, probe
+from lora_mvp.models.reading import load_lora
 
 KOHYA_WEIGHTS = "lora_kohya.safetensors"
 SGM = {  # SDXL's blocks in Stability's code and in diffusers, written down one by one
@@ -166,7 +167,7 @@ def test_dora(roots, tmp_path, family):
     wanted = probe(pipe)
     by_hand, own, public = (load_base(roots[family]) for _ in range(3))
     apply_by_hand(by_hand, kohya, 1, family == "sdxl")
-    load_kohya(own, kohya)
+    load_lora(own, kohya)
     load_public(public, tmp_path / WEIGHTS)
     assert close(wanted, probe(by_hand), 1e-4) and close(wanted, probe(own)) and close(wanted, probe(public))
     certificate = certify(pipe, tmp_path, kohya, partial(load_base, roots[family]))
@@ -194,7 +195,7 @@ def test_mixed_ranks(roots, tmp_path):
     assert close(probe(by_hand), probe(fresh), 1e-4)
     assert inspect_adapter(tmp_path / "peft").strength == facts.strength
     again = load_base(roots["sdxl"])
-    load_kohya(again, mixed)
+    load_lora(again, mixed)
     back = kohya_state(again)
     assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
 
@@ -271,9 +272,10 @@ def test_damaged_and_foreign_files(roots, tmp_path):
     ):
         save_file(state | change, bad)
         with pytest.raises(LoraMvpError) as caught:
-            load_kohya(load_base(roots["sdxl"]), bad)
+            load_lora(load_base(roots["sdxl"]), bad)
         assert caught.value.code == "adapter_unfit"
-    save_file({"unet.a.attn2.to_k.lora_A.weight": torch.ones(4, 1024)}, bad)
+    matrices = {"A": torch.ones(4, 1024), "B": torch.ones(320, 4)}
+    save_file({f"unet.a.attn2.to_k.lora_{name}.weight": value for name, value in matrices.items()}, bad)
     facts = inspect_adapter(bad)
     assert (facts.form, facts.family, facts.alphas, facts.ranks) == ("diffusers", "sd2", {}, {4: 1})
     assert "alpha equal to the rank" in describe(facts)

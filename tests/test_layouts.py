@@ -233,3 +233,12 @@ def test_masks_captions_and_repeats_reach_the_training(tmp_path, small_run):
     error = trainer.micro_losses(stream, 0, 0)
     stream.images.masks = None
     assert error.isfinite().all() and not error.equal(trainer.micro_losses(stream, 0, 0))
+
+
+def test_a_lone_train_folder_and_masks_in_a_tree_of_their_own(tmp_path):
+    raw = pictures(tmp_path / "raw", *(f"train/cat/{k}.png" for k in range(5)), "train/masks/cat/0.png")
+    (raw / "train" / "metadata.jsonl").write_text('{"file_name": "cat/0.png", "text": "Mia"}\n')
+    manifest, screen = prepare(raw)
+    assert {row.label for row in manifest.images} == {"cat"} and len(manifest.images) == 5
+    assert {row.split for row in manifest.images} == {"train", "val"} and "split by folders" not in screen
+    assert [row.source for row in manifest.images if row.mask] == ["train/cat/0.png"]

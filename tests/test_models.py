@@ -24,6 +24,7 @@ from lora_mvp.models.families import (
     family_of,
     granularity,
     native_size,
+    networks,
     text_parts,
     time_ids,
     unet_arguments,
@@ -74,10 +75,9 @@ def test_pickle_weights_are_refused(folder, part, safe, suffix):
     assert error.code == "base_unsafe" and f"{safe}{suffix}" in error.message and "pickle" in error.message
 
 
-def test_a_stray_pickle_in_the_folder_is_refused(folder):
-    (folder / "weights.ckpt").touch()
-    error = refusal(folder)
-    assert error.code == "base_unsafe" and "weights.ckpt" in error.message
+def test_a_stray_pickle_beside_the_parts_is_not_read(folder):
+    (folder / "weights.ckpt").write_bytes(b"\x80\x04cos\nsystem\n(X\x04\x00\x00\x00falsetR.")
+    assert load_base(str(folder)).unet
 
 
 def test_pickles_beside_safetensors_are_not_read(folder):
@@ -563,6 +563,68 @@ def test_a_file_with_holes_is_refused(bases, tmp_path, drop, said):
     shutil.copytree(bases["sd1"], tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     error = refusal(file)
     assert error.code == "base_unreadable" and said in error.message and "missing" in error.message
+
+
+def weights_of(pipe) -> list[str]:
+    return [weights_hash(part) for part in networks(pipe).values()]
+
+
+@pytest.mark.parametrize("variant", ["fp16", "non_ema"])
+def test_weights_under_the_name_of_a_variant_are_read(folder, variant):
+    wanted = weights_of(load_base(str(folder)))
+    parts = ("unet", "vae", "text_encoder") if variant == "fp16" else ("unet",)
+    for file in [file for part in parts for file in (folder / part).glob("*.safetensors")]:
+        file.rename(file.with_suffix(f".{variant}.safetensors"))
+    pipe = load_base(str(folder))
+    assert weights_of(pipe) == wanted and pipe.config._name_or_path == str(folder)
+
+
+def test_half_precision_on_the_disk_is_kept_where_it_is_wanted(folder):
+    for file in [*folder.glob("*/*.safetensors")]:
+        save_file(
+            {name: value.half() for name, value in load_file(file).items()}, file.with_suffix(".fp16.safetensors")
+        )
+        file.unlink()
+    pipe = load_base(str(folder), dtype=torch.float16)
+    stored = load_file(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    assert all(torch.equal(stored[name], value) for name, value in pipe.unet.state_dict().items())
+
+
+def test_a_byte_order_mark_in_front_of_configs_is_read_over(folder):
+    for file in [*folder.glob("*.json"), *folder.glob("*/*.json")]:
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_base(str(folder)).unet
+
+
+def test_a_missing_tokenizer_is_found_before_anything_is_loaded(folder):
+    shutil.rmtree(folder / "tokenizer")
+    error = refusal(folder)
+    assert error.code == "base_unreadable" and "its tokenizer is missing" in error.message
+
+
+def test_numbers_that_are_none_are_named(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["conv_in.weight"][0, 0, 0, 0] = torch.nan
+    save_file(state, file)
+    error = refusal(folder)
+    assert error.code == "base_not_finite" and "1 of the" in error.message and "unet.conv_in.weight" in error.message
+
+
+@pytest.mark.parametrize("name", ["sd1", *(pytest.param(name, marks=pytest.mark.slow) for name in SINGLE[1:])])
+def test_single_files_under_other_names_are_the_same_base(bases, tmp_path, name):
+    file = one_file(bases[name], name, tmp_path / "model.safetensors")
+    shutil.copytree(bases[name], tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    wanted, state = weights_of(load_base(str(file))), load_file(file)
+    unet = "model.diffusion_model."
+    ema = {
+        ("model_ema." + k.removeprefix("model.").replace(".", "") if k.startswith(unet) else k): v
+        for k, v in state.items()
+    }
+    bare = {k.replace(".transformer.text_model.", ".transformer."): v for k, v in state.items()}
+    for other in ({f"state_dict.{k}": v for k, v in state.items()}, ema | {"model_ema.decay": torch.ones(1)}, bare):
+        save_file(other, file)
+        assert weights_of(load_base(str(file))) == wanted
 
 
 def test_other_files_are_refused(bases, tmp_path):

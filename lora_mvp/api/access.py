@@ -163,6 +163,8 @@ NOT_OFFERED = {
     "training.output_dir",
     "training.resume_from",
     "training.cache_dir",
+    "training.init_adapter",
+    "training.vae",
     "evaluation.prompt_file",
     "evaluation.extractor",
     "evaluation.preference",

@@ -52,6 +52,8 @@ ADVICE = {  # reason -> what helps; a setting is named with its value
     "blurry": "look whether they are blurred; if they are not, lower {blur_threshold} (0 switches the check off)",
     "unreadable": "copy these files again from where they came",
     "empty_file": "copy these files again from where they came",
+    "unread_format": "save them in a format that is read; for each kind the list below says how",
+    "changed": "run prepare-data again when nobody is at work in the folder",
     "animated": "save one frame of each as a picture",
     "duplicate": "nothing is lost; delete the copies if they disturb you",
     "near_duplicate": "keep the best picture of each scene",
@@ -71,6 +73,9 @@ def helps(
     return ADVICE.get(code, "look at them below").format(**known)
 
 # %% ../../nbs/1_data/22_advice.ipynb #4f819458
+LOST = ("unread_format", "changed")  # good pictures, so one is enough to say it
+
+
 def on_rejected(
     manifest: Manifest,
 ) -> list[str]:  # sentences
@@ -78,9 +83,19 @@ def on_rejected(
     found, scanned = [], len(manifest.images) + len(manifest.rejected)
     counts = Counter(code for r in manifest.rejected for code in {x.code for x in r.reasons if x.severity == "reject"})
     for code, n in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])):
-        if n >= 3 and n >= 0.1 * scanned:
+        if (n >= 3 and n >= 0.1 * scanned) or code in LOST:
             found.append(f"{n:,} of {scanned:,} files were rejected as {code}: {helps(code, manifest)}.")
     return found
+
+# %% ../../nbs/1_data/22_advice.ipynb #ff066a51
+def on_blurred(
+    manifest: Manifest,
+) -> list[str]:  # sentences
+    "Images that were taken although they look blurred."
+    n, of = sum(reason.code == "blurry" for row in manifest.images for reason in row.reasons), len(manifest.images)
+    if n < 3 or n < 0.1 * of:
+        return []
+    return [f"{n:,} of {of:,} images look blurred at the size that training sees: {helps('blurry', manifest)}."]
 
 # %% ../../nbs/1_data/22_advice.ipynb #1cb3ed2e
 def enlarged_images(
@@ -94,6 +109,9 @@ def enlarged_images(
     return sum(is_enlarged((f.width, f.height), target_size(f, side, buckets)[::-1]) for f in facts)
 
 # %% ../../nbs/1_data/22_advice.ipynb #1d1efc85
+MANY = 5  # labels that get a sentence of their own
+
+
 def on_scenes(
     of_label: dict[str, list[ManifestImage]],
 ) -> list[str]:  # sentences
@@ -103,7 +121,8 @@ def on_scenes(
         n = max(Counter(row.group for row in rows if row.group).values(), default=0)
         if n >= 3 and n > len(rows) / 2:
             found.append(f"{n} of {len(rows)} images of {label} are the same scene. Add other scenes, or remove some.")
-    return found
+    more = f"{len(found) - MANY:,} more labels are filled by one scene each, like these."
+    return found[:MANY] + ([more] if len(found) > MANY else [])
 
 # %% ../../nbs/1_data/22_advice.ipynb #9782100b
 def on_variety(
@@ -142,4 +161,6 @@ def suggestions(
     manifest: Manifest,
 ) -> list[str]:  # sentences, the weightiest first; empty when nothing stands out
     "What a person should know about this data before training on it."
-    return on_amounts(manifest) + on_words(manifest) + on_rejected(manifest) + on_variety(manifest)
+    return (
+        on_amounts(manifest) + on_words(manifest) + on_rejected(manifest) + on_blurred(manifest) + on_variety(manifest)
+    )

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import AppConfig, DataConfig
-from .captioners import AutoCaptioner, AutoCaptions
+from ..config import AppConfig, DataConfig, TrainingConfig
+from .captioners import AutoCaptioner, AutoCaptions, unchanged
 from .captions import Caption, caption_of, caption_tokenizer, length_warnings, with_trigger
 from .images import decode, read_regular
 from .layouts import Told
-from .looks import ImageRecord, judge_look
+from .looks import ImageRecord, judge_look, look_options
 from .manifest import Manifest, Seen
 from .overrides import Override, decided, read_overrides
 from .raw import scan
@@ -38,10 +38,11 @@ def look_at_all(
     files: list[File],  # from `scan`
     data: DataConfig,
     cache: Path | None = None,  # what earlier runs found, by content
+    training: TrainingConfig | None = None,  # how large pictures are that are stored as they are
 ) -> list[File]:  # the same files, looked at and judged
     "Inspect every file that is still in question."
     waiting = [path for path, record in files if record.status == "accepted"]
-    looks = survey(waiting, cache, max_pixels=data.max_pixels, background=data.background)
+    looks = survey(waiting, cache, **look_options(data, training))
     found = dict(zip(waiting, looks, strict=True))
     return [(p, judge_look(found[p], r.path, r.label, data) if p in found else r) for p, r in files]
 
@@ -116,7 +117,9 @@ def automatic_captions(
         source = {
             path: caption_of(path, plain, r.label, listed=listed_captions(said, path)).source for path, r in accepted
         }
-        captions.fill({r.sha256: path for path, r in accepted if source[path] == "template"})
+        paths = {r.sha256: path for path, r in accepted if source[path] == "template"}
+        seen = {path: sha256 for sha256, path in paths.items()}
+        captions.fill(paths, opened=lambda path: unchanged(path, seen[path]))
     return captions
 
 # %% ../../nbs/1_data/15_assess.ipynb #068a896e
@@ -309,7 +312,7 @@ def assess(
     "Find, look, judge, caption, group, split: all that writes nothing but the captioner's words."
     data, overrides, past = config.data, read_overrides(Path(config.data.processed_dir)), past_of(before, config.data)
     found, layout = scan(Path(data.raw_data_dir))
-    files = look_at_all(found, data, cache)
+    files = look_at_all(found, data, cache, config.training)
     files = overrule(note_copies(files, data), overrides)
 
     automatic = captioner(config, accepted(files), layout.said)

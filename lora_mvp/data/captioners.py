@@ -9,7 +9,7 @@ __all__ = []
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import BaseModel
 from tqdm.auto import tqdm
 
-from .images import open_rgb
+from .images import decode, open_rgb, read_regular
 from ..errors import LoraMvpError
 from ..files import atomic_write, read_record
 from ..words import as_words
@@ -192,19 +192,33 @@ class AutoCaptioner:
             tokens = model.generate(**inputs, **GENERATION)
         return [as_words(said) for said in processor.batch_decode(tokens, skip_special_tokens=True)]
 
+# %% ../../nbs/1_data/05_captioners.ipynb #0aed5fb2
+def unchanged(
+    path: Path,  # an image
+    sha256: str,  # of its bytes when they were looked at
+) -> Image.Image | None:  # RGB; None: it has changed or vanished since
+    "The picture in a file, if it is still that one."
+    try:
+        data = read_regular(path)
+        return decode(data)[0] if hashlib.sha256(data).hexdigest() == sha256 else None
+    except LoraMvpError:
+        return None
+
 # %% ../../nbs/1_data/05_captioners.ipynb #8113f53e
 def caption_images(
     paths: Iterable[Path],  # images that can be opened
     captioner: AutoCaptioner,
     batch_size: int = 8,  # images
+    opened: Callable[[Path], Image.Image | None] = open_rgb,  # None: this one is left out
 ) -> Iterator[tuple[Path, str]]:  # image, caption
     "The captions as they are made, in the order of the paths."
     paths = list(paths)
     with tqdm(total=len(paths), desc="caption", unit="image", leave=False, disable=None) as bar:
         for start in range(0, len(paths), batch_size):
-            batch = paths[start : start + batch_size]
-            yield from zip(batch, captioner([open_rgb(path) for path in batch]), strict=True)
-            bar.update(len(batch))
+            batch = [(path, im) for path in paths[start : start + batch_size] if (im := opened(path)) is not None]
+            if batch:
+                yield from zip([path for path, _ in batch], captioner([im for _, im in batch]), strict=True)
+            bar.update(min(batch_size, len(paths) - start))
 
 # %% ../../nbs/1_data/05_captioners.ipynb #05c983bd
 class Said(BaseModel, strict=True, extra="allow"):
@@ -263,15 +277,18 @@ class AutoCaptions:
         self,
         paths: dict[str, Path],  # sha256 -> image
         batch_size: int = 8,  # images
+        opened: Callable[[Path], Image.Image | None] = open_rgb,  # None: this one is left out
     ) -> int:  # how many captions were made
         "Make what is missing, and save after each batch."
-        missing = self.missing(paths)
-        captions = caption_images([paths[sha256] for sha256 in missing], self.captioner, batch_size)
-        for k, (sha256, (_, caption)) in enumerate(zip(missing, captions, strict=True), 1):
-            self.entry.captions[sha256] = caption
-            if k % batch_size == 0 or k == len(missing):
+        missing, made = {paths[sha256]: sha256 for sha256 in self.missing(paths)}, 0
+        captions = caption_images(missing, self.captioner, batch_size, opened)
+        for made, (path, caption) in enumerate(captions, 1):
+            self.entry.captions[missing[path]] = caption
+            if made % batch_size == 0:
                 self.save()
-        return len(missing)
+        if made % batch_size:
+            self.save()
+        return made
 
     def save(self) -> None:
         "Write the file; the same captions give the same bytes."

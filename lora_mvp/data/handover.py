@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
 from collections import defaultdict
@@ -58,10 +57,9 @@ def readable_bytes(
 def visible_stem(
     text: str,  # wanted
 ) -> str:
-    "A portable file name without ending that no reader skips and no system reserves."
+    "A portable file name without ending that no reader skips."
     name = portable_name(text)
-    reserved = re.match(r"\.|(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name, re.IGNORECASE)
-    return f"image-{name}" if reserved else name
+    return f"image-{name}" if name.startswith(".") else name
 
 # %% ../../nbs/1_data/17_handover.ipynb #371527ed
 def place_of(

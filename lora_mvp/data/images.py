@@ -11,11 +11,12 @@ import os
 import re
 import stat
 import warnings
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from .colours import eight_bits, in_srgb, png_chunks, profiles_of
+from .kinds import KINDS, is_camera_raw, not_read, readable_formats, tiff_tags, unread_kind
 from ..errors import LoraMvpError
 
 # %% ../../nbs/1_data/01_images.ipynb #454a0d37
@@ -24,12 +25,13 @@ REASONS = {
     "empty_file": "the file has no content",
     "unreadable": "damaged, cut short, not allowed to be read, or not a picture at all",
     "too_large": "too many pixels or bytes to decode safely",
+    "unread_format": "a picture in a format that is not read",
     "animated": "more than one frame or page",
     "unsupported_mode": "a kind of pixel that has no agreed way to become RGB, such as floating point",
     "decoder_crash": "the program that decodes pictures died or hung on this file",
     "too_small": "the shorter side is below data.min_resolution",
     "too_oblong": "the longer side is more than data.max_aspect times the shorter one",
-    "blurry": "the variance of the Laplacian is below data.blur_threshold",
+    "blurry": "the variance of the Laplacian, at the size that training sees, is below data.blur_threshold",
     "too_dark": "nearly black on average",
     "too_bright": "nearly white on average",
     "low_contrast": "the grey levels hardly differ",
@@ -38,13 +40,17 @@ REASONS = {
     "had_alpha": "transparent; put on data.background",
     "16bit": "16 bits per channel; reduced to 8",
     "cmyk": "made for printing; converted to RGB",
-    "icc_converted": "had a colour profile other than sRGB; converted",
-    "icc_invalid": "has a damaged colour profile, which is ignored",
+    "icc_converted": "had other colours than sRGB (by its profile, gAMA or CICP codes); converted",
+    "icc_invalid": "has a colour profile that is damaged or for other pixels, which is ignored",
+    "hdr": "brighter than a screen (PQ or HLG); its lights are dimmed, and viewers differ in how",
+    "colour_unknown": "names its colours by a code that is not known; taken as sRGB",
+    "orientation_ignored": "a note says how to turn it, in a place that browsers do not read; left as it is stored",
     "duplicate": "the same picture as another image of the label",
     "label_conflict": "the same picture lies under another label",
     "near_duplicate": "looks the same as another image; they stay on one side of the split",
     "caption_file": "the text beside the image was not used as it is",
     "caption_too_long": "more words than the text encoder reads; the end is cut off",
+    "changed": "changed or vanished while the images were being prepared",
     "left_out": "left out by hand, in overrides.json",
     "no_label": "lies outside a label folder",
     "regularisation": "a regularisation picture of another program's folder, which is not learnt",
@@ -95,9 +101,22 @@ def read_regular(
     except (OSError, ValueError) as e:  # ValueError: a name with a zero byte
         raise LoraMvpError("unreadable", getattr(e, "strerror", None) or str(e)) from e
 
+# %% ../../nbs/1_data/01_images.ipynb #faf95882
+def no_reader(
+    data: bytes,  # a whole file that no reader knows
+) -> LoraMvpError:  # `unread_format`, `unsupported_mode` or `unreadable`; to be raised by the caller
+    "What is to be said about it."
+    if kind := unread_kind(data):
+        return not_read(kind)
+    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        text = "a TIFF with pixels of a kind that is not read; save it with 8 or 16 whole bits per channel"
+        return LoraMvpError("unsupported_mode", text)
+    return LoraMvpError("unreadable", f"damaged, or not in one of the formats {', '.join(readable_formats())}")
+
 # %% ../../nbs/1_data/01_images.ipynb #2184e042
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")  # no format that starts other programs (EPS)
+RAW_KIND = next(kind for kind in KINDS if kind.name == "camera raw")
 MAX_PIXELS = 64_000_000  # 192 MB as RGB; a picture of 400 bytes can claim more
+SEVERAL = {"MPO", "HEIF"}  # formats that hold further views of one photo; the first is the photo
 
 
 def open_header(
@@ -105,10 +124,12 @@ def open_header(
     max_pixels: int = MAX_PIXELS,  # refuse larger pictures before decoding
 ) -> Image.Image:  # not decoded yet
     "The picture's header, checked; raises `LoraMvpError` with one of the codes of `REASONS`."
+    if is_camera_raw(data):
+        raise not_read(RAW_KIND)
     try:
-        im = Image.open(io.BytesIO(data), formats=FORMATS)
+        im = Image.open(io.BytesIO(data), formats=readable_formats())
     except UnidentifiedImageError as e:
-        raise LoraMvpError("unreadable", f"not in one of the formats {', '.join(FORMATS)}") from e
+        raise no_reader(data) from e
     except Image.DecompressionBombError as e:
         claimed = int(re.search(r"\d+", str(e)).group())
         text = f"{claimed:,} pixels, at most {max_pixels:,} allowed"
@@ -117,48 +138,58 @@ def open_header(
     if pixels > max_pixels:
         text = f"{width} x {height} = {pixels:,} pixels, at most {max_pixels:,} allowed"
         raise BeyondLimit("too_large", text, pixels, max_pixels)
-    if im.format != "MPO" and getattr(im, "is_animated", False):
+    if im.format not in SEVERAL and getattr(im, "is_animated", False):
         raise BeyondLimit("animated", f"{im.n_frames} frames, 1 allowed", im.n_frames, 1)
     return im
 
-# %% ../../nbs/1_data/01_images.ipynb #60f1f9cb
+# %% ../../nbs/1_data/01_images.ipynb #fe6fb6e7
+def deep_grey(
+    im: Image.Image,  # decoded; mode `I;16`, `I;16B` ..., or `I` of a PPM
+) -> Image.Image:  # mode `I;16`, 0 is black and 65535 white
+    "Grey of 16 bits that uses all of them, from black to white."
+    tags = getattr(im, "tag_v2", {})
+    bits = tags.get(258, (16,))[0]  # BitsPerSample
+    values = np.asarray(im).astype(np.uint16 if bits == 16 else np.uint32)
+    if bits != 16:
+        values = np.minimum(values * 65535 // (2**bits - 1), 65535).astype(np.uint16)
+    return Image.fromarray(65535 - values if tags.get(262) == 0 else values)  # PhotometricInterpretation: WhiteIsZero
+
+# %% ../../nbs/1_data/01_images.ipynb #c98a91b3
 PLAIN_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}  # 8 bits or fewer per channel
 
 
+def parted(
+    im: Image.Image,  # decoded, any mode
+) -> tuple[Image.Image, Image.Image | None]:  # opaque: L, I;16, RGB or CMYK; how opaque it was: L
+    "Colours and transparency apart; raises `LoraMvpError` with the code `unsupported_mode`."
+    if im.mode.startswith("I;16") or (im.mode == "I" and im.format in ("PNG", "PPM")):
+        hole = im.info.get("transparency")  # the one value that is transparent
+        alpha = None if hole is None else Image.fromarray(np.where(np.asarray(im) == hole, 0, 255).astype(np.uint8))
+        return deep_grey(im), alpha
+    if im.mode not in PLAIN_MODES:
+        raise LoraMvpError("unsupported_mode", f"pixels of mode {im.mode!r}")
+    alpha = im.convert("RGBA").getchannel("A") if im.has_transparency_data else None
+    if im.mode in ("RGB", "L", "CMYK"):
+        return im, alpha
+    if im.mode in ("1", "LA"):
+        return im.convert("L"), alpha
+    return (im if alpha is None else im.convert("RGBA")).convert("RGB"), alpha
+
+# %% ../../nbs/1_data/01_images.ipynb #60f1f9cb
 def to_rgb(
     im: Image.Image,  # decoded, any mode
     background: str = "#ffffff",  # what is seen through transparent pixels
-) -> tuple[Image.Image, list[str]]:  # RGB, what had to be done: `16bit`, `had_alpha`, `cmyk`
-    "RGB pixels of 8 bits on a background; raises `LoraMvpError` with the code `unsupported_mode`."
-    if im.mode.startswith("I;16") or (im.mode == "I" and im.format in ("PNG", "PPM")):
-        grey = np.clip(np.round(np.asarray(im).astype(np.float64) / 257), 0, 255)
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB"), ["16bit"]
-    if im.mode not in PLAIN_MODES:
-        raise LoraMvpError("unsupported_mode", f"pixels of mode {im.mode!r}")
-    if im.has_transparency_data:
-        rgba = im.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB"), ["had_alpha"]
-    return im if im.mode == "RGB" else im.convert("RGB"), ["cmyk"] if im.mode == "CMYK" else []
-
-# %% ../../nbs/1_data/01_images.ipynb #5c246d70
-def in_srgb(
-    im: Image.Image,  # decoded, with its metadata
-) -> tuple[Image.Image, list[str]]:  # notes: `cmyk`, `icc_converted`, `icc_invalid` or none
-    "The picture with the colours of its ICC profile as sRGB; without a profile it is sRGB already."
-    icc = im.info.get("icc_profile")
-    if icc and (im.mode in ("P", "PA") or (im.mode == "RGB" and im.has_transparency_data)):
-        im = im.convert("RGBA" if im.has_transparency_data else "RGB")
-    if not icc or im.mode not in ("RGB", "RGBA", "CMYK", "L"):
-        return im, []
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        if "srgb" in ImageCms.getProfileDescription(profile).lower():
-            return im, []
-        mode = "RGBA" if im.mode == "RGBA" else "RGB"
-        notes = ["cmyk", "icc_converted"] if im.mode == "CMYK" else ["icc_converted"]
-        return ImageCms.profileToProfile(im, profile, ImageCms.createProfile("sRGB"), outputMode=mode), notes
-    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
-        return im, ["icc_invalid"]
+    profiles: list[bytes] = (),  # ICC, from `profiles_of`; none: sRGB
+) -> tuple[Image.Image, list[str]]:  # RGB, what had to be done: `16bit`, `had_alpha`, `cmyk`, notes of `in_srgb`
+    "sRGB pixels of 8 bits on a background; raises `LoraMvpError` with the code `unsupported_mode`."
+    opaque, alpha = parted(im)
+    coloured, notes = in_srgb(opaque, *profiles)
+    rgb = eight_bits(coloured)
+    rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
+    done = {"16bit": opaque.mode == "I;16", "had_alpha": alpha is not None, "cmyk": opaque.mode == "CMYK"}
+    if alpha is not None:
+        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, background), alpha)
+    return rgb, [note for note, applies in done.items() if applies] + notes
 
 # %% ../../nbs/1_data/01_images.ipynb #ef95cf14
 TURNS = {  # EXIF orientation -> what makes it upright
@@ -170,16 +201,37 @@ TURNS = {  # EXIF orientation -> what makes it upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+ORIENTATION, SHORT = 0x0112, 3  # an EXIF tag, and the type it has
 
 
+def orientation_of(
+    im: Image.Image,  # as `open_header` gives it
+    data: bytes,  # the file
+) -> int:  # 1 to 8 as EXIF counts; 1: upright
+    "Which way up a viewer shows a picture."
+    exif = im.info.get("exif") if im.format in ("JPEG", "MPO", "AVIF") else None
+    if im.format == "PNG":
+        exif = png_chunks(data).get(b"eXIf")
+    elif im.format == "TIFF":
+        exif = data
+    kind, value = tiff_tags((exif or b"").removeprefix(b"Exif\0\0" if im.format != "PNG" else b"")).get(
+        ORIENTATION, (0, 1)
+    )
+    return value if kind == SHORT and value in TURNS else 1
+
+# %% ../../nbs/1_data/01_images.ipynb #f4d77ed3
 def upright(
-    im: Image.Image,  # decoded, with its metadata
-) -> Image.Transpose | None:  # None when it is upright already
-    "The turn that the EXIF orientation asks for."
+    im: Image.Image,  # upright already where Pillow turns it: TIFF
+    orientation: int,  # of `orientation_of`
+) -> tuple[Image.Image, list[str]]:  # notes: `rotated`, `orientation_ignored` or none
+    "The picture as a viewer shows it."
+    if orientation != 1:
+        return im if im.format == "TIFF" else im.transpose(TURNS[orientation]), ["rotated"]
     try:
-        return TURNS.get(im.getexif().get(0x0112))  # tag 0x0112: orientation
+        elsewhere = im.getexif().get(ORIENTATION)  # Pillow looks everywhere
     except Exception:  # metadata of any kind of damage
-        return None
+        elsewhere = None
+    return im, ["orientation_ignored"] if elsewhere in TURNS else []
 
 # %% ../../nbs/1_data/01_images.ipynb #b65b588a
 def decode(
@@ -187,21 +239,24 @@ def decode(
     max_pixels: int = MAX_PIXELS,  # refuse larger pictures before decoding
     background: str = "#ffffff",  # what is seen through transparent pixels
 ) -> tuple[Image.Image, list[str]]:  # upright RGB, notes such as `rotated` or `had_alpha`
-    "Upright RGB pixels of a picture file; raises `LoraMvpError` with one of the codes of `REASONS`."
+    "Upright sRGB pixels of a picture file; raises `LoraMvpError` with one of the codes of `REASONS`."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata is no reason to disturb a run
         try:
             im = open_header(data, max_pixels)
+            orientation = orientation_of(im, data)
+            if im.format == "TIFF":
+                im.info.pop("xmp", None)  # Pillow would obey it
             im.load()
-            turn = upright(im)
-            srgb, colour = in_srgb(im)
-            rgb, notes = to_rgb(srgb, background)
+            im, turned = upright(im, orientation)
+            is_grey = im.mode in ("1", "L", "LA") or im.mode.startswith("I")
+            profiles, colour = profiles_of(data, im.info.get("icc_profile"), is_grey)
+            rgb, notes = to_rgb(im, background, profiles)
         except (LoraMvpError, MemoryError):
             raise
         except Exception as e:  # decoders raise OSError, ValueError, SyntaxError, struct.error ...
             raise LoraMvpError("unreadable", str(e) or type(e).__name__) from e
-    notes = notes + colour
-    return (rgb, notes) if turn is None else (rgb.transpose(turn), ["rotated", *notes])
+    return rgb, turned + notes + colour
 
 # %% ../../nbs/1_data/01_images.ipynb #0eafb9d5
 def open_rgb(
@@ -212,11 +267,3 @@ def open_rgb(
         return decode(read_regular(path))[0]
     except LoraMvpError as e:
         raise LoraMvpError(e.code, f"{path} cannot be used as an image: {e}") from e
-
-# %% ../../nbs/1_data/01_images.ipynb #3865dd38
-def claimed_format(
-    path: str | os.PathLike,  # only its ending is looked at
-) -> str | None:  # `PNG`, `JPEG` ...; None when the ending is not one of a picture
-    "The format a file name claims."
-    name = Image.registered_extensions().get(Path(os.fsdecode(path)).suffix.lower())
-    return name if name in FORMATS else {"MPO": "JPEG"}.get(name)

@@ -13,12 +13,13 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, NamedTuple
 
 from .captions import captions_in, sidecar_names
 from .encodings import decode_text
-from .images import claimed_format, read_regular
+from .images import read_regular
+from .kinds import claimed_format
 from .rows import FILE_KEYS, SPLIT_NAMES
 from ..errors import LoraMvpError
 from ..words import as_words, count, printable
@@ -58,6 +59,15 @@ def place_said(
         return Told(printable(numbered[-1][2]), part, int(numbered[-1][1]))
     return Told(printable((*folders, name)[0]), part)
 
+# %% ../../nbs/1_data/12a_layouts.ipynb #1636f829
+def split_said(
+    said: dict[Path, Told | None],
+) -> dict[Path, Told | None]:
+    "The same, without a split that leaves nothing to validate with."
+    if any(about and about.split == "val" for about in said.values()):
+        return said
+    return {path: about and about._replace(split=None) for path, about in said.items()}
+
 # %% ../../nbs/1_data/12a_layouts.ipynb #40a2129b
 def is_split(
     folders: set[str],  # the visible folders in the raw one
@@ -68,24 +78,42 @@ def is_split(
 
 # %% ../../nbs/1_data/12a_layouts.ipynb #a8032ad6
 MASK = re.compile(r"(.+)(?:[-_]mask(?:label)?)", re.IGNORECASE)
+MASKS = {"mask", "masks"}  # names of folders
 
 
+def masked_places(
+    place: PurePath,  # of a file that is named like a picture, relative to the raw folder
+) -> list[PurePath]:  # without ending
+    "Where the picture may lie whose mask this is."
+    found, stem = MASK.fullmatch(place.stem), place.stem
+    stems = [found[1], stem] if found else [stem]
+    folders = [place.parent] if found else []
+    for k, part in enumerate(place.parts[:-1]):
+        if part.lower() in MASKS:
+            folders.append(PurePath(*place.parts[:k], *place.parts[k + 1 : -1]))
+    return [folder / name for folder in folders for name in stems if folder / name != place.with_suffix("")]
+
+# %% ../../nbs/1_data/12a_layouts.ipynb #5d4e9213
 def find_masks(
-    pictures: list[Path],  # all files that are named like pictures
+    raw: Path,
+    pictures: list[Path],  # all files below it that are named like pictures
 ) -> tuple[dict[Path, Path], list[Path]]:  # picture to mask; masks whose picture is not there
-    "The masks among the pictures."
-    stems = {(path.parent, path.stem): path for path in pictures}
-    masks, alone = {}, []
-    for path in pictures:
-        named, inside = MASK.fullmatch(path.stem), path.parent.name.lower() in ("mask", "masks")
-        keys = [(path.parent, named[1])] if named else []
-        if inside:
-            keys += [(path.parent.parent, stem) for stem in ([path.stem] + ([named[1]] if named else []))]
-        of = next((stems[key] for key in keys if key in stems and stems[key] not in masks), None)
+    "The masks among the pictures. A folder `masks` that fits no picture is a label."
+    places = {path: PurePath(path.relative_to(raw)) for path in pictures}
+    stems = {place.with_suffix(""): path for path, place in places.items()}
+    masks = {}
+    for path, place in places.items():
+        of = next((stems[p] for p in masked_places(place) if p in stems and stems[p] not in masks), None)
         if of:
             masks[of] = path
-        elif inside or path.stem.lower().endswith("-masklabel"):
-            alone.append(path)
+    used, folders = set(masks.values()), {mask.parent for mask in masks.values()}
+    apart = [path for path in pictures if path not in used and path not in masks]
+    alone = [
+        p
+        for p in apart
+        if p.stem.lower().endswith("-masklabel")
+        or (p.parent in folders and MASKS & set(map(str.lower, places[p].parts[:-1])))
+    ]
     return masks, alone
 
 # %% ../../nbs/1_data/12a_layouts.ipynb #b8ca7b78
@@ -277,8 +305,8 @@ def place_notes(
         if numbered
         else []
     )
-    if split:
-        parts = Counter(about.split for about in said.values())
+    parts = Counter(about.split for about in said.values())
+    if split and parts["val"]:
         counts = f"{parts['train']} to train on, {parts['val']} to validate with"
         notes.append(f"split by folders: {counts}; data.train_ratio is not used")
     bare = [path for path in said if not path.relative_to(raw).parts[int(split) : -1]]
@@ -369,7 +397,7 @@ def read_layout(
     "What the names and the lists of a folder say about each picture; opens no picture."
     pictures = [path for path in files if claimed_format(path)]
     others = [path for path in files if not claimed_format(path)]
-    masks, alone = find_masks(pictures)
+    masks, alone = find_masks(raw, pictures)
     apart = {*masks.values(), *alone}
     pictures = [path for path in pictures if path not in apart]
     places = {path: path.relative_to(raw).parts[:-1] for path in pictures}
@@ -377,7 +405,7 @@ def read_layout(
     said = {path: place_said(parts, split, raw.resolve().name) for path, parts in places.items()}
     sidecars = {path.with_name(name) for path in pictures for name in sidecar_names(path.name)}
     said, lists, notes = read_lists(raw, [path for path in others if path not in sidecars], said)
-    said, subset_files, more = read_subset_files(others, said)
+    said, subset_files, more = read_subset_files(others, split_said(said))
     kept = {path: about._replace(mask=masks.get(path)) for path, about in said.items() if about is not None}
     regularisation = [path for path in pictures if path not in kept]
     notes = place_notes(raw, kept, split) + notes + more + apart_notes(raw, regularisation, masks, alone)

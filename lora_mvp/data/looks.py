@@ -7,16 +7,18 @@ __all__ = []
 
 # %% ../../nbs/1_data/02_looks.ipynb #78978c0e
 import hashlib
+import math
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
 from pydantic import BaseModel
 
-from ..config import DataConfig
-from .images import MAX_PIXELS, REASONS, BeyondLimit, claimed_format, decode, open_header, read_regular
+from ..config import DataConfig, TrainingConfig
+from .images import MAX_PIXELS, REASONS, BeyondLimit, decode, open_header, read_regular
+from .kinds import claimed_format, claimed_kind, not_read
 from ..errors import LoraMvpError
 from ..words import printable
 
@@ -27,6 +29,29 @@ def sharpness(
     "Variance of the Laplacian of the grey picture, at its own size."
     edges = cv2.Laplacian(np.asarray(im.convert("L")), cv2.CV_16S)
     return float(cv2.meanStdDev(edges)[1][0, 0] ** 2)
+
+# %% ../../nbs/1_data/02_looks.ipynb #7267355b
+def trained_size(
+    size: tuple[int, int],  # width and height of the picture, pixels
+    side: int,  # of the square that training sees, pixels
+    by_area: bool = False,  # whether its shape is kept, at the area of that square
+) -> tuple[int, int]:  # never larger than it is
+    "The size to which the whole picture is scaled on its way to training."
+    width, height = size
+    factor = side / (math.sqrt(width * height) if by_area else min(width, height))
+    return size if factor >= 1 else (max(1, round(width * factor)), max(1, round(height * factor)))
+
+# %% ../../nbs/1_data/02_looks.ipynb #4c85bcc8
+def trained_sharpness(
+    im: Image.Image,  # RGB or grey
+    side: int,  # of the square that training sees, pixels
+    by_area: bool = False,  # whether its shape is kept
+) -> float:
+    "`sharpness` at the size that training sees."
+    size = trained_size(im.size, side, by_area)
+    if size == im.size:
+        return sharpness(im)
+    return sharpness(Image.fromarray(cv2.resize(np.asarray(im.convert("L")), size, interpolation=cv2.INTER_AREA)))
 
 # %% ../../nbs/1_data/02_looks.ipynb #d0e10002
 def plain_share(
@@ -69,18 +94,20 @@ class Facts(BaseModel):
     height: int
     pixel_sha256: str  # `pixel_hash`
     phashes: list[str]  # `perceptual_hashes`
-    sharpness: float  # variance of the Laplacian
+    sharpness: float  # `trained_sharpness`
     brightness: float  # mean of the grey levels, 0 to 255
     contrast: float  # their standard deviation
 
 # %% ../../nbs/1_data/02_looks.ipynb #623285ac
 def facts_of(
     im: Image.Image,  # RGB, upright
+    side: int = 512,  # of the square that training sees, pixels
+    by_area: bool = False,  # whether its shape is kept
 ) -> Facts:
     "Measure a picture."
     grey = im.convert("L")
     mean, deviation = (float(value[0, 0]) for value in cv2.meanStdDev(np.asarray(grey)))
-    numbers = {"sharpness": sharpness(grey), "brightness": mean, "contrast": deviation}
+    numbers = {"sharpness": trained_sharpness(grey, side, by_area), "brightness": mean, "contrast": deviation}
     hashes = {"pixel_sha256": pixel_hash(im), "phashes": perceptual_hashes(grey)}
     return Facts(width=im.width, height=im.height, **hashes, **{k: round(v, 4) for k, v in numbers.items()})
 
@@ -98,8 +125,24 @@ class Look(BaseModel):
     notes: list[str] = []  # keys of `REASONS`: what had to be done to it
     facts: Facts | None = None  # None when it could not be decoded
 
+# %% ../../nbs/1_data/02_looks.ipynb #aa3177f7
+def decode_claimed(
+    data: bytes,  # a whole file
+    path: str | os.PathLike,  # of the file; its ending counts where the content does not say what it is
+    max_pixels: int,
+    background: str,
+) -> tuple[Image.Image, list[str]]:  # as `decode`
+    "`decode`, but a file that is in a format that is not read by its ending alone is named so."
+    kind = claimed_kind(data, path)
+    if kind and kind.starts:  # a camera's file, of which only the preview could be read
+        raise not_read(kind)
+    try:
+        return decode(data, max_pixels, background)
+    except LoraMvpError as e:
+        raise (not_read(kind) if kind and e.code == "unreadable" else e) from e
+
 # %% ../../nbs/1_data/02_looks.ipynb #15e486a2
-LOOK_VERSION = 2  # another number wherever the same file gives another `Look`
+LOOK_VERSION = 3  # another number wherever the same file gives another `Look`
 
 
 def look(
@@ -107,15 +150,17 @@ def look(
     *,
     max_pixels: int = MAX_PIXELS,  # data.max_pixels
     background: str = "#ffffff",  # data.background
+    side: int = 512,  # of the square that training sees, pixels
+    by_area: bool = False,  # whether a picture's shape is kept
 ) -> Look:
     "Read and decode one file; never raises."
     found = Look()
     try:
         data = read_regular(path)
         found.sha256, found.bytes = hashlib.sha256(data).hexdigest(), len(data)
-        im, found.notes = decode(data, max_pixels, background)
+        im, found.notes = decode_claimed(data, path, max_pixels, background)
         found.format = open_header(data, max_pixels).format.replace("MPO", "JPEG")
-        found.facts = facts_of(im)
+        found.facts = facts_of(im, side, by_area)
     except MemoryError:  # another time there may be more
         found.code, found.notes, found.detail = "decoder_crash", [], "not enough memory"
     except Exception as e:
@@ -200,7 +245,7 @@ def beyond_limits(
     rows = [
         (side < least, "too_small", side, least, f"{size}: shorter side {side}, at least {least} needed"),
         (far > most, "too_oblong", far, most, f"{size}: {times:.2f} {oblong} {most:g}"),
-        (facts.sharpness < sharp, "blurry", facts.sharpness, sharp, "sharpness {:.1f}, at least {:g} needed"),
+        (facts.sharpness < sharp, "blurry", facts.sharpness, sharp, "sharpness {:.1f} as training sees it, below {:g}"),
         (grey < DARK, "too_dark", grey, DARK, "mean grey level {:.1f} of 255, below {:g}"),
         (grey > BRIGHT, "too_bright", grey, BRIGHT, "mean grey level {:.1f} of 255, above {:g}"),
         (spread < FLAT, "low_contrast", spread, FLAT, "standard deviation of grey {:.1f}, below {:g}"),
@@ -229,6 +274,17 @@ def judge_look(
         return record
     return record.with_reason("extension_mismatch", data.checks["extension_mismatch"], f"the content is {found.format}")
 
+# %% ../../nbs/1_data/02_looks.ipynb #73380e79
+def look_options(
+    data: DataConfig,
+    training: TrainingConfig | None = None,  # decides how large pictures are that are stored as they are
+) -> dict[str, Any]:  # keyword arguments of `look`
+    "What a look at a file depends on."
+    side, by_area = data.image_size, data.aspect_buckets
+    if training and data.materialise != "process":
+        side, by_area = training.resolution, training.aspect_buckets
+    return {"max_pixels": data.max_pixels, "background": data.background, "side": side, "by_area": by_area}
+
 # %% ../../nbs/1_data/02_looks.ipynb #a092e851
 def inspect_image(
     path: str | os.PathLike,  # any path at all
@@ -237,4 +293,4 @@ def inspect_image(
 ) -> ImageRecord:
     "Look at one file and judge it; never raises, a problem becomes a reason."
     data = data or DataConfig()
-    return judge_look(look(path, max_pixels=data.max_pixels, background=data.background), path, label, data)
+    return judge_look(look(path, **look_options(data)), path, label, data)

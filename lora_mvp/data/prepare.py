@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from .captions import render_caption
 from .images import decode, read_regular
 from .looks import ImageRecord
 from .manifest import Manifest, ManifestImage, parse_manifest
-from .raw import check_raw
+from .raw import check_raw, scan
 from lora_mvp.data.storage import (
     announce_files,
     crop_to,
@@ -39,7 +39,7 @@ from lora_mvp.data.storage import (
     unique_name,
 )
 from ..errors import LoraMvpError
-from ..files import make_folder, not_writable, png_bytes
+from ..files import file_sha256, make_folder, not_writable, png_bytes
 from ..words import printable
 
 # %% ../../nbs/1_data/16_prepare.ipynb #ff6af755
@@ -136,11 +136,29 @@ def refuse_empty(
     why = ", ".join(f"{n} {reason}" for reason, n in counts.most_common()) or "the label folders are empty"
     example = next((f"; for example {r.path}: {r.detail}" for r in records if r.label), "")
     hints = {"too_small": "lower data.min_resolution", "blurry": "lower data.blur_threshold (0 switches it off)"}
+    hints["unread_format"] = "save the pictures as it says there"
     advice = " or ".join(hints[r] for r in hints if r in counts) or "add pictures"
     text = f"no image in {raw} was accepted: {why}{example}. What to do: {advice}"
     refusal = NothingAccepted("nothing_accepted", text)
     refusal.manifest = manifest
     raise refusal
+
+# %% ../../nbs/1_data/16_prepare.ipynb #9ba7315e
+def refuse_no_folder(
+    data: DataConfig,
+) -> None:
+    "As `check_raw`; where the folder is there and holds nothing to take, the refusal says of every file why."
+    raw = Path(data.raw_data_dir)
+    try:
+        check_raw(raw)
+    except LoraMvpError as e:
+        if e.code != "raw_empty":
+            raise
+        refusal = NothingAccepted(e.code, e.message)
+        found, layout = scan(raw)
+        others = [record for _, record in found if record.status != "accepted"]
+        refusal.manifest = manifest_of(data, Assessment([], others, {}, None, layout.notes), [])
+        raise refusal from e
 
 # %% ../../nbs/1_data/16_prepare.ipynb #30dd3cf1
 def check_data(
@@ -149,7 +167,7 @@ def check_data(
     "Look at the raw folder and say what `prepare_data` would take; writes nothing. Raises like it."
     data, raw = config.data, Path(config.data.raw_data_dir)
     render_caption(data.caption_template, "label", "stem", data.trigger)
-    check_raw(raw)
+    refuse_no_folder(data)
     found = assess(config, earlier_manifest(Path(data.processed_dir)), None, known_captions)
     manifest = manifest_of(data, found, [row_of(taken) for taken in found.taken])
     refuse_empty(raw, manifest)
@@ -208,9 +226,17 @@ def still_there(
     if row is None or not same_settings or any(getattr(row, key) != value for key, value in wanted.items()):
         return False
     path = out / row.file
-    if row.stored == "linked":
-        return path.is_file() and os.path.samefile(source, path)
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == row.sha256
+    if row.stored == "linked" and not (source.exists() and path.exists() and os.path.samefile(source, path)):
+        return False
+    return path.is_file() and file_sha256(path) == row.sha256
+
+# %% ../../nbs/1_data/16_prepare.ipynb #2524a4e2
+def same_pixels(
+    old: ManifestImage | None,  # of an earlier run
+    new: ManifestImage,
+) -> bool:
+    "Whether the raw picture looked the same then; another version of this package may read its colours in another way."
+    return bool(old and old.facts and new.facts) and old.facts.pixel_sha256 == new.facts.pixel_sha256
 
 # %% ../../nbs/1_data/16_prepare.ipynb #299fe175
 def files_of(
@@ -227,9 +253,12 @@ def store_mask(
     max_pixels: int,  # data.max_pixels
     ours: bool,  # whether an earlier run of ours wrote that path
 ) -> str:  # SHA-256 of what was written
-    "Store the mask of an image."
+    "Store the mask of an image; raises `LoraMvpError` (`changed`)."
     facts = target.row.facts
-    im = decode(read_regular(target.mask), max_pixels)[0].resize((facts.width, facts.height))
+    try:
+        im = decode(read_regular(target.mask), max_pixels)[0].resize((facts.width, facts.height))
+    except LoraMvpError as e:
+        raise LoraMvpError("changed", f"its mask could be read, and cannot now: {e}") from e
     data = png_bytes(crop_to(im, made["width"], made["height"]).convert("L"))
     place_bytes(data, out / target.row.mask, ours)
     return hashlib.sha256(data).hexdigest()
@@ -239,7 +268,7 @@ def store_pictures(
     targets: list[Target],  # by path
     data: DataConfig,
     before: Manifest | None,  # of an earlier run
-) -> list[ManifestImage]:  # the rows of the targets, and what was stored
+) -> list[ManifestImage | LoraMvpError]:  # per target: its row and what was stored; `changed`: it is not what it was
     "Store every accepted image that is not there already."
     out, earlier = Path(data.processed_dir), {row.file: row for row in before.images} if before else {}
     kept = files_of(before)
@@ -252,17 +281,35 @@ def store_pictures(
     same_settings = before is not None and all(before.config.get(k) == getattr(data, k) for k in decide)
     rows = []
     for target in tqdm(targets, "write", unit="image", leave=False, disable=None):
-        file, old = target.row.file, earlier.get(target.row.file)
-        made_from = {"file": file, "source_sha256": target.row.source_sha256}
-        if still_there(target.source, out, old, made_from, same_settings):
-            made = {key: getattr(old, key) for key in ("stored", "width", "height", "sha256")}
-        else:
-            how = (target.mode, target.size, data.background, data.max_pixels)
-            made = store(target.source, out, file, *how, ours=file in ours)
-        if target.mask:
-            made["mask_sha256"] = store_mask(target, out, made, data.max_pixels, ours=target.row.mask in ours)
-        rows.append(target.row.model_copy(update=made))
+        file, old, sha256 = target.row.file, earlier.get(target.row.file), target.row.source_sha256
+        made_from, same = {"file": file, "source_sha256": sha256}, same_settings and same_pixels(old, target.row)
+        try:
+            if still_there(target.source, out, old, made_from, same):
+                made = {key: getattr(old, key) for key in ("stored", "width", "height", "sha256")}
+            else:
+                how = (target.mode, target.size, data.background, data.max_pixels)
+                made = store(target.source, out, file, *how, ours=file in ours, sha256=sha256)
+            if target.mask:
+                made["mask_sha256"] = store_mask(target, out, made, data.max_pixels, ours=target.row.mask in ours)
+            rows.append(target.row.model_copy(update=made))
+        except LoraMvpError as e:
+            if e.code != "changed":
+                raise
+            rows.append(e)
     return rows
+
+# %% ../../nbs/1_data/16_prepare.ipynb #901a3abf
+def without_changed(
+    found: Assessment,
+    stored: list[ManifestImage | LoraMvpError],  # of `store_pictures`, in the order of `found.taken`
+    before: Manifest | None,  # of an earlier run
+) -> Assessment:
+    "The same, but what changed before it could be stored is refused, and nothing remembers it as dealt out."
+    pairs = zip(found.taken, stored, strict=True)
+    lost = [t.record.with_reason(e.code, "reject", str(e)) for t, e in pairs if isinstance(e, LoraMvpError)]
+    kept = before.history if before else {}
+    history = {k: v for k, v in found.history.items() if k in kept or k not in {r.sha256 for r in lost}}
+    return replace(found, others=sorted([*found.others, *lost], key=lambda r: r.path), history=history)
 
 # %% ../../nbs/1_data/16_prepare.ipynb #fcefeff2
 def write_all(
@@ -272,8 +319,10 @@ def write_all(
 ) -> Manifest:
     "Store the pictures, then the manifest, then remove what an earlier run wrote and nobody needs."
     out = Path(data.processed_dir)
-    rows = store_pictures(plan_files(found.taken, data), data, before)
-    manifest = manifest_of(data, found, rows)
+    stored = store_pictures(plan_files(found.taken, data), data, before)
+    rows = [row for row in stored if isinstance(row, ManifestImage)]
+    manifest = manifest_of(data, without_changed(found, stored, before), rows)
+    refuse_empty(Path(data.raw_data_dir), manifest)
     ours = files_of(before) | pending_files(out)
     place_bytes(manifest.to_json().encode(), out / "manifest.json", ours=True)
     remove_stale(out, ours - files_of(manifest))
@@ -291,7 +340,7 @@ def prepare_data(
         config = config.model_copy(update={"data": config.data.model_copy(update={"materialise": "link"})})
     data, raw, out = config.data, Path(config.data.raw_data_dir), Path(config.data.processed_dir)
     render_caption(data.caption_template, "label", "stem", data.trigger)
-    check_raw(raw)
+    refuse_no_folder(data)
     check_folders(raw, out)
     with locked(out):
         before = earlier_manifest(out)

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from .captions import SIDECARS, sidecar_names
-from .images import claimed_format
+from .kinds import claimed_format
 from .layouts import Layout, read_layout
 from .looks import ImageRecord
 from ..errors import LoraMvpError
@@ -85,6 +85,18 @@ def label_of(
         return printable(parts[0]), reason
     return "", reason or "not_an_image"
 
+# %% ../../nbs/1_data/13_raw.ipynb #43b385d5
+def empty_labels(
+    raw: Path,  # the raw folder
+    files: list[Path],  # below it, without hidden ones
+) -> list[str]:  # a note, or none
+    "A note on label folders in which nothing lies, so that nothing else would name them."
+    filled = {path.relative_to(raw).parts[0] for path in files}
+    folders = [p.name for p in raw.iterdir() if p.is_dir() and not p.is_symlink() and not is_hidden(p.name)]
+    empty = sorted(printable(name) for name in folders if name not in filled)
+    more = f" and {len(empty) - 10:,} more" if len(empty) > 10 else ""
+    return [f"label folders without a file: {', '.join(empty[:10])}{more}"] if empty else []
+
 # %% ../../nbs/1_data/13_raw.ipynb #2187255e
 def scan(
     raw: Path,  # the raw folder
@@ -100,4 +112,5 @@ def scan(
             label, other = label_of(path, raw, layout)
             record = ImageRecord(path=printable(path.relative_to(raw)), label=label)
             pairs.append((path, record.with_reason(reason or other, "reject") if reason or other else record))
-    return pairs, layout
+    empty = empty_labels(raw, [path for path, reason in found if reason != "hidden"])
+    return pairs, layout._replace(notes=[*layout.notes, *empty])

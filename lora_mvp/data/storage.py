@@ -24,7 +24,7 @@ from PIL import Image
 from .images import decode, read_regular
 from .looks import Facts
 from ..errors import LoraMvpError
-from ..files import atomic_write, folder_lock, png_bytes
+from ..files import atomic_write, file_sha256, folder_lock, png_bytes
 from ..words import printable
 
 # %% ../../nbs/1_data/11_storage.ipynb #8ef59de2
@@ -97,12 +97,18 @@ def target_size(
     return width, height
 
 # %% ../../nbs/1_data/11_storage.ipynb #22613d65
+DEVICES = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\.|$)", re.IGNORECASE
+)  # of Windows
+
+
 def portable_name(
     text: str,  # a label or the stem of a file
-) -> str:  # at most 150 bytes
+) -> str:  # at most 151 bytes
     "A name that can be a file or a folder on Linux, macOS and Windows."
     name = re.sub(r'[\\/:*?"<>|\x00-\x1f]', "_", unicodedata.normalize("NFC", printable(text)))
-    return name.encode()[:150].decode("utf-8", "ignore").rstrip(" .") or "_"
+    name = name.encode()[:150].decode("utf-8", "ignore").rstrip(" .") or "_"
+    return f"_{name}" if DEVICES.match(name) else name
 
 # %% ../../nbs/1_data/11_storage.ipynb #6a41cf8d
 def unique_name(
@@ -165,6 +171,20 @@ def place_link(
     except OSError:  # another device, a file system without links, too many links
         return False
 
+# %% ../../nbs/1_data/11_storage.ipynb #0b74a98b
+def same_bytes(
+    path: Path,  # a raw file
+    sha256: str,  # of its bytes when they were looked at
+) -> bytes:
+    "A file's content; raises `LoraMvpError` (`changed`) when it is another one or gone."
+    try:
+        data = read_regular(path)
+    except LoraMvpError as e:
+        raise LoraMvpError("changed", f"it was there when it was looked at, and is not now: {e}") from e
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise LoraMvpError("changed", "its content is no longer the one that was looked at")
+    return data
+
 # %% ../../nbs/1_data/11_storage.ipynb #9d76f423
 def store(
     source: Path,  # raw image
@@ -175,9 +195,10 @@ def store(
     background: str,  # data.background
     max_pixels: int,  # data.max_pixels
     ours: bool,  # whether an earlier run of ours wrote that path
+    sha256: str,  # of the raw file's bytes when they were looked at
 ) -> dict[str, Any]:  # stored, width, height, sha256 of what was written
-    "Put one image into the processed folder; the raw file is only read."
-    path, data = out / file, read_regular(source)
+    "Put one image into the processed folder; the raw file is only read. Raises `LoraMvpError` (`changed`)."
+    path, data = out / file, same_bytes(source, sha256)
     im, _ = decode(data, max_pixels, background)
     if mode == "process":
         im, stored = crop_to(im, *size) if size else im, "processed"
@@ -186,6 +207,9 @@ def store(
         stored = "linked" if mode == "link" and place_link(source, path, ours) else "copied"
     if stored != "linked":
         place_bytes(data, path, ours)
+    elif file_sha256(path) != sha256:
+        path.unlink()
+        raise LoraMvpError("changed", "its content changed while it was linked")
     return {"stored": stored, "width": im.width, "height": im.height, "sha256": hashlib.sha256(data).hexdigest()}
 
 # %% ../../nbs/1_data/11_storage.ipynb #9c0beb5d

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
-import PIL
 from pydantic import ValidationError
 from tqdm import tqdm
 
 from . import looks
+from .kinds import readers
 from .workers import Task, ask_workers, name_bytes, reference, stamp_of
 from ..errors import LoraMvpError
 from ..files import atomic_write
@@ -34,7 +34,7 @@ def settings_of(
     options: dict,  # its keyword arguments
 ) -> str:  # 16 hex digits
     "What a look depends on besides the file."
-    known = [reference(look), looks.LOOK_VERSION, PIL.__version__, options]
+    known = [reference(look), looks.LOOK_VERSION, readers(), options]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../../nbs/1_data/07_survey.ipynb #c32d4719

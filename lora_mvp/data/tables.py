@@ -21,14 +21,18 @@ NO_LABEL = "(no label)"
 
 def table_of_labels(
     manifest: Manifest,
+    most: int = 20,  # labels named
 ) -> list[str]:  # lines
-    "Accepted per label and split, refused per label."
+    "Accepted per label and split, refused per label; of many labels the largest."
     counts = Counter((row.label, row.split) for row in manifest.images)
     counts.update((r.label, "rejected") for r in manifest.rejected)
     columns = ("train", "val", "rejected")
-    body = [
-        [label or NO_LABEL, *(counts[label, c] for c in columns)] for label in sorted({label for label, _ in counts})
-    ]
+    rows = {label: [counts[label, c] for c in columns] for label in sorted({label for label, _ in counts})}
+    large = set(sorted(rows, key=lambda label: -sum(rows[label]))[:most])
+    body = [[label or NO_LABEL, *row] for label, row in rows.items() if label in large]
+    rest = [row for label, row in rows.items() if label not in large]
+    if rest:
+        body.append([f"and {len(rest):,} more", *map(sum, zip(*rest, strict=True))])
     total = ["total", *(sum(row[i] for row in body) for i in range(1, len(columns) + 1))]
     table = text_table([["label", *columns], *body, total], "<>>>", gap="", least=len(NO_LABEL))
     return table.splitlines()

@@ -17,13 +17,13 @@ from ..config import AppConfig
 from ..data.captions import with_trigger
 from ..data.manifest import Manifest, read_manifest
 from ..errors import LoraMvpError
-from .copies import RealSet, find_real, read_pictures, real_of_split
+from .copies import RealSet, find_real, read_pictures, real_of_split, trained_on
 from .records import Warned
 from .samples import OWN, Sample, SamplePlan, draw_plan, fill_all, make_plan, own_prompts, read_prompts
 from ..files import asset, file_sha256
 from ..infer import LoadedRun, load_run, render
-from ..models.adapters import WEIGHTS
 from ..models.base import base_hash
+from ..models.contents import adapter_file
 from ..models.drawing import cut_prompts
 from ..train.runs import RunFolder, read_run
 from ..words import as_words
@@ -110,7 +110,7 @@ def real_warnings(
     train: RealSet | None,
 ) -> list[Warned]:
     "What to know about the real pictures."
-    shared = len(set(real.pixels) & set(train.pixels)) if train else 0
+    shared = len(trained_on(real, train)) if train else 0
     lossy = sum(Path(file).suffix.lower() in (".jpg", ".jpeg") for file in real.files)
     refused = f"{len(real.refused)} of the real files are no pictures, the first: {(real.refused or [''])[0]}"
     copies = f"{real.copies} of the real files hold a picture that is there already; each counts once."
@@ -136,6 +136,8 @@ class Column:
     model: str | Path  # a run, an adapter, a pipeline
     scale: float  # strength of its adapter
     data: Data = field(default_factory=Data)
+    base: str | None = None  # instead of the one that the model names
+    partial: bool = False  # layers of its adapter that do not fit are left out
     samples: list[Sample] = field(default_factory=list)
     pictures: list[Image.Image | None] = field(default_factory=list)
 
@@ -159,7 +161,7 @@ def model_facts(
 ) -> dict[str, Any]:
     "The identity of a base with its adapter at a strength."
     acts = run.adapter is not None and scale != 0
-    adapter = file_sha256(Path(run.adapter) / WEIGHTS) if acts else None
+    adapter = file_sha256(adapter_file(run.adapter)) if acts else None
     return base_facts(run) | {"adapter_sha256": adapter, "lora_scale": scale if acts else 0.0}
 
 # %% ../../nbs/5_eval/10_columns.ipynb #f3710e50
@@ -195,7 +197,7 @@ def draw_columns(
     for k, column in enumerate(columns):
         if run is None or column.model != columns[k - 1].model:
             run = None  # let go before the next is loaded
-            run = load_run(column.model)
+            run = load_run(column.model, column.base, partial=column.partial)
         if cut is None and (cut := cut_prompts(run.pipe, own_prompts([row.prompt for row in plan.rows]))):
             text = "the base reads %d tokens of a prompt and no more; %d prompts are cut, the first: %r"
             log.warning(text, min(cut.values()), len(cut), next(iter(cut)))

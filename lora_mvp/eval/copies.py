@@ -16,14 +16,33 @@ from pydantic import BaseModel
 from scipy.stats import t as student
 
 from ..data.images import open_rgb
+from ..data.kinds import claimed_format
 from ..data.looks import perceptual_hashes, pixel_hash
 from ..data.manifest import Manifest
 from ..data.splits import group, hash_signs, near_duplicates
 from ..errors import LoraMvpError
 from .alignment import album_of
 from .metrics import unit_rows
+from ..files import file_sha256
 from ..sheets import Tile, contact_sheet
 from ..stats import wilson
+
+# %% ../../nbs/5_eval/06_copies.ipynb #9360b36a
+class Traces(NamedTuple):
+    "What a manifest knows about its training pictures, so that they are recognised in another form."
+
+    contents: frozenset[str]  # hashes of their files, raw and stored
+    pixels: frozenset[str]  # hashes of the raw pictures
+    looks: tuple[str, ...]  # perceptual hashes of the raw pictures, all orientations
+    held_out: frozenset[str]  # hashes of the other files
+
+
+def traces_of(manifest: Manifest) -> Traces:
+    "The hashes in a manifest."
+    train, val = ({h for r in manifest.rows(s) for h in (r.sha256, r.source_sha256) if h} for s in ("train", "val"))
+    facts = [row.facts for row in manifest.rows("train") if row.facts]
+    looks = tuple(key for found in facts for key in found.phashes)
+    return Traces(frozenset(train), frozenset(found.pixel_sha256 for found in facts), looks, frozenset(val))
 
 # %% ../../nbs/5_eval/06_copies.ipynb #be18fa5c
 class RealSet(NamedTuple):
@@ -33,6 +52,7 @@ class RealSet(NamedTuple):
     images: list[Image.Image]
     refused: list[str]  # files that are no pictures, with the reason
     copies: int = 0  # files that hold a picture which another file holds too
+    traces: Traces | None = None  # of training pictures: what their manifest knows
 
     @property
     def pixels(self) -> list[str]:
@@ -62,8 +82,12 @@ def read_pictures(
 def find_real(
     pattern: str,  # like "data/processed/val/**/*.png"
 ) -> RealSet:
-    "All pictures that a recursive pattern matches; `LoraMvpError` (`no_real_images`) if there are none."
-    names = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+    "All pictures that a recursive pattern matches, or in a folder; `LoraMvpError` (`no_real_images`) if there are none."
+    place = Path(pattern).expanduser()
+    if place.is_dir():
+        names = sorted(str(file) for file in place.rglob("*") if claimed_format(file))
+    else:
+        names = sorted(glob.glob(str(place), recursive=True))
     found = read_pictures([name for name in names if Path(name).is_file()])
     if not found.images:
         other = f" ({len(found.refused)} files match but are no pictures)" if found.refused else ""
@@ -78,7 +102,8 @@ def real_of_split(
 ) -> RealSet:  # empty when the split is
     "The pictures of one split as training sees them, named as the manifest does."
     rows = manifest.rows(split)
-    return read_pictures([str(manifest.path_of(row)) for row in rows], [row.file for row in rows])
+    found = read_pictures([str(manifest.path_of(row)) for row in rows], [row.file for row in rows])
+    return found._replace(traces=traces_of(manifest)) if split == "train" else found
 
 # %% ../../nbs/5_eval/06_copies.ipynb #d1801bf0
 NEAR_BITS = 8  # of 64: what the split of the data takes for the same picture, too
@@ -140,21 +165,47 @@ def calibrate(
     agreements = np.array([match.agreement for match in matches if match.original >= 0])
     return Threshold(limit_of(agreements), len(agreements))
 
+# %% ../../nbs/5_eval/06_copies.ipynb #83acdd02
+def nearest_key(
+    images: list[Image.Image],  # (n)
+    keys: list[str],  # (m) perceptual hashes
+) -> tuple[np.ndarray, np.ndarray]:  # index of the nearest (n,), and bits of 64 (n,); 64 for a flat picture
+    "The perceptual hash that differs least from a picture's."
+    own = [perceptual_hashes(image) for image in images]
+    index, bits = np.zeros(len(images), dtype=int), np.full(len(images), 64, dtype=int)
+    rows = [k for k, hashes in enumerate(own) if hashes]
+    if rows and keys:
+        agree = hash_signs([own[k][0] for k in rows]) @ hash_signs(keys).T
+        index[rows] = agree.argmax(1)
+        bits[rows] = ((64 - agree.max(1)) / 2).round()
+    return index, bits
+
 # %% ../../nbs/5_eval/06_copies.ipynb #4ef45698
 def nearest_hash(
     images: list[Image.Image],  # (n)
     train: list[Image.Image],  # (m)
 ) -> tuple[np.ndarray, np.ndarray]:  # index of the nearest (n,), and bits of 64 (n,); 64 for a flat picture
     "The training picture whose perceptual hash differs least, in any orientation."
-    own = [perceptual_hashes(image) for image in images]
     known = [(i, key) for i, image in enumerate(train) for key in perceptual_hashes(image)]
-    index, bits = np.zeros(len(images), dtype=int), np.full(len(images), 64, dtype=int)
-    rows = [k for k, hashes in enumerate(own) if hashes]
-    if rows and known:
-        agree = hash_signs([own[k][0] for k in rows]) @ hash_signs([key for _, key in known]).T
-        index[rows] = np.array([i for i, _ in known])[agree.argmax(1)]
-        bits[rows] = ((64 - agree.max(1)) / 2).round()
-    return index, bits
+    index, bits = nearest_key(images, [key for _, key in known])
+    return np.array([i for i, _ in known] or [0])[index], bits
+
+# %% ../../nbs/5_eval/06_copies.ipynb #e5f3c7d9
+def trained_on(
+    real: RealSet,
+    train: RealSet,
+) -> list[int]:  # positions among the real pictures
+    "Which real pictures were trained on, in whatever form."
+    traces, pixels = train.traces, set(train.pixels)
+    if traces is None:
+        return [k for k, key in enumerate(real.pixels) if key in pixels]
+    contents = [file_sha256(file) if Path(file).is_file() else "" for file in real.files]
+    same = {k for k, key in enumerate(real.pixels) if key in pixels | traces.pixels}
+    same |= {k for k, key in enumerate(contents) if key in traces.contents}
+    _, stored = nearest_hash(real.images, train.images)
+    _, raw = nearest_key(real.images, list(traces.looks))
+    alike = [k for k, bits in enumerate(np.minimum(stored, raw)) if bits <= NEAR_BITS]
+    return sorted(same | {k for k in alike if contents[k] not in traces.held_out})
 
 # %% ../../nbs/5_eval/06_copies.ipynb #27ae05ce
 class Near(BaseModel):

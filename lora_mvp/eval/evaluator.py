@@ -7,6 +7,7 @@ __all__ = ['Evaluator', 'evaluate', 'compare']
 
 # %% ../../nbs/5_eval/14_evaluator.ipynb #0e43bf0f
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,11 @@ def name_columns(a: str | Path, b: str | Path) -> tuple[str, str]:
 def check_run(
     model_path: str | Path,
     config: AppConfig,
+    base: str | None = None,  # instead of the one that the model names
 ) -> str:  # name of the base
     "The base of a run that can be compared; `LoraMvpError` for a path that is no model, or one with nothing to compare."
     baseline = config.evaluation.baseline_model_path
-    base, adapter = find_run(model_path)
+    base, adapter = find_run(model_path, base)
     if baseline is not None:
         find_run(baseline)
     elif adapter is None:
@@ -126,6 +128,12 @@ def drawing_settings(
     how |= {"steps": e.num_inference_steps, "guidance_scale": e.guidance_scale, "goal": e.goal, "margin": e.margin}
     return how | {"models": {c.name: {"path": str(c.model), "lora_scale": c.scale} for c in columns}}
 
+# %% ../../nbs/5_eval/14_evaluator.ipynb #770321fa
+def evaluation_folder(model: str | Path) -> Path:
+    "Where an evaluation is written when no place is named: in the model's folder, or beside its file."
+    path = Path(model)
+    return path.with_name(f"{path.stem}-evaluation") if path.is_file() else path / "evaluation"
+
 # %% ../../nbs/5_eval/14_evaluator.ipynb #9fdbc482
 log = logging.getLogger("lora_mvp")
 
@@ -138,8 +146,10 @@ class Evaluator:
         config: AppConfig,
         real_glob: str | None = None,  # pattern of real pictures; default: the validation split of the manifest
         manifest: str | Path | None = None,  # default: the one that each run names
+        base: str | None = None,  # of adapters that do not name theirs, or another one
+        partial: bool = False,  # layers of adapters that do not fit are left out
     ):
-        self.config, self.real_glob, self.manifest = config, real_glob, manifest
+        self.config, self.real_glob, self.manifest, self.base, self.partial = config, real_glob, manifest, base, partial
 
     def evaluate(
         self,
@@ -148,9 +158,9 @@ class Evaluator:
         lora_scale: float = 1.0,  # strength of the LoRA; 0 is the base
     ) -> Metrics:
         "Compare a run with its base, or with evaluation.baseline_model_path."
-        base = check_run(model, self.config)
+        base = check_run(model, self.config, self.base)
         columns = own_columns(self.config, model, lora_scale, self.manifest)
-        return self.compare(columns, base, Path(out or Path(model) / "evaluation"))
+        return self.compare(columns, base, Path(out or evaluation_folder(model)))
 
     def ab_test(
         self,
@@ -161,7 +171,7 @@ class Evaluator:
     ) -> Metrics:  # its `judgement` holds the verdict
         "Which of two models is better, if these pictures can tell."
         columns = ab_columns(a, b, lora_scale, self.manifest)
-        base = [find_run(column.model)[0] for column in columns][0]
+        base = [find_run(column.model, self.base)[0] for column in columns][0]
         return self.compare(columns, base, Path(out))
 
     def compare(
@@ -171,6 +181,7 @@ class Evaluator:
         out: Path,
     ) -> Metrics:
         "Draw, score, write; mistakes are found before anything is drawn."
+        columns = [replace(column, base=self.base, partial=self.partial) for column in columns]
         data, e = [column.data for column in columns], self.config.evaluation
         plan = plan_for(self.config, [d.manifest for d in data if d.manifest])
         real = real_for(self.real_glob, data)
@@ -195,9 +206,15 @@ def evaluate(
     out: str | Path | None = None,  # default: `evaluation` in the model's folder
     lora_scale: float = 1.0,  # strength of the LoRA; 0 is the base
     manifest: str | Path | None = None,  # default: the one that the run names
+    base: str | None = None,  # of an adapter that does not name its own, or another one
+    partial: bool = False,  # layers of the adapter that do not fit are left out
 ) -> dict:  # what metrics.json holds
     "Draw with and without the LoRA, score both, and write metrics.json, report.html and the samples."
-    return Evaluator(config, real_glob, manifest).evaluate(model_path, out, lora_scale).model_dump(mode="json")
+    return (
+        Evaluator(config, real_glob, manifest, base, partial)
+        .evaluate(model_path, out, lora_scale)
+        .model_dump(mode="json")
+    )
 
 # %% ../../nbs/5_eval/14_evaluator.ipynb #e92c36df
 def compare(
@@ -208,6 +225,8 @@ def compare(
     real_glob: str | None = None,  # as for `evaluate`
     lora_scale: float = 1.0,  # strength of both adapters
     manifest: str | Path | None = None,
+    base: str | None = None,  # of adapters that do not name theirs, or another one
+    partial: bool = False,  # layers of adapters that do not fit are left out
 ) -> Metrics:  # its `judgement` holds the verdict
     "Which of two models is better, if these pictures can tell; writes the same files as `evaluate`."
-    return Evaluator(config, real_glob, manifest).ab_test(a, b, out, lora_scale)
+    return Evaluator(config, real_glob, manifest, base, partial).ab_test(a, b, out, lora_scale)

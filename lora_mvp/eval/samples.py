@@ -34,11 +34,13 @@ OWN = "prompts"  # the group of a plain list
 
 
 def read_prompts(
-    file: str | Path,  # YAML: group to list of prompts, or one list
+    file: str | Path,  # YAML: group to list of prompts, or one list; .txt: a prompt per line
 ) -> dict[str, list[str]]:  # group to prompts, `{subject}` not yet filled in
     "The prompts of a file; `LoraMvpError` (`prompts_invalid`) that names the mistake."
     try:
-        found = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
+        text = Path(file).read_text(encoding="utf-8-sig")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        found = lines if Path(file).suffix.lower() == ".txt" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         why = getattr(e, "strerror", None) or str(e).splitlines()[0]
         raise LoraMvpError("prompts_invalid", f"the prompt file {file} cannot be read: {why}.") from e
@@ -47,8 +49,14 @@ def read_prompts(
         raise LoraMvpError("prompts_invalid", f"{file} must hold a list of prompts, or groups with a list each.")
     for group, prompts in groups.items():
         texts = prompts if isinstance(prompts, list) else []
-        if not texts or not all(isinstance(p, str) and p.strip() for p in texts):
+        if not texts or not all(isinstance(p, str) for p in texts):
             raise LoraMvpError("prompts_invalid", f"{file}: the group {group} must be a list of texts.")
+        empty = next((k for k, p in enumerate(texts, 1) if not p.strip()), None)
+        if empty:
+            text = (
+                f"{file}: prompt {empty} of the group {group} is empty; say what the picture should show, or remove it."
+            )
+            raise LoraMvpError("prompts_invalid", text)
     return {str(group): prompts for group, prompts in groups.items()}
 
 # %% ../../nbs/5_eval/05_samples.ipynb #5f97d562

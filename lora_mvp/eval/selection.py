@@ -99,7 +99,7 @@ class Drawer:
     def __init__(self, training: TrainingConfig):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float16 if device == "cuda" else torch.float32
-        self.pipe = load_base(training.pretrained_model, device, dtype, training.revision)
+        self.pipe = load_base(training.pretrained_model, device, dtype, training.revision, training.vae)
         self.pipe.scheduler = sampling_scheduler(self.pipe.scheduler, training.zero_terminal_snr)
         self.run = LoadedRun(self.pipe, training.pretrained_model, None)
         self.facts = base_facts(self.run)

@@ -8,11 +8,13 @@ __all__ = ['load_base']
 # %% ../../nbs/2_models/05_base.ipynb #fe88b8fd
 import hashlib
 import logging
+import tempfile
 import threading
 from functools import cache
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from huggingface_hub import HfApi, hf_hub_download
 from safetensors import safe_open
 
@@ -22,7 +24,8 @@ from ..files import asset, no_bars
 from .families import FAMILIES, Pipeline, family_of, networks, text_parts
 from .keys import base_name
 from .layouts import check_file, check_folder, check_index, config_folder
-from .safety import ONLY_SAFE, PICKLES
+from .safety import ONLY_SAFE, PICKLES, check_code
+from .views import renamed, tidy
 
 # %% ../../nbs/2_models/05_base.ipynb #dd06909c
 name_today = cache(resolve_model_name)  # so that a name that has moved is mentioned once, not at every look
@@ -58,16 +61,29 @@ def _complete(where: Path | str, missing: list[str]) -> None:
         )
 
 
+def _come_from(pipe: Pipeline, folder: Path) -> None:
+    "Let a pipeline and its parts name the folder that they come from, instead of a view of it."
+    pipe.register_to_config(_name_or_path=str(folder))
+    for name, part in networks(pipe).items():
+        if hasattr(part, "register_to_config"):
+            part.register_to_config(_name_or_path=str(folder / name))
+        else:
+            part.config._name_or_path = str(folder / name)
+
+# %% ../../nbs/2_models/05_base.ipynb #e084b7ba
 def read_folder(folder: Path) -> Pipeline:
     "A pipeline from a folder in diffusers' layout."
     kind = check_folder(folder)
     options = next(family.options for family in FAMILIES.values() if family.pipeline is kind)
-    with no_bars():
-        pipe = kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **options)
-    for part, module in text_parts(pipe).items():  # transformers fills holes with random numbers and only warns
-        files = (folder / part).glob("*.safetensors")
-        held = {name.removeprefix("text_model.") for file in files for name in safe_open(file, "pt").keys()}
-        _complete(folder / part, sorted({name.removeprefix("text_model.") for name in module.state_dict()} - held))
+    with tidy(folder) as seen:
+        with no_bars():
+            pipe = kind.from_pretrained(str(seen), use_safetensors=True, local_files_only=True, **options)
+        for part, module in text_parts(pipe).items():  # transformers fills holes with random numbers and only warns
+            files = (seen / part).glob("*.safetensors")
+            held = {name.removeprefix("text_model.") for file in files for name in safe_open(file, "pt").keys()}
+            _complete(folder / part, sorted({name.removeprefix("text_model.") for name in module.state_dict()} - held))
+    if seen != folder:
+        _come_from(pipe, folder)
     return pipe
 
 # %% ../../nbs/2_models/05_base.ipynb #ebfdeaa7
@@ -84,8 +100,8 @@ def read_file(file: Path) -> Pipeline:
         )
     how = {"config": str(folder), "local_files_only": True, **family.options}
     try:
-        with no_bars():
-            pipe = family.pipeline.from_single_file(str(file), **how)
+        with no_bars(), renamed(file) as plain:
+            pipe = family.pipeline.from_single_file(str(plain), **how)
     except NotImplementedError as e:  # torch cannot move what was never read
         raise LoraMvpError(
             "base_unreadable", f"{file} could not be loaded: weights of its UNet or autoencoder are missing."
@@ -129,13 +145,29 @@ def read_pipeline(
 # %% ../../nbs/2_models/05_base.ipynb #d4f4768a
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of `training.mixed_precision`
 
+# %% ../../nbs/2_models/05_base.ipynb #0850a55f
+def _check_numbers(source: str, name: str, part: torch.nn.Module, where: str) -> None:
+    "Refuse weights that hold NaN or infinity (`base_not_finite`)."
+    for key, value in part.named_parameters():
+        bad = 0 if value.isfinite().all() else int((~value.isfinite()).sum())
+        if bad:
+            text = f"{source}: {bad} of the {value.numel():,} numbers of {name}.{key} are NaN or infinite{where}."
+            advice = (
+                "They are too large for that type; use mixed_precision: no or bf16."
+                if where
+                else "Every picture would be black; get the base model again."
+            )
+            raise LoraMvpError("base_not_finite", f"{text} {advice}")
 
+# %% ../../nbs/2_models/05_base.ipynb #8b45b2f4
 def _settle(pipe: Pipeline, source: str, dtype: torch.dtype) -> None:
     "Complete, of the wanted type, frozen, in evaluation mode."
     for name, part in networks(pipe).items():
         _complete(source, [name for name, value in part.named_parameters() if value.is_meta])
         wanted = family_of(pipe).vae_dtype or dtype if name == "vae" else dtype
+        _check_numbers(source, name, part, "")
         torch.nn.Module.to(part, wanted)  # diffusers' own `to` warns about an empty list of exceptions
+        _check_numbers(source, name, part, f" in {wanted}")
         part.requires_grad_(False).eval()
 
 # %% ../../nbs/2_models/05_base.ipynb #e8685396
@@ -161,18 +193,53 @@ def _load_error(name: str, source: str, error: Exception) -> LoraMvpError:
 # %% ../../nbs/2_models/05_base.ipynb #b2a35f67
 LOADING = threading.RLock()  # held while weights are read: the libraries change torch itself meanwhile, for all threads
 
+# %% ../../nbs/2_models/05_base.ipynb #63b47103
+def read_vae(
+    pipe: Pipeline,
+    name: str,  # a folder, a .safetensors file or a hub id
+) -> AutoencoderKL:
+    "Another autoencoder for a base; `LoraMvpError` (`vae_unfit`, `base_not_found`, `base_unsafe`) where it will not do."
+    path = Path(name).expanduser()
+    if path.suffix in PICKLES:
+        raise LoraMvpError(
+            "base_unsafe", f"training.vae: {name} is a pickle, which can run code when it is read. {ONLY_SAFE}"
+        )
+    if path.is_file():
+        with tempfile.TemporaryDirectory() as settings:
+            pipe.vae.save_config(settings)
+            vae = AutoencoderKL.from_single_file(str(path), config=settings, local_files_only=True)
+    elif path.is_dir():
+        check_code(path)
+        vae = AutoencoderKL.from_pretrained(str(path), use_safetensors=True, local_files_only=True)
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        vae = AutoencoderKL.from_pretrained(name, use_safetensors=True)
+    else:
+        raise LoraMvpError(
+            "base_not_found", f"training.vae: {name} does not exist; name a folder, a .safetensors file or a hub id."
+        )
+    for key in ("latent_channels", "scaling_factor", "block_out_channels"):
+        mine, other = (len(x) if isinstance(x, list | tuple) else x for x in (pipe.vae.config[key], vae.config[key]))
+        if mine != other:
+            raise LoraMvpError(
+                "vae_unfit",
+                f"training.vae: {name} has {key} {vae.config[key]}, and the base needs {pipe.vae.config[key]}.",
+            )
+    return vae
+
 # %% ../../nbs/2_models/05_base.ipynb #fa572653
 def load_base(
     name: str,  # `tiny`, a folder, a .safetensors file or a hub id
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,  # the autoencoder has its own in some families
     revision: str | None = None,  # branch, tag or commit of a hub id
+    vae: str | None = None,  # another autoencoder: a folder, a .safetensors file or a hub id
 ) -> Pipeline:
     "The base as a frozen pipeline; `LoraMvpError` (`base_unsafe`, `base_unsupported`, `base_unreachable`, `base_unreadable`)."
     source = find_base(name)
     try:
         with LOADING:
             pipe = read_pipeline(source, revision)
+            pipe.vae = read_vae(pipe, vae) if vae else pipe.vae
     except LoraMvpError:
         raise
     except Exception as e:  # diffusers, transformers and the hub client raise many types for one fact: it did not load

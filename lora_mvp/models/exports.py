@@ -21,8 +21,9 @@ from .adapters import fuse, save_adapter
 from .base import load_base, weights_hash
 from .families import Pipeline, adaptable_parts, family_of
 from .inspection import inspect_adapter
-from .kohya import load_lora, write_kohya
+from .kohya import write_kohya
 from .proof import ROUNDING, demand, differences, effect_of, probe, prove
+from .reading import base_for, load_lora
 
 # %% ../../nbs/2_models/11_exports.ipynb #2286a2a0
 @contextmanager
@@ -61,9 +62,10 @@ def export_fused(
     adapter: str | Path,  # folder or file, in any form that `load_lora` reads
     folder: str | Path,  # must not be there
     dtype: torch.dtype = torch.float32,
+    partial: bool = False,  # layers that do not fit are left out
 ) -> Path:
     "Write base and adapter as one pipeline; `LoraMvpError` (`export_unfaithful`) when it does not do the same."
-    load_lora(pipe, adapter)
+    load_lora(pipe, adapter, partial)
     wanted, _, tolerance = effect_of(pipe)
     fuse(pipe)
     demand(differences(wanted, probe(pipe)), {name: 10 * value for name, value in tolerance.items()}, "the fused model")
@@ -79,27 +81,28 @@ def export_fused(
 
 # %% ../../nbs/2_models/11_exports.ipynb #bf4918df
 def export_adapter(
-    source: str | Path,  # a run's adapter folder, or a file in the form of diffusers or kohya
+    source: str | Path,  # a run's adapter folder, or a file of any program
     to: Literal["kohya", "diffusers", "fused"],
     out: str | Path,  # a file for kohya, a folder otherwise; must not be there
     base: str | None = None,  # None: the one that the adapter names
     dtype: torch.dtype = torch.float32,  # of a fused model
     facts: dict | None = None,  # for kohya's header
+    partial: bool = False,  # layers that do not fit are left out
 ) -> Path:
     "Write an adapter in another form, and compare before it is put in place."
-    base = base or inspect_adapter(source).base
-    if not base:
-        raise LoraMvpError("base_unknown", f"{source} does not say which base it was trained on; name it with base.")
+    base, found = base_for(source, base), inspect_adapter(source)
     if to == "fused":
-        return export_fused(load_base(base), source, out, dtype)
+        return export_fused(load_base(base), source, out, dtype, partial)
     if to == "kohya" and Path(out).suffix != ".safetensors":
         raise LoraMvpError("output_name", f"{out}: a file in kohya's form must end in .safetensors.")
     pipe = load_base(base)
-    load_lora(pipe, source)
+    load_lora(pipe, source, partial)
     wanted, _, tolerance = effect_of(pipe)
     with staged(out) as stage:
         if to == "kohya":
-            file = write_kohya(pipe, stage, {"title": Path(out).stem, "base": base} | (facts or {}))
+            file = write_kohya(
+                pipe, stage, {"title": Path(out).stem, "base": base, "trigger": found.trigger} | (facts or {})
+            )
         else:
             file = save_adapter(pipe, stage, base)
         prove(pipe, file, wanted, tolerance, load_base(base), str(out))

@@ -6,222 +6,304 @@
 __all__ = ['inspect_adapter']
 
 # %% ../../nbs/2_models/08_inspection.ipynb #10b470b8
-import json
-import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft.utils.other import get_pattern_key
 from pydantic import BaseModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
-from ..errors import LoraMvpError
-from .adapters import WEIGHTS
-from .families import FAMILIES
-from .keys import form_of, group_of, layer_of, part_of, reads_text
-
-# %% ../../nbs/2_models/08_inspection.ipynb #290bdd9c
-def read_header(
-    file: str | Path,
-) -> tuple[dict[str, tuple[str, list[int]]], dict[str, str], dict[str, float]]:
-    "Dtype and shape of every tensor, the metadata, and the alphas; the weights are not read."
-    if not Path(file).is_file():
-        raise LoraMvpError("adapter_not_found", f"there is no file {file}; check the path.")
-    try:
-        with safe_open(file, "pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}
-            tensors = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
-            alphas = {name: float(opened.get_tensor(name)) for name in tensors if name.endswith(".alpha")}
-            return tensors, opened.metadata() or {}, alphas
-    except (SafetensorError, OSError, RuntimeError, ValueError) as e:
-        text = f"{file} is no safetensors file, or it was cut off or damaged ({e}). Copy or download it again."
-        raise LoraMvpError("adapter_unreadable", text) from e
-
-# %% ../../nbs/2_models/08_inspection.ipynb #bd6492f3
-def read_tensors(file: str | Path) -> dict[str, torch.Tensor]:
-    "The tensors of a safetensors file; `LoraMvpError` (`adapter_not_found`, `adapter_unreadable`) if it is none."
-    read_header(file)
-    return load_file(file)
-
-# %% ../../nbs/2_models/08_inspection.ipynb #5f954b2a
-def adapter_file(source: str | Path) -> Path:
-    "The weights of an adapter, given as a file or a folder."
-    source = Path(source)
-    if not source.is_dir():
-        return source
-    found = [source / WEIGHTS] if (source / WEIGHTS).is_file() else sorted(source.glob("*.safetensors"))
-    if len(found) == 1:
-        return found[0]
-    text = f"{source} holds {len(found) or 'no'} safetensors files; name one file, or a folder with {WEIGHTS}."
-    raise LoraMvpError("adapter_not_found", text)
-
-# %% ../../nbs/2_models/08_inspection.ipynb #64e33661
-def recorded_base(file: str | Path) -> str | None:
-    "The base that `adapter_config.json` beside the file names."
-    notes = Path(file).with_name("adapter_config.json")
-    try:
-        known = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
-        base = known.get("base_model_name_or_path")
-    except (ValueError, AttributeError):  # a note that is damaged names no base
-        return None
-    return base if isinstance(base, str) else None
-
-# %% ../../nbs/2_models/08_inspection.ipynb #fa165215
-def _configs(metadata: dict[str, str], file: Path) -> dict[str, dict]:  # part -> peft's settings
-    "What diffusers wrote into the header."
-    configs = {}
-    try:
-        for key, value in json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}")).items():
-            part, _, name = key.partition(".")
-            configs.setdefault(part, {})[name] = value
-    except (ValueError, AttributeError) as e:
-        raise LoraMvpError(
-            "adapter_unreadable", f"{file}: {LORA_ADAPTER_METADATA_KEY} in its header is damaged."
-        ) from e
-    return configs
-
-# %% ../../nbs/2_models/08_inspection.ipynb #36345c0a
-def _strengths(
-    ranks: dict[str, int],  # layer -> rank
-    alphas: dict[str, float],  # layer -> alpha, of kohya's form
-    configs: dict[str, dict],  # part -> peft's settings, of diffusers' form
-) -> tuple[dict[str, float], dict[str, float]]:  # layer -> alpha where it is known; layer -> strength
-    known, strengths = dict(alphas), {}
-    for layer, rank in ranks.items():
-        part, _, module = layer.partition(".")
-        config = configs.get(part, {})
-        if config:
-            patterns = config.get("alpha_pattern", {})
-            known[layer] = patterns.get(get_pattern_key(patterns, module), config.get("lora_alpha", 8))
-        root = math.sqrt(rank) if config.get("use_rslora") else rank
-        strengths[layer] = known.get(layer, rank) / root
-    return known, strengths
+from .contents import Contents, Layer, alpha_of, open_adapter, rank_of, recorded_base, strength_of
+from .headers import broken_numbers, oddities, shown
+from .kinds import FAMILIES
+from .names import algorithms_of, group_of, is_embedding, reads_text, style_of
+from .readers import Question, answers
 
 # %% ../../nbs/2_models/08_inspection.ipynb #e5ae0b4a
-def _layers(names: list[str]) -> dict[str, dict[str, int]]:  # part -> group -> layers
+def _layers(layers: list[Layer]) -> dict[str, dict[str, int]]:  # part -> group -> layers
     "How many layers of which kind an adapter has."
     found = {}
-    for name in names:
-        found.setdefault(part_of(name), Counter())[group_of(name)] += 1
+    for part, name in layers:
+        found.setdefault(part, Counter())[group_of(name)] += 1
     return found
 
-# %% ../../nbs/2_models/08_inspection.ipynb #49a84607
-def _family(shapes: dict[str, list[int]], metadata: dict[str, str]) -> str | None:
-    "The family of the base, by the width of the text it reads, else by what the header claims."
-    widths = {shape[1] for name, shape in shapes.items() if reads_text(name)}
-    for family in FAMILIES.values():
-        if widths == {family.text_width}:
-            return family.name
-    claims = {metadata.get("ss_base_model_version"), metadata.get("modelspec.architecture", "").removesuffix("/lora")}
-    for family in FAMILIES.values():
-        if claims & {*family.base_version.values(), *family.architecture.values()}:
-            return family.name
-    return None
+# %% ../../nbs/2_models/08_inspection.ipynb #600dcbc5
+_TITLES = {"flux": "FLUX.1", "sd3": "Stable Diffusion 3", "transformer": "a diffusion transformer"}
+_CLAIMED = {"sd_1.5": "sd1", "sd_v1": "sd1", "sdxl": "sdxl", "flux1": "flux", "flux-1": "flux", "sd3": "sd3"}
 
-# %% ../../nbs/2_models/08_inspection.ipynb #10605b72
-def _readers(form: str, variant: str, columns: bool) -> tuple[dict[str, bool], list[str]]:
-    "Who loads the file as it was trained, and what to know."
-    kohya = ("ComfyUI", "A1111", "Forge")
-    if form == "diffusers":
-        remark = "for ComfyUI, A1111 and Forge, export it to kohya's form"
-        return {"diffusers": True, **dict.fromkeys(kohya, False)}, [remark]
-    if form == "kohya" and variant == "dora" and not columns:
-        remark = "DoRA with lengths of rows: diffusers leaves them out, ComfyUI, A1111 and Forge read them otherwise; export it fused"
-        return dict.fromkeys(("diffusers", *kohya), False), [remark]
-    if form == "kohya":
-        plain = variant != "dora"
-        return {"diffusers": plain, **dict.fromkeys(kohya, True)}, [] if plain else [
-            "DoRA: diffusers leaves the lengths out"
-        ]
-    known = form != "unknown"
-    remark = f"{form}: this package does not read it" if known else "the names are those of no form that is known here"
-    return {"diffusers": False, **dict.fromkeys(kohya, known)}, [remark]
+
+def _transformer(names: list[str]) -> str | None:
+    "The family of bases without a UNet that layers belong to."
+    text = "\n".join(names)
+    if any(block in text for block in ("double_blocks_", "single_blocks_", "single_transformer_blocks_")):
+        return "flux"
+    return "sd3" if "joint_blocks_" in text else None
+
+# %% ../../nbs/2_models/08_inspection.ipynb #635a722c
+def title_of(family: str | None) -> str:
+    "What people call a family of bases."
+    return FAMILIES[family].title if family in FAMILIES else _TITLES.get(family, "unknown")
+
+# %% ../../nbs/2_models/08_inspection.ipynb #19c0b07b
+_INPUTS = ("down", "hada_w1_b")  # kinds whose second axis is the width of a layer's input
+
+
+def _text_width(contents: Contents, layer: Layer) -> int | None:
+    "How wide the text is that a layer reads."
+    for kind in _INPUTS:
+        if len(shape := contents.shape(layer, kind)) >= 2:
+            return shape[1]
+    one, two = (contents.shape(layer, kind) for kind in ("lokr_w1", "lokr_w2"))
+    one, two = one or contents.shape(layer, "lokr_w1_b"), two or contents.shape(layer, "lokr_w2_b")
+    if len(one) == 2 and len(two) == 2:
+        return one[1] * two[1]
+    whole = contents.shape(layer, "diff")
+    return whole[1] if len(whole) == 2 else None
+
+# %% ../../nbs/2_models/08_inspection.ipynb #d090bcb7
+def _claimed(metadata: dict[str, str]) -> str | None:
+    "The family that the header names."
+    said = {metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "").removesuffix("/lora")}
+    for family in FAMILIES.values():
+        if said & {*family.base_version.values(), *family.architecture.values()}:
+            return family.name
+    return next((name for start, name in _CLAIMED.items() for text in said if text.startswith(start)), None)
+
+# %% ../../nbs/2_models/08_inspection.ipynb #49d726f9
+def _family(contents: Contents) -> str | None:
+    "The family of the base, by the names of its blocks and the width of the text it reads, else by what the header claims."
+    names = [name for part, name in contents.layers if part in ("unet", "transformer")]
+    if known := _transformer(names):
+        return known
+    if any(part == "transformer" for part, _ in contents.layers):
+        widths = {shape[1] for layer in contents.layers if len(shape := contents.shape(layer, "down")) == 2}
+        return "sd3" if any("transformer_blocks_" in name for name in names) and 1536 in widths else "transformer"
+    widths = {_text_width(contents, layer) for layer in contents.layers if reads_text(layer[1])} - {None}
+    known = [family.name for family in FAMILIES.values() if widths == {family.text_width}]
+    if known:
+        return known[0]
+    return (
+        "sdxl" if any(part == "text_encoder_2" for part, _ in contents.layers) else _claimed(contents.header.metadata)
+    )
+
+# %% ../../nbs/2_models/08_inspection.ipynb #f74442b1
+_NEEDED = {  # algorithm -> groups of kinds; of each group one must be complete
+    "LoRA": [[("down", "up")]],
+    "LoCon with Tucker decomposition": [[("down", "up", "mid")]],
+    "LoHa": [[("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")]],
+    "LoKr": [[("lokr_w1",), ("lokr_w1_a", "lokr_w1_b")], [("lokr_w2",), ("lokr_w2_a", "lokr_w2_b")]],
+    "GLoRA": [[("a1", "a2", "b1", "b2")]],
+}
+
+
+def _is_half(kinds: dict[str, str]) -> bool:
+    "Whether a layer lacks a matrix."
+    found = algorithms_of(kinds)
+    groups = [group for name in found for group in _NEEDED.get(name, [])]
+    return not found or not all(any(set(option) <= set(kinds) for option in group) for group in groups)
+
+# %% ../../nbs/2_models/08_inspection.ipynb #99c03d79
+def _products(contents: Contents) -> list[Layer]:
+    "The layers that hold a whole product, which has a strength."
+    return [
+        layer
+        for layer, kinds in contents.layers.items()
+        if not _is_half(kinds) and algorithms_of(kinds)[0] != "norm layers"
+    ]
+
+# %% ../../nbs/2_models/08_inspection.ipynb #a4d81b5e
+def _bad_alpha(contents: Contents, layer: Layer) -> bool:
+    "Whether a layer's alpha is a tensor of several numbers, or of one that is none."
+    return "alpha" in contents.layers[layer] and alpha_of(contents, layer) is None
+
+# %% ../../nbs/2_models/08_inspection.ipynb #632794e5
+def broken_layers(contents: Contents) -> list[str]:
+    "A sentence for each thing that no program can load."
+    halves = [layer for layer, kinds in contents.layers.items() if _is_half(kinds)]
+    flat = [layer for layer in contents.layers if rank_of(contents, layer) == 0]
+    odd = [layer for layer in contents.layers if _bad_alpha(contents, layer)]
+    found = [(halves, "without all of their matrices"), (flat, "of rank 0"), (odd, "whose alpha is not one number")]
+    told = [
+        f"{len(bad)} of {len(contents.layers)} layers {what}, such as {shown(bad[0][1], 80)}"
+        for bad, what in found
+        if bad
+    ]
+    return [*contents.header.flaws, *told]
+
+# %% ../../nbs/2_models/08_inspection.ipynb #50b81646
+_LAST = (
+    "up",
+    "hada_w1_a",
+    "hada_w2_a",
+    "lokr_w1",
+    "lokr_w1_a",
+    "lokr_w2",
+    "lokr_w2_a",
+    "diff",
+)  # a zero in one makes the product zero
+
+
+def _changes_nothing(contents: Contents, odd: dict) -> str | None:
+    "Why an adapter does nothing at all; None where it does something."
+    if all(strength_of(contents, layer) == 0 for layer in contents.layers):
+        return "changes nothing, because alpha is 0"
+    zero = [
+        any(kind in _LAST and name in odd and odd[name].zero for kind, name in kinds.items())
+        for kinds in contents.layers.values()
+    ]
+    return "changes nothing, because its numbers are all 0" if all(zero) else None
+
+# %% ../../nbs/2_models/08_inspection.ipynb #b6593625
+_UNET = re.compile(
+    r"(?:down_blocks_\d+|up_blocks_\d+|mid_block)_(?:attentions|resnets|downsamplers|upsamplers)_\d+_\w+"
+    r"|input_blocks_\d+_\d+_\w+|output_blocks_\d+_\d+_\w+|middle_block_\d_\w+|out_[02]"
+    r"|conv_in|conv_out|conv_norm_out|time_embed(?:ding)?_\w+|label_emb_\w+|add_embedding_\w+"
+)
+_TEXT = re.compile(
+    r"encoder_layers_\d+_(?:self_attn_(?:q|k|v|out)_proj|mlp_fc[12]|layer_norm[12])|text_projection\w*|embeddings_\w+|final_layer_norm"
+)
+
+
+def _strange(contents: Contents) -> list[Layer]:
+    "Layers that no base with a UNet has."
+    return [layer for layer in contents.layers if not (_UNET if layer[0] == "unet" else _TEXT).fullmatch(layer[1])]
+
+# %% ../../nbs/2_models/08_inspection.ipynb #4a3307fd
+def _dora(contents: Contents) -> str:
+    "Whose lengths DoRA keeps: of rows, of columns, or of nothing."
+    shapes = [contents.shape(layer, "magnitude") for layer in contents.layers]
+    if not any(shapes):
+        return ""
+    return "columns" if any(len(shape) > 1 and shape[0] == 1 and shape[1] > 1 for shape in shapes) else "rows"
+
+# %% ../../nbs/2_models/08_inspection.ipynb #e6c8395a
+def _question(contents: Contents, family: str | None) -> Question:
+    "What the answers for each program depend on."
+    kinds = [kind for kinds in contents.layers.values() for kind in kinds]
+    text = {name for part, name in contents.layers if part.startswith("text_encoder")}
+    attention = {name for name in text if "self_attn" in name}
+    return Question(
+        algorithms=sorted({found[0] for layer in contents.layers.values() if (found := algorithms_of(layer))}),
+        style=style_of(contents.pieces, contents.pieces.values()),
+        family=family,
+        dora=_dora(contents),
+        alphas=len({alpha_of(contents, layer) for layer in _products(contents)}),
+        text_attention_cut=bool(attention) and not any(name.endswith("out_proj") for name in attention),
+        embeddings=any(map(is_embedding, contents.beside)),
+        strange=family not in _TITLES and bool(_strange(contents)) or "bias" in kinds or "scalar" in kinds,
+        diffusers_refuses=bool(contents.wrong),
+        broken=broken_layers(contents),
+    )
 
 # %% ../../nbs/2_models/08_inspection.ipynb #bb52bca3
 class AdapterFacts(BaseModel, extra="forbid"):
     "What an adapter's file says about itself."
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     file: str
     size: int  # bytes
-    form: str  # diffusers, kohya, LoHa, LoKr, ..., unknown
+    form: str  # whose way of writing names for LoRA, else the algorithm: diffusers, kohya, peft, LoHa, LoKr, ...
     variant: Literal["lora", "rslora", "dora", "other"]
     dtype: str
     ranks: dict[int, int]  # rank -> layers
     alphas: dict[float, int]  # alpha -> layers; empty where the file names none
-    strength: tuple[float, float] | None  # smallest and largest factor of up times down
+    strength: tuple[float, float] | None  # smallest and largest factor of the product of the matrices
     layers: dict[str, dict[str, int]]  # part -> group of layers -> how many
     family: str | None  # of the base
     base: str | None
     trigger: str | None
     steps: int | None
-    readers: dict[str, bool]  # program -> whether it loads the file as it was trained
+    readers: dict[str, bool | None]  # program -> whether it loads the file as it was trained; None: unknown
+    not_finite: list[str]  # tensors that hold NaN or infinity, and how many
     remarks: list[str]
     metadata: dict[str, str]
 
-# %% ../../nbs/2_models/08_inspection.ipynb #ce98e0e4
-def _variant(form: str, is_dora: bool, configs: dict[str, dict]) -> str:
-    "lora, rslora or dora; `other` for what is not read here."
-    if is_dora:
-        return "dora"
-    if any(config.get("use_rslora") for config in configs.values()):
-        return "rslora"
-    return "lora" if form in ("diffusers", "kohya") else "other"
-
-# %% ../../nbs/2_models/08_inspection.ipynb #603a8767
-def _magnitudes(tensors: dict[str, tuple[str, list[int]]]) -> list[list[int]]:
-    "The shapes of DoRA's lengths."
-    return [shape for name, (_, shape) in tensors.items() if "dora_scale" in name or "magnitude_vector" in name]
-
 # %% ../../nbs/2_models/08_inspection.ipynb #81a00777
-def _numbers(
-    shapes: dict[str, list[int]],  # layer -> shape of its down matrix
-    alphas: dict[str, float],  # of `read_header`
-    configs: dict[str, dict],  # part -> peft's settings
-) -> dict:
+def _numbers(contents: Contents) -> dict:
     "How often each rank and alpha occurs, and the range of strengths."
-    ranks = {name: shape[0] for name, shape in shapes.items()}
-    known, strengths = _strengths(ranks, {k.removesuffix(".alpha"): v for k, v in alphas.items()}, configs)
+    layers = _products(contents)
+    ranks = Counter(rank for layer in layers if (rank := rank_of(contents, layer)) is not None)
+    alphas = Counter(alpha for layer in layers if (alpha := alpha_of(contents, layer)) is not None)
+    strengths = [strength_of(contents, layer) for layer in layers]
     return {
-        "ranks": dict(sorted(Counter(ranks.values()).items())),
-        "alphas": dict(sorted(Counter(float(a) for a in known.values()).items())),
-        "strength": (min(strengths.values()), max(strengths.values())) if strengths else None,
+        "ranks": dict(sorted(ranks.items())),
+        "alphas": dict(sorted(alphas.items())),
+        "strength": (min(strengths), max(strengths)) if strengths else None,
     }
+
+# %% ../../nbs/2_models/08_inspection.ipynb #ce98e0e4
+def _variant(q: Question, contents: Contents) -> str:
+    "lora, rslora or dora; `other` for another algorithm."
+    if q.algorithms != ["LoRA"]:
+        return "other"
+    rs = any(settings.get("use_rslora") for settings in contents.settings.values())
+    return "dora" if q.dora else "rslora" if rs else "lora"
+
+# %% ../../nbs/2_models/08_inspection.ipynb #cc3f2629
+def _form(q: Question) -> str:
+    "The way of writing names for LoRA, else the algorithms."
+    if q.algorithms == ["LoRA"]:
+        return q.style
+    return " and ".join(q.algorithms) or "unknown"
 
 # %% ../../nbs/2_models/08_inspection.ipynb #9ad3643b
-def _claims(file: Path, form: str, metadata: dict[str, str]) -> dict:
+_STEPS = re.compile(r"[0-9]{1,18}")
+
+
+def _claims(contents: Contents) -> dict:
     "Base, trigger word and steps, as the file or the note beside it says."
+    metadata = contents.header.metadata
     steps = metadata.get("ss_steps", "")
     return {
-        "base": recorded_base(file) if form == "diffusers" else metadata.get("ss_sd_model_name"),
+        "base": metadata.get("ss_sd_model_name") or recorded_base(contents.file),
         "trigger": metadata.get("modelspec.trigger_phrase"),
-        "steps": int(steps) if steps.isdigit() else None,
+        "steps": int(steps) if _STEPS.fullmatch(steps) else None,
     }
+
+# %% ../../nbs/2_models/08_inspection.ipynb #80bbf17d
+def _remarks(contents: Contents, q: Question, odd: dict) -> list[str]:
+    "What else there is to know."
+    said, beside = list(contents.wrong), [name for name in contents.beside if not is_embedding(name)]
+    if nothing := _changes_nothing(contents, odd):
+        said.append(nothing)
+    if q.embeddings:
+        said.append(
+            f"{sum(map(is_embedding, contents.beside))} embeddings beside the layers, such as {shown(contents.beside[0], 80)}"
+        )
+    if beside:
+        said.append(f"{len(beside)} tensors of no known kind, such as {shown(beside[0], 80)}")
+    if q.strange and (strange := _strange(contents)):
+        said.append(f"{len(strange)} layers that no base with a UNet has, such as {shown(strange[0][1], 80)}")
+    if (
+        q.style != "kohya"
+        and q.algorithms == ["LoRA"]
+        and not contents.settings
+        and not contents.wrong
+        and not any("alpha" in k for k in contents.layers.values())
+    ):
+        said.append("the file names no alpha: it loads with alpha equal to the rank")
+    return said
 
 # %% ../../nbs/2_models/08_inspection.ipynb #e7d0c34b
 def inspect_adapter(source: str | Path) -> AdapterFacts:
     "What an adapter's file is; `LoraMvpError` when it is absent, unreadable or no adapter."
-    file = adapter_file(source)
-    tensors, metadata, alphas = read_header(file)
-    form = form_of(list(tensors))
-    shapes = {layer: shape for name, (_, shape) in tensors.items() if (layer := layer_of(name))}
-    if form == "unknown" and not shapes:
-        first = next(iter(tensors), "nothing at all")
-        raise LoraMvpError("adapter_unknown", f"{file} holds no adapter that is known here, such as {first}.")
-    configs, magnitudes = _configs(metadata, file), _magnitudes(tensors)
-    variant = _variant(form, bool(magnitudes), configs)
-    readers, remarks = _readers(form, variant, any(shape[0] == 1 for shape in magnitudes))
-    if form == "diffusers" and not configs:
-        remarks.append("the file names no alpha: it loads with alpha equal to the rank")
-    facts = {"file": str(file), "size": file.stat().st_size, "form": form, "variant": variant}
-    facts["dtype"] = ", ".join(sorted({kind for name, (kind, _) in tensors.items() if not name.endswith(".alpha")}))
-    facts |= _numbers(shapes, alphas, configs) | _claims(file, form, metadata)
-    facts |= {"layers": _layers(list(shapes)), "family": _family(shapes, metadata)}
-    return AdapterFacts(**facts, readers=readers, remarks=remarks, metadata=dict(sorted(metadata.items())))
+    contents = open_adapter(source)
+    tensors, family = contents.header.tensors, _family(contents)
+    q, odd = _question(contents, family), oddities(contents.file, tensors)
+    readers, reasons = answers(q)
+    remarks = [*reasons, *_remarks(contents, q, odd)]
+    facts = {
+        "file": str(contents.file),
+        "size": contents.file.stat().st_size,
+        "form": _form(q),
+        "variant": _variant(q, contents),
+    }
+    facts["dtype"] = ", ".join(sorted({entry.dtype for name, entry in tensors.items() if not name.endswith(".alpha")}))
+    facts |= _numbers(contents) | _claims(contents)
+    facts |= {"layers": _layers(list(contents.layers)), "family": family, "not_finite": broken_numbers(odd)}
+    return AdapterFacts(
+        **facts, readers=readers, remarks=remarks, metadata=dict(sorted(contents.header.metadata.items()))
+    )
 
 # %% ../../nbs/2_models/08_inspection.ipynb #62460231
 def _counts(counts: dict[float, int]) -> str:
@@ -229,26 +311,34 @@ def _counts(counts: dict[float, int]) -> str:
         return f"{next(iter(counts)):g}"
     return ", ".join(f"{value:g} ({n} layers)" for value, n in counts.items())
 
+# %% ../../nbs/2_models/08_inspection.ipynb #c4b2f577
+def _who(readers: dict[str, bool | None]) -> str:
+    "Which programs load it, and for which that is not known."
+    loads = [name for name, answer in readers.items() if answer]
+    unknown = [name for name, answer in readers.items() if answer is None]
+    said = ", ".join(loads) or ("" if unknown else f"none of {', '.join(readers)}")
+    return "; ".join(filter(None, [said, f"unknown: {', '.join(unknown)}" if unknown else ""]))
+
 # %% ../../nbs/2_models/08_inspection.ipynb #a57f7315
 def describe(facts: AdapterFacts) -> str:
     "The facts as lines for a terminal."
-    low, high = facts.strength or (0, 0)
-    base = FAMILIES[facts.family].title if facts.family else "unknown"
-    readers = [name for name, reads in facts.readers.items() if reads]
+    low, high = facts.strength or (1, 1)
+    base = title_of(facts.family)
     lines = {
         "file": f"{facts.file}, {facts.size / 1e6:.1f} MB, {facts.dtype}",
         "form": f"{facts.form}, {facts.variant}",
-        "rank": _counts(facts.ranks),
+        "rank": _counts(facts.ranks) or "none",
         "alpha": _counts(facts.alphas) or "not in the file",
         "strength": f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}",
         "layers": "; ".join(
-            f"{part}: " + ", ".join(f"{n} {group}" for group, n in groups.items())
-            for part, groups in facts.layers.items()
+            f"{part}: " + ", ".join(f"{n} {g}" for g, n in groups.items()) for part, groups in facts.layers.items()
         ),
         "base": f"{base} ({facts.base})" if facts.base else base,
         "trigger": facts.trigger,
         "steps": facts.steps,
-        "loads in": ", ".join(readers) or f"none of {', '.join(facts.readers)}",
-        "note": "; ".join(facts.remarks),
+        "loads in": _who(facts.readers),
+        "broken": "; ".join(facts.not_finite[:3])
+        + (f"; and {len(facts.not_finite) - 3} more tensors" if facts.not_finite[3:] else ""),
     }
-    return "\n".join(f"{name:9} {value}" for name, value in lines.items() if value)
+    told = [f"{name:9} {shown(value, 500)}" for name, value in lines.items() if value]
+    return "\n".join([*told, *(f"{'note':9} {shown(remark, 500)}" for remark in facts.remarks)])

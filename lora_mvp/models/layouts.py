@@ -12,8 +12,9 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
 from ..errors import LoraMvpError
-from .families import FAMILIES, Family
+from .kinds import FAMILIES, Family
 from .safety import check_classes, check_code, check_pickles, read_json
+from .views import plain_names
 
 # %% ../../nbs/2_models/04_layouts.ipynb #7535f839
 _CLASSES = {  # part of the pipeline that has weights -> the class it must have
@@ -59,6 +60,16 @@ def check_task(folder: Path) -> None:
             "base_unsupported", f"{folder} scales each latent channel by itself (latents_mean). {_SUPPORTED}"
         )
 
+# %% ../../nbs/2_models/04_layouts.ipynb #086e1e22
+def check_tokenizers(folder: Path) -> None:
+    "Refuse a folder whose index names a tokenizer that is not there (`base_unreadable`)."
+    _, parts = check_classes(folder / "model_index.json")
+    for name in (name for name in parts if name.startswith("tokenizer")):
+        whole = (folder / name / "tokenizer.json").is_file()
+        if not whole and not all((folder / name / file).is_file() for file in ("vocab.json", "merges.txt")):
+            text = f"{folder} could not be loaded: its {name} is missing (vocab.json and merges.txt, or tokenizer.json). Get the base model again."
+            raise LoraMvpError("base_unreadable", text)
+
 # %% ../../nbs/2_models/04_layouts.ipynb #239acf71
 def check_folder(
     folder: Path,  # a pipeline in diffusers' layout
@@ -68,6 +79,7 @@ def check_folder(
     check_code(folder)
     check_pickles(folder, _CLASSES)
     check_task(folder)
+    check_tokenizers(folder)
     return kind
 
 # %% ../../nbs/2_models/04_layouts.ipynb #2a7032b6
@@ -78,9 +90,9 @@ def _names_in(file: Path) -> tuple[set[str], dict[str, str], int | None]:
     "The names of a checkpoint's tensors, its header, and how many channels its UNet reads."
     try:
         with safe_open(file, "pt") as f:
-            names = set(f.keys())
-            channels = f.get_slice(_FIRST).get_shape()[1] if _FIRST in names else None
-            return names, f.metadata() or {}, channels
+            names = {new: old for old, new in plain_names(f.keys()).items()}
+            channels = f.get_slice(names[_FIRST]).get_shape()[1] if _FIRST in names else None
+            return set(names), f.metadata() or {}, channels
     except Exception as e:  # safetensors raises its own type, the file system others
         raise LoraMvpError("base_unreadable", f"{file} could not be loaded as a safetensors file ({e}).") from e
 

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/2_models/10_proof.ipynb #8d3f26d3
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -15,14 +16,18 @@ from typing import Literal
 
 import torch
 from pydantic import BaseModel
+from safetensors.torch import load_file
 
 from ..errors import LoraMvpError
 from ..files import atomic_write
-from .adapters import WEIGHTS, adapter_layers, adapter_parameters, load_public, set_scale
+from .adapters import adapter_layers, adapter_parameters, adapter_state, load_public, set_scale
+from .contents import WEIGHTS
 from .families import Pipeline, adaptable_parts, encode_text, family_of, time_ids, unet_arguments
-from .inspection import inspect_adapter, read_header
-from .keys import ADAPTER
-from .kohya import load_kohya
+from .headers import read_header
+from .inspection import inspect_adapter
+from .keys import ADAPTER, public_name
+from .kohya import kohya_state
+from .reading import load_lora
 
 # %% ../../nbs/2_models/10_proof.ipynb #23c0fb2c
 @contextmanager
@@ -78,15 +83,19 @@ def effect_of(pipe: Pipeline) -> tuple[dict[str, torch.Tensor], dict[str, float]
     return wanted, effect, {name: TOLERANCE * effect[name] + ROUNDING * sizes[name] for name in effect}
 
 # %% ../../nbs/2_models/10_proof.ipynb #d9c8f6f7
-def demand(got: dict[str, float], tolerance: dict[str, float], what: str) -> None:
+def demand(
+    got: dict[str, float],  # output -> difference
+    tolerance: dict[str, float],
+    what: str,  # what was compared
+    why: str = "",  # what to say of a difference that is a number
+) -> None:
     "Raise `LoraMvpError` (`export_unfaithful`) when a difference is above its tolerance, or no number."
     for name, value in got.items():
         if not value <= tolerance[name]:
             text = f"{what} does not do what was trained: its {name} differs by {value:.3g}, and {tolerance[name]:.3g} is allowed."
-            raise LoraMvpError(
-                "export_unfaithful",
-                f"{text} It was not certified; please report this with the versions of diffusers and peft.",
-            )
+            if not math.isfinite(value):
+                why = "Numbers are too large for the type they are kept in, or none at all; float32 or bfloat16 may hold them."
+            raise LoraMvpError("export_unfaithful", f"{text} It was not certified. {why}".rstrip())
 
 # %% ../../nbs/2_models/10_proof.ipynb #4ffba80d
 def variant_of(pipe: Pipeline) -> str:
@@ -134,9 +143,22 @@ class Certificate(BaseModel, extra="forbid"):
     forms: dict[str, FormCheck]
 
 # %% ../../nbs/2_models/10_proof.ipynb #e7c60782
-def own_reader(pipe: Pipeline, file: Path) -> bool:
-    "Whether a file can be read in full by this package only: kohya's form with DoRA."
-    return inspect_adapter(file).form == "kohya" and variant_of(pipe) == "dora"
+def own_reader(file: Path) -> bool:
+    "Whether a file is read in full by this package only, as DoRA and several alphas in kohya's form are."
+    return inspect_adapter(file).readers["diffusers"] is False
+
+
+_REPORT = "The file holds what was written, and diffusers reads it otherwise; please report this with the versions of diffusers and peft."
+
+
+def _as_written(pipe: Pipeline, file: Path) -> bool:
+    "Whether a file holds the adapter's numbers in one of the two forms."
+    found = load_file(file)
+    forms = (kohya_state(pipe), {public_name(name): value for name, value in adapter_state(pipe).items()})
+    return any(
+        found.keys() == state.keys() and all(torch.equal(found[k], v.to(found[k].dtype)) for k, v in state.items())
+        for state in forms
+    )
 
 
 def prove(
@@ -150,9 +172,10 @@ def prove(
     "Load a written file into a fresh base and compare; `LoraMvpError` (`export_unfaithful`) when it does not do the same."
     for part in adaptable_parts(fresh).values():
         part.float()  # so that the adapter is loaded as it is in the file
-    (load_kohya if own_reader(pipe, file) else load_public)(fresh, file)
+    own = own_reader(file)
+    (load_lora if own else load_public)(fresh, file)
     got = differences(wanted, probe(fresh))
-    demand(got, tolerance, what)
+    demand(got, tolerance, what, "" if own or not _as_written(pipe, file) else _REPORT)
     return got
 
 # %% ../../nbs/2_models/10_proof.ipynb #90b72a37
@@ -165,14 +188,14 @@ def _checked(
     fresh: Pipeline,  # the base; afterwards it holds the adapter
 ) -> FormCheck:
     "The record of one written file that was compared."
-    own = own_reader(pipe, file)
+    own = own_reader(file)
     return FormCheck(
         file=os.path.relpath(file, folder),
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
-        dtype=", ".join(sorted({kind for kind, _ in read_header(file)[0].values()})),
-        loader="lora_mvp.models.kohya.load_kohya" if own else "diffusers load_lora_weights",
+        dtype=", ".join(sorted({entry.dtype for entry in read_header(file).tensors.values()})),
+        loader="lora_mvp.models.reading.load_lora" if own else "diffusers load_lora_weights",
         difference=prove(pipe, file, wanted, tolerance, fresh, str(file)),
-        remark=_DORA_REMARK.format(comfyui_dora_error(pipe)) if own else "",
+        remark=_DORA_REMARK.format(comfyui_dora_error(pipe)) if own and variant_of(pipe) == "dora" else "",
     )
 
 # %% ../../nbs/2_models/10_proof.ipynb #ffea6995

@@ -16,7 +16,7 @@ from ..errors import LoraMvpError
 def read_json(path: Path) -> dict:
     "A config file; `LoraMvpError` (`base_unreadable`) when it is none."
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as e:
         raise LoraMvpError("base_unreadable", f"{path} could not be loaded ({e}). Get the base model again.") from e
     if not isinstance(content, dict):
@@ -84,8 +84,8 @@ def check_pickles(
     folder: Path,
     parts: Iterable[str],  # folders below it that hold weights
 ) -> None:
-    "Refuse a model that has weights in pickles only (`base_unsafe`)."
-    for place in (folder, *(folder / part for part in parts)):
+    "Refuse a model of which a part has weights in pickles only (`base_unsafe`); a stray pickle beside the parts is never read."
+    for place in (folder / part for part in parts):
         files = sorted(place.iterdir()) if place.is_dir() else []
         pickles = [f for f in files if f.suffix in PICKLES]
         if pickles and not any(f.suffix == ".safetensors" for f in files):

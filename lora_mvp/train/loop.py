@@ -134,7 +134,7 @@ class Trainer:
         if not losses.isfinite().all():
             images = f"images {', '.join(batch.ids)}; timesteps {timesteps.tolist()}"
             what = f"the loss became {losses.sum().item()} at step {step + 1} ({images})"
-            raise not_finite("loss_not_finite", what, self.folder.root)
+            raise not_finite("loss_not_finite", what, self.folder.root, step > 0)
         return losses
 
     def step(self) -> StepReport:

@@ -66,7 +66,7 @@ class Network:
     def fresh(self):
         "The base anew, as it was before training."
         t = self.settings
-        return load_base(t.pretrained_model, self.device, self.dtype, t.revision)
+        return load_base(t.pretrained_model, self.device, self.dtype, t.revision, t.vae)
 
     def park(self, texts: TextTable | None) -> None:
         "Take the captions' table, and let the parts wait that training does not need from now on."

@@ -16,7 +16,8 @@ import numpy as np
 from ..config import derive_seed
 from ..data.arrays import augment
 from ..data.captions import caption_of
-from ..data.images import claimed_format, decode, read_regular
+from ..data.images import decode, read_regular
+from ..data.kinds import claimed_format
 from ..data.layouts import find_masks
 from ..data.looks import plain_share
 from ..data.manifest import Manifest
@@ -111,7 +112,7 @@ def regularization_sources(
     if not folder.is_dir():
         raise LoraMvpError("regularization_missing", f"{where} is not a folder; make it, or set it to null")
     found = [path for path, reason in walk(folder) if reason is None and claimed_format(path)]
-    masks, alone = find_masks(found)
+    masks, alone = find_masks(folder, found)
     found = [path for path in found if path not in {*masks.values(), *alone}]
     if not found:
         raise LoraMvpError("regularization_empty", f"{where} holds no images; put some in, or set it to null")

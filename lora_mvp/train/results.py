@@ -135,7 +135,7 @@ def save_result(
     folder, t = RunFolder(config.training.output_dir), config.training
     remove_all([folder.record, folder.kohya, certificate_of(folder), folder.pipeline, folder.curve, folder.sheet])
     network.set_mode(False)
-    save_adapter(network.pipe, folder.adapter, t.pretrained_model)
+    save_adapter(network.pipe, folder.adapter, t.pretrained_model, getattr(torch, t.save_dtype))
     atomic_write(folder.history, table_csv(StepReport, state.history))
     atomic_write(folder.validation, table_csv(ValidationRow, validation_rows(state.losses)))
     record = make_record(config, manifest, network, data, state, seconds)
@@ -189,7 +189,8 @@ def save_exchange(ending: FinishedRun) -> None:
     "The adapter's other form, and the certificate that says what public loaders make of both."
     network, folder = ending.network(), ending.folder
     network.set_mode(False)
-    write_kohya(network.pipe, folder.kohya, training_facts(ending))
+    dtype = getattr(torch, ending.config.training.save_dtype)
+    write_kohya(network.pipe, folder.kohya, training_facts(ending), dtype)
     with visit(network.parked, network.device):
         certify(network.pipe, folder.adapter, folder.kohya, network.fresh)
 
@@ -199,7 +200,7 @@ def save_pipeline(ending: FinishedRun) -> None:
     network, folder = ending.network(), ending.folder
     t, staged = network.settings, folder.root / ".pipeline"
     shutil.rmtree(staged, ignore_errors=True)
-    fresh = load_base(t.pretrained_model, revision=t.revision)
+    fresh = load_base(t.pretrained_model, revision=t.revision, vae=t.vae)
     fresh.scheduler = network.pipe.scheduler
     export_fused(fresh, folder.adapter, staged)
     for part in sorted(staged.iterdir(), key=lambda path: path.name == folder.pipeline.name):

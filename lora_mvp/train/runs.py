@@ -117,6 +117,7 @@ FREE = {
     "checkpointing_steps",
     "max_checkpoints",
     "save_pipeline",
+    "save_dtype",
     "sample_prompts",
     "cache_dir",
 }

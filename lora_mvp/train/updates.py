@@ -17,6 +17,7 @@ from diffusers.optimization import get_scheduler
 from ..config import TrainingConfig
 from ..errors import LoraMvpError
 from ..models.adapters import adapter_state, add_lora, restore_adapter
+from ..models.starting import start_from
 from .checkpoints import checkpoints, optimizer_tensors, restore_optimizer
 from .network import Network
 
@@ -25,8 +26,15 @@ def not_finite(
     code: str,
     what: str,
     output_dir: Path,  # of the run
+    learned: bool = True,  # whether a step has been made
 ) -> LoraMvpError:
     "The error for a NaN or infinity, with what to do and where to go on from."
+    if not learned:
+        advice = "Nothing has been learned yet, so it is not the learning rate: the base, its autoencoder in half precision or these images make it."
+        return LoraMvpError(
+            code,
+            f"{what}. {advice} `lora-mvp doctor` looks at the base; mixed_precision: no avoids what is too large for half precision.",
+        )
     left = checkpoints(output_dir)
     last = f"The last good checkpoint is {left[-1]}." if left else "There is no checkpoint yet."
     return LoraMvpError(code, f"{what}. Lower training.learning_rate or use mixed_precision: no. {last}")
@@ -80,6 +88,8 @@ class Updates:
         if self.accelerator.is_main_process:
             warn_of_warmup(t)
         groups, rates = add_lora(network.pipe, t), {"unet": t.learning_rate}
+        if t.init_adapter is not None:
+            log.info("%s", start_from(network.pipe, t.init_adapter))
         self.params = [p for group in groups.values() for p in group]
         groups = [{"params": ps, "lr": rates.get(name, t.text_encoder_learning_rate)} for name, ps in groups.items()]
         optimizer = torch.optim.AdamW(groups, weight_decay=1e-2, fused=True)
@@ -102,7 +112,7 @@ class Updates:
         scaled = self.accelerator.scaler is not None  # the scaler skips such a step and lowers its scale
         if not scaled and not np.isfinite(norm):
             what = f"the gradient became {norm} at step {step + 1}"
-            raise not_finite("gradient_not_finite", what, output_dir)
+            raise not_finite("gradient_not_finite", what, output_dir, step > 0)
         return norm
 
     def step(self) -> float:  # the learning rate
