@@ -24,7 +24,7 @@ def has_bars(
     file: TextIO,  # usually stderr
 ) -> bool:
     "Whether a bar that is drawn again and again can be seen there: in a terminal, or in a notebook."
-    return file.isatty() or "ipykernel" in sys.modules
+    return file.isatty() or (file is sys.stderr and "ipykernel" in sys.modules)
 
 # %% ../nbs/02a_screen.ipynb #b6154884
 def step_line(done: int, total: int, first: int, seconds: float, text: str) -> str:

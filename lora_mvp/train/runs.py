@@ -190,6 +190,13 @@ def prepare_folder(
         raise LoraMvpError("output_in_use", text)
     return True
 
+# %% ../../nbs/3_train/08_runs.ipynb #87c332d8
+def run_traces(folder: RunFolder) -> list[Path]:
+    "The files that say how a run went, and which of its checkpoints is best."
+    f = folder
+    found = [f.start, f.history, f.validation, f.curve, f.sheet, f.best, f.best_adapter, *f.samples.glob("step-*.png")]
+    return [path for path in found if path.exists()]
+
 # %% ../../nbs/3_train/08_runs.ipynb #b8e202ca
 def run_files(folder: RunFolder) -> list[Path]:
     "The files and folders of a run that are there."
@@ -197,13 +204,6 @@ def run_files(folder: RunFolder) -> list[Path]:
     parts += [f"{part}{k}" for part in ("text_encoder", "tokenizer") for k in ("", "_2")]
     found = [*checkpoints(f.root), f.adapter, f.kohya, f.pipeline, f.record, *(f.root / part for part in parts)]
     return [path for path in [*found, *run_traces(f)] if path.exists()]
-
-# %% ../../nbs/3_train/08_runs.ipynb #87c332d8
-def run_traces(folder: RunFolder) -> list[Path]:
-    "Those that say how a run went, and which of its checkpoints is best."
-    f = folder
-    found = [f.start, f.history, f.validation, f.curve, f.sheet, f.best, f.best_adapter, *f.samples.glob("step-*.png")]
-    return [path for path in found if path.exists()]
 
 # %% ../../nbs/3_train/08_runs.ipynb #72e42fd1
 def remove_all(paths: list[Path]) -> None:
