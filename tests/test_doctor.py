@@ -9,6 +9,7 @@ import pytest
 import skimage
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from styles import STYLES, pictures_in
 
 from lora_mvp.config import TrainingConfig, load_config
@@ -18,7 +19,7 @@ from lora_mvp.models.adapters import add_lora
 from lora_mvp.models.base import load_base
 from lora_mvp.models.families import encode_text, family_of, text_parts, unet_arguments
 from lora_mvp.models.miniatures import random_base
-from lora_mvp.train.diagnosis import doctor, doctor_text
+from lora_mvp.train.diagnosis import base_findings, doctor, doctor_text
 from lora_mvp.train.foresight import full_bytes
 from lora_mvp.train.memory import LiveBytes, MemoryEstimate, advice, skeleton, step_bytes
 from lora_mvp.train.objectives import image_losses
@@ -327,3 +328,17 @@ def test_doctor_and_training_warn_of_photographs_on_tiny(tmp_path, caplog):
     assert ["photographs" in f.text for f in found if f.level == "warn"].count(True) == 1
     load_data(load_base("tiny"), config, manifest)
     assert "cannot learn those" in caplog.text
+
+
+def test_the_doctor_reads_variants_and_finds_what_is_no_number(tmp_path):
+    folder = random_base("sd1", tmp_path / "base")
+    for file in [*folder.glob("*/*.safetensors")]:
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    settings = TrainingConfig(pretrained_model=str(folder), resolution=64)
+    assert not [found for found in base_findings(settings) if found.level == "error"]
+    file = folder / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    state = load_file(file)
+    state["conv_in.weight"][0, 0, 0, :2] = torch.nan
+    save_file(state, file)
+    errors = [found.text for found in base_findings(settings) if found.level == "error"]
+    assert len(errors) == 1 and "unet.conv_in.weight: 2 NaN" in errors[0]

@@ -29,7 +29,10 @@ from ..files import NAME_BYTES
 from ..models.adapters import add_lora
 from ..models.base import find_base
 from ..models.families import family_of, granularity, native_size, text_parts
+from ..models.headers import broken_numbers, oddities, read_header
+from ..models.inspection import inspect_adapter, title_of
 from ..models.layouts import check_file, config_folder
+from ..models.views import tidy
 from .foresight import amount, disk_need
 from .memory import MemoryEstimate, advice, largest, skeleton
 from .objectives import noise_schedule
@@ -156,6 +159,25 @@ def numbers_in(file: Path) -> int:
     with safe_open(file, "pt") as opened:
         return sum(int(np.prod(opened.get_slice(name).get_shape())) for name in opened.keys())
 
+# %% ../../nbs/3_train/15_diagnosis.ipynb #d049ee2e
+def odd_numbers(file: Path) -> list[str]:
+    "A sentence for each tensor of a safetensors file that holds NaN or infinity."
+    return broken_numbers(oddities(file, read_header(file).tensors))
+
+# %% ../../nbs/3_train/15_diagnosis.ipynb #95363e85
+def start_findings(training: TrainingConfig) -> Iterator[Finding]:
+    "Whether there is an adapter where training is to begin with one."
+    if training.init_adapter is None:
+        return
+    try:
+        facts = inspect_adapter(training.init_adapter)
+    except LoraMvpError as error:
+        yield Finding("error", "adapter", f"training.init_adapter: {error.message}")
+        return
+    told = f"training begins with {training.init_adapter}, {facts.form} for {title_of(facts.family)}."
+    bad = "; ".join(facts.not_finite[:3])
+    yield Finding("error", "adapter", f"{told} {bad}.") if bad else Finding("ok", "adapter", told)
+
 # %% ../../nbs/3_train/15_diagnosis.ipynb #e01adced
 def weight_findings(folder: Path, pipe) -> Iterator[Finding]:
     "Whether the weights of every part are there, in full."
@@ -164,6 +186,7 @@ def weight_findings(folder: Path, pipe) -> Iterator[Finding]:
         files, wanted = weight_files(folder / name), sum(p.numel() for p in part.parameters())
         try:
             held = sum(map(numbers_in, files))
+            wrong += [f"{name}.{odd}" for file in files for odd in odd_numbers(file)]
         except (SafetensorError, OSError) as error:
             wrong.append(f"{name}: {error}")
             continue
@@ -173,7 +196,7 @@ def weight_findings(folder: Path, pipe) -> Iterator[Finding]:
         elif held < wanted:
             wrong.append(f"{name} holds {held:,} of {wanted:,} numbers")
     if wrong:
-        yield Finding("error", "base", f"weights in {folder}: {'; '.join(wrong)}. Get the base again.")
+        yield Finding("error", "base", f"weights of the base: {'; '.join(wrong)}. Get the base again.")
     else:
         yield Finding("ok", "base", f"safetensors weights in full, {amount(size)}; nothing in the folder runs code.")
 
@@ -196,15 +219,18 @@ def base_findings(training: TrainingConfig) -> Iterator[Finding]:
         text = f"{source} is not on this machine yet; training downloads it first. Its memory is unknown."
         yield Finding("warn", topic, f"{text} `hf download {find_base(source)}` gets it now.")
         return
-    pipe = skeleton(folder, training)
+    with tidy(folder) as seen:
+        pipe = skeleton(seen, training)
+        weights = [] if file else list(weight_findings(seen, pipe))
     native, predicts = native_size(pipe), pipe.scheduler.config.get("prediction_type", "epsilon")
     text = f"{source}: {family_of(pipe).title}, predicts {predicts}, made for {native} pixels."
     yield Finding("ok", topic, text)
     if file:
         text = f"safetensors weights, {amount(file.stat().st_size)}; nothing in the file runs code."
-        yield Finding("ok", topic, text)
-    else:
-        yield from weight_findings(folder, pipe)
+        bad = "; ".join(odd_numbers(file)[:3])
+        yield Finding("error", topic, f"{file}: {bad}. Get the base again.") if bad else Finding("ok", topic, text)
+    yield from weights
+    yield from start_findings(training)
     for check, part in ((noise_schedule, pipe.scheduler), (add_lora, pipe)):
         try:
             check(part, training)
