@@ -88,6 +88,7 @@ def drawing(monkeypatch, scorer):
 
     monkeypatch.setattr(drawn_columns, "load_run", load)
     monkeypatch.setattr(drawn_columns, "render", render)
+    monkeypatch.setattr(drawn_columns, "cut_prompts", lambda pipe, prompts: [])  # there is no pipeline to ask
     monkeypatch.setattr(evaluation, "find_run", lambda path, base=None: ("tiny", path))
     monkeypatch.setattr(evaluation, "scorer_for", lambda base, config: scorer)
     monkeypatch.setattr(drawn_columns, "model_facts", lambda run, scale: {"base": f"{run.adapter} at {scale}"})

@@ -46,7 +46,13 @@ def _read_back(
     folder: Path,  # where it was written
 ) -> Pipeline:
     "The model that was written, in float32; `LoraMvpError` (`export_unfaithful`) unless it has the same weights."
-    again = load_base(str(folder))
+    try:
+        again = load_base(str(folder))
+    except LoraMvpError as e:
+        if e.code != "base_not_finite":
+            raise
+        text = "the fused model has weights that are no numbers: they are too large for its precision; write it in float32."
+        raise LoraMvpError("export_unfaithful", text) from e
     for name, part in adaptable_parts(pipe).items():
         torch.nn.Module.to(part, torch.float32)
         if weights_hash(getattr(again, name)) != weights_hash(part):

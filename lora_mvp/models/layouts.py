@@ -79,7 +79,6 @@ def check_folder(
     check_code(folder)
     check_pickles(folder, _CLASSES)
     check_task(folder)
-    check_tokenizers(folder)
     return kind
 
 # %% ../../nbs/2_models/04_layouts.ipynb #2a7032b6

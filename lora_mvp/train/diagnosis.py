@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from packaging.requirements import Requirement
 from safetensors import SafetensorError, safe_open
 from transformers.utils.versions import require_version
 
@@ -31,7 +32,7 @@ from ..models.base import find_base
 from ..models.families import family_of, granularity, native_size, text_parts
 from ..models.headers import broken_numbers, oddities, read_header
 from ..models.inspection import inspect_adapter, title_of
-from ..models.layouts import check_file, config_folder
+from ..models.layouts import check_file, check_tokenizers, config_folder
 from ..models.views import tidy
 from .foresight import amount, disk_need
 from .memory import MemoryEstimate, advice, largest, skeleton
@@ -102,7 +103,8 @@ def _versions() -> Finding:
 def _declared() -> list[str]:
     "The requirements of the installed package; empty where it is not installed."
     try:
-        return [text for text in requires("lora_mvp") or [] if "extra ==" not in text]
+        found = [Requirement(text) for text in requires("lora_mvp") or []]
+        return [str(r) for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
     except PackageNotFoundError:
         return []
 
@@ -219,6 +221,7 @@ def base_findings(training: TrainingConfig) -> Iterator[Finding]:
         text = f"{source} is not on this machine yet; training downloads it first. Its memory is unknown."
         yield Finding("warn", topic, f"{text} `hf download {find_base(source)}` gets it now.")
         return
+    check_tokenizers(folder)
     with tidy(folder) as seen:
         pipe = skeleton(seen, training)
         weights = [] if file else list(weight_findings(seen, pipe))
