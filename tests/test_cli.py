@@ -243,7 +243,7 @@ MISTAKES = {  # name -> command, what its sentence must hold
     "both": (f"{TRAIN} --resume --overwrite", "--overwrite", "not allowed with"),
     "no model": (f"lora-mvp generate {DRAW} --model-path processed", "processed", "run.json", "--resume"),
     "no path": (f"lora-mvp generate {DRAW} --model-path nowhere", "nowhere", "does not exist"),
-    "cut off": (f"lora-mvp generate {DRAW} --model-path damaged", "damaged", "does not load"),
+    "cut off": (f"lora-mvp generate {DRAW} --model-path damaged", "damaged", "cut off or damaged", "download it again"),
     "no steps": (f"lora-mvp generate {DRAW} --model-path lora --steps 0", "--steps", "at least 1"),
     "no pictures": ("lora-mvp evaluate --model-path lora --real-glob 'none/*.png'", "none/*.png", "no picture"),
     "demo in the way": ("lora-mvp demo --out processed", "processed", "not an empty folder"),
