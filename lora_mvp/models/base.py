@@ -23,7 +23,7 @@ from ..errors import LoraMvpError
 from ..files import asset, no_bars
 from .families import FAMILIES, Pipeline, family_of, networks, text_parts
 from .keys import base_name
-from .layouts import check_file, check_folder, check_index, check_tokenizers, config_folder
+from .layouts import check_file, check_index, check_whole, config_folder
 from .safety import ONLY_SAFE, PICKLES, check_code
 from .views import renamed, tidy
 
@@ -73,8 +73,7 @@ def _come_from(pipe: Pipeline, folder: Path) -> None:
 # %% ../../nbs/2_models/05_base.ipynb #e084b7ba
 def read_folder(folder: Path) -> Pipeline:
     "A pipeline from a folder in diffusers' layout."
-    kind = check_folder(folder)
-    check_tokenizers(folder)
+    kind = check_whole(folder)
     options = next(family.options for family in FAMILIES.values() if family.pipeline is kind)
     with tidy(folder) as seen:
         with no_bars():
@@ -95,9 +94,7 @@ def read_file(file: Path) -> Pipeline:
     "A pipeline from a checkpoint in one .safetensors file."
     family, stated = check_file(file)
     folder = config_folder(file, family)
-    kind = check_folder(folder)
-    check_tokenizers(folder)
-    if kind is not family.pipeline:
+    if (kind := check_whole(folder)) is not family.pipeline:
         raise LoraMvpError(
             "base_unreadable", f"{file} is a {family.title} model, but {folder} has the settings of a {kind.__name__}."
         )

@@ -81,6 +81,13 @@ def check_folder(
     check_task(folder)
     return kind
 
+# %% ../../nbs/2_models/04_layouts.ipynb #e246a8ad
+def check_whole(folder: Path) -> type:  # the pipeline's class
+    "As `check_folder`, and its tokenizers must be there: what is loaded needs them, what is only measured does not."
+    kind = check_folder(folder)
+    check_tokenizers(folder)
+    return kind
+
 # %% ../../nbs/2_models/04_layouts.ipynb #2a7032b6
 _FIRST = "model.diffusion_model.input_blocks.0.0.weight"  # the UNet's first convolution
 
