@@ -30,6 +30,14 @@ def count(
     "`1 image`, `2,000 images`, `3 batches`."
     return f"{n:,} {what}" + ("" if n == 1 else "es" if what.endswith("h") else "s")
 
+# %% ../nbs/03_words.ipynb #c85896d5
+def first_few(
+    what: list[str],
+    most: int = 3,  # names
+) -> str:
+    "The first few of many names."
+    return ", ".join(what[:most]) + (f" and {len(what) - most} more" if len(what) > most else "")
+
 # %% ../nbs/03_words.ipynb #d22430f0
 def printable(
     path: str | bytes | os.PathLike,  # any path, also one that is not valid UTF-8

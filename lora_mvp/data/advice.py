@@ -14,7 +14,7 @@ from .manifest import Manifest, ManifestImage
 from .steps import is_enlarged
 from .storage import target_size
 from .tables import trigger_note
-from ..words import count
+from ..words import count, first_few
 
 # %% ../../nbs/1_data/22_advice.ipynb #193868e1
 def on_validation(
@@ -152,8 +152,7 @@ def on_words(
     unread = [r.path for r in manifest.ignored if r.reason in ("lone_caption", "unread_list")]
     found = [f"{note}." for note in [*manifest.notes, trigger_note(manifest)] if note]
     if unread:
-        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
-        found.append(f"Words that may be captions and are not read: {', '.join(unread[:3])}{more}.")
+        found.append(f"Words that may be captions and are not read: {first_few(unread)}.")
     return found
 
 # %% ../../nbs/1_data/22_advice.ipynb #179f1e1c

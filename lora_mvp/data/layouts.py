@@ -22,7 +22,7 @@ from .images import read_regular
 from .kinds import claimed_format
 from .rows import FILE_KEYS, SPLIT_NAMES
 from ..errors import LoraMvpError
-from ..words import as_words, count, printable
+from ..words import as_words, count, first_few, printable
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -195,14 +195,6 @@ def caption_list(
     found = [(pictures.find(name, file.parent), name, row) for name, row in rows]
     return Listed({p: row for p, _, row in found if p}, [name for p, name, _ in found if not p]) if rows else None
 
-# %% ../../nbs/1_data/12a_layouts.ipynb #c85896d5
-def first_few(
-    what: list[str],
-    most: int = 3,  # names
-) -> str:
-    "The first few of many names."
-    return ", ".join(map(printable, what[:most])) + (f" and {len(what) - most} more" if len(what) > most else "")
-
 # %% ../../nbs/1_data/12a_layouts.ipynb #e36288b5
 def list_note(
     file: str,  # POSIX, relative to the raw folder
@@ -211,12 +203,12 @@ def list_note(
 ) -> str:
     "What a list said, and what it did not."
     if not listed.rows:
-        return f"{file}: not used: it has captions, but names no picture that is here ({first_few(listed.strays)})"
+        return f"{file}: not used: it has captions, but names no picture that is here ({first_few([*map(printable, listed.strays)])})"
     text = f"{file}: read, captions or labels of {count(len(listed.rows), 'picture')}"
     if pictures > len(listed.rows):
         text += f", none of {count(pictures - len(listed.rows), 'other')} beside it"
     if listed.strays:
-        text += f"; {count(len(listed.strays), 'row')} for pictures that are not here: {first_few(listed.strays)}"
+        text += f"; {count(len(listed.strays), 'row')} for pictures that are not here: {first_few([*map(printable, listed.strays)])}"
     return text
 
 # %% ../../nbs/1_data/12a_layouts.ipynb #2f3edda4
@@ -301,7 +293,9 @@ def place_notes(
         f"{part} is {told.label}, {told.repeats} times" for part, told in folders if part.endswith(f"_{told.label}")
     }
     notes = (
-        [f"repeats as in kohya's scripts: {first_few(sorted(numbered))}; data.repeats sets other numbers"]
+        [
+            f"repeats as in kohya's scripts: {first_few([*map(printable, sorted(numbered))])}; data.repeats sets other numbers"
+        ]
         if numbered
         else []
     )
@@ -334,7 +328,7 @@ def apart_notes(
             )
             for top in tops
         }
-        where = first_few(sorted(top.as_posix() for top in tops))
+        where = first_few(sorted(map(printable, tops)))
         what = count(len(regularisation), "regularisation picture")
         notes.append(f"{what} left aside; training.regularization_dir={where} uses them")
     if masks:
@@ -342,7 +336,9 @@ def apart_notes(
             f"{count(len(masks), 'mask')} of pictures; training.masked_loss=0.1 uses them, with a tenth of the weight outside"
         )
     if alone:
-        notes.append(f"{count(len(alone), 'mask')} without a picture: {first_few([path.name for path in alone])}")
+        notes.append(
+            f"{count(len(alone), 'mask')} without a picture: {first_few([printable(path.name) for path in alone])}"
+        )
     return notes
 
 # %% ../../nbs/1_data/12a_layouts.ipynb #96a91d4d
@@ -384,7 +380,7 @@ def read_subset_files(
         said, missing = with_subsets(said, subsets)
         used.add(file)
         text = f"{file.name}: read as kohya's dataset file"
-        text += f"; folders that are not here: {first_few(missing)}" if missing else ""
+        text += f"; folders that are not here: {first_few([*map(printable, missing)])}" if missing else ""
         asked = ", ".join(f"{key} = {json.dumps(value)} ({SETTINGS[key]})" for key, value in sorted(settings.items()))
         notes.append(text + (f"; not taken from it, set it here: {asked}" if asked else ""))
     return said, used, notes

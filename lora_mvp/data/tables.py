@@ -13,7 +13,7 @@ from .captions import with_trigger
 from .images import REASONS
 from .manifest import Manifest
 from ..sheets import text_table
-from ..words import as_words
+from ..words import as_words, first_few
 
 # %% ../../nbs/1_data/10_tables.ipynb #c59f2e0c
 NO_LABEL = "(no label)"
@@ -68,8 +68,7 @@ def lines_of_warnings(
                 found[reason.code].append(f"{row.source}{tokens}")
     lines = []
     for code, names in sorted(found.items(), key=lambda pair: (-len(pair[1]), pair[0])):
-        more = f" and {len(names) - most} more" if len(names) > most else ""
-        lines.append(f"  {code} ({len(names)}): {REASONS[code]}: {', '.join(names[:most])}{more}")
+        lines.append(f"  {code} ({len(names)}): {REASONS[code]}: {first_few(names, most)}")
     return ["", "accepted, but look at:", *lines] if lines else []
 
 # %% ../../nbs/1_data/10_tables.ipynb #b52c5412
@@ -94,8 +93,7 @@ def lines_of_ignored(
     lines = []
     for reason in ("lone_caption", "unread_list", "lone_mask"):  # somebody's words, or work
         if names := paths.pop(reason, []):
-            more = f" and {len(names) - most} more" if len(names) > most else ""
-            lines.append(f"{reason} ({len(names)}): {REASONS[reason]}: {', '.join(names[:most])}{more}")
+            lines.append(f"{reason} ({len(names)}): {REASONS[reason]}: {first_few(names, most)}")
     named = {
         "not_an_image": "files that are no images",
         "cache": REASONS["cache"],

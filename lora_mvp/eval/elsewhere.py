@@ -19,13 +19,14 @@ from .copies import RealSet
 from .evaluator import extractors_for, liked_scores, preference_of
 from .extractors import Extractor
 from .features import FeatureCache
-from .matching import Folder, Found, Matching, find_pictures, match_pictures, named, use_table
+from .matching import Folder, Found, Matching, find_pictures, match_pictures, use_table
 from .one_set import OneSet, describe_set, write_set
 from .records import Metrics, Warned
 from .results import write_results
 from .samples import OWN, PlanRow, Sample, SamplePlan, prompt_id, write_plan
 from .scores import Terms, check_counts
 from ..files import make_folder
+from ..words import first_few
 
 # %% ../../nbs/5_eval/14c_elsewhere.ipynb #59d00eeb
 WHERE_PROMPTS = (
@@ -42,9 +43,9 @@ def reading_warnings(
     broken = [f"{side}: {reason}" for side, folder in folders.items() for reason in folder.broken]
     endings = [one.file.suffix.lower() for folder in folders.values() for one in folder.found]
     lossy = sum(ending != ".png" for ending in endings)
-    none = f"{len(nameless)} pictures have no prompt and are left out: {named(nameless)}. {WHERE_PROMPTS}"
+    none = f"{len(nameless)} pictures have no prompt and are left out: {first_few(nameless)}. {WHERE_PROMPTS}"
     found = {
-        "pictures_unreadable": (broken, f"{len(broken)} files are no pictures and are left out: {named(broken)}."),
+        "pictures_unreadable": (broken, f"{len(broken)} files are no pictures and are left out: {first_few(broken)}."),
         "no_prompt": (nameless, none),
         "lossy_pictures": (lossy, f"{lossy} pictures are JPEG or WebP; compression alone moves distances a little."),
     }
@@ -64,7 +65,7 @@ def matching_warnings(
         "prompts_differ": (differ, "have another prompt than the base's; both are held against that of the pictures"),
         "seeds_unknown": (loose, "may not start from the noise of their partner, so what was kept is not measured"),
     }
-    found = {code: f"{len(some)} pictures {what}: {named(some)}." for code, (some, what) in texts.items() if some}
+    found = {code: f"{len(some)} pictures {what}: {first_few(some)}." for code, (some, what) in texts.items() if some}
     return [Warned(code=code, message=message) for code, message in found.items()]
 
 # %% ../../nbs/5_eval/14c_elsewhere.ipynb #1db0468b
@@ -75,11 +76,11 @@ def with_prompts(
     known = [pair for pair in made.pairs if pair[1].origin.prompt or pair[0].origin.prompt]
     nameless = [f"pictures: {b.name}" for a, b in made.pairs if not (a.origin.prompt or b.origin.prompt)]
     if not made.pairs:
-        more = f" Without a partner: {named(made.alone)}." if made.alone else ""
+        more = f" Without a partner: {first_few(made.alone)}." if made.alone else ""
         text = f"no picture of one folder has the prompt and seed, or the name, of one in the other.{more} "
         raise LoraMvpError("no_pairs", text + "Where the file names agree, --by-name pairs them. " + WHERE_PROMPTS)
     if not known:
-        raise LoraMvpError("no_prompts", f"none of the pictures has a prompt: {named(nameless)}. {WHERE_PROMPTS}")
+        raise LoraMvpError("no_prompts", f"none of the pictures has a prompt: {first_few(nameless)}. {WHERE_PROMPTS}")
     return known, nameless
 
 # %% ../../nbs/5_eval/14c_elsewhere.ipynb #6f07505d
@@ -169,7 +170,7 @@ def describe_folder(
     known = [one for one in folder.found if one.origin.prompt]
     nameless = [f"pictures: {one.name}" for one in folder.found if not one.origin.prompt]
     if not known:
-        raise LoraMvpError("no_prompts", f"none of the pictures has a prompt: {named(nameless)}. {WHERE_PROMPTS}")
+        raise LoraMvpError("no_prompts", f"none of the pictures has a prompt: {first_few(nameless)}. {WHERE_PROMPTS}")
     check_counts(len(known), len(real.images))
     extractors = extractors_for(config, base_of(known))
     make_folder(out, "the output folder", code="output_not_writable")

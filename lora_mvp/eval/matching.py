@@ -148,11 +148,3 @@ def match_pictures(
     for side, some in zip(("base", "pictures"), rest):
         made.alone += [f"{side}: {one.name}" for one in some if one.file not in gone]
     return made
-
-# %% ../../nbs/5_eval/14a_matching.ipynb #32d020c3
-def named(
-    names: list[str],
-    most: int = 3,  # that are named
-) -> str:
-    "The first of some names, and how many more there are."
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

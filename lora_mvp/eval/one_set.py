@@ -19,7 +19,7 @@ from .comparison import caption_anchors, evidence_of
 from .copies import CopyEvidence, CopyShare, RealSet, nearest_sheet
 from .extractors import Extractor, ExtractorRecord
 from .features import FeatureCache, features_of
-from .matching import Found, named
+from .matching import Found
 from .pages import extractor_note
 from .records import Measured, Warned, with_interval
 from .results import environment
@@ -30,6 +30,7 @@ from ..files import atomic_write, save_png
 from ..html import gallery, html_table, jpeg_uri, page, section, text, tile
 from ..sheets import text_table
 from ..stats import MIN_PAIRS, group_means, mean_interval
+from ..words import first_few
 
 # %% ../../nbs/5_eval/14b_one_set.ipynb #ee5772bf
 class OneScore(BaseModel):
@@ -94,7 +95,7 @@ def one_warnings(
     "What to know about the scores of one set."
     n, cut, names = len(prompts), scorer.too_long(prompts), len(set(prompts))
     rough = f"{n} pictures: the distance is rough below 50. Compare it only with others at the same number."
-    long = f"the scorer reads only the beginning of {len(cut)} prompts: {named([p[:60] for p in cut], 1)}."
+    long = f"the scorer reads only the beginning of {len(cut)} prompts: {first_few([p[:60] for p in cut], 1)}."
     copies = "copies were not looked for. Name the manifest of the training with --manifest."
     found = {
         "no_verdict": (True, NO_VERDICT),
