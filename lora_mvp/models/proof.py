@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from peft.tuners.lora import LoraLayer
 from pydantic import BaseModel
 from safetensors.torch import load_file
 
@@ -36,38 +35,43 @@ from .keys import ADAPTER, public_name
 from .kohya import kohya_state
 from .reading import load_lora
 
+# %% ../../nbs/2_models/10_proof.ipynb #a0e6988e
+class _Widened:
+    "Half weights that are float32 while they are used."
+
+    def __init__(self):
+        self.held = {}  # parameter -> its data in half precision
+
+    def widen(self, module: torch.nn.Module, *_) -> None:
+        "Give a module's own weights in float32."
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype.itemsize < 4:
+                self.held[parameter], parameter.data = parameter.data, parameter.data.float()
+
+    def restore(self, module: torch.nn.Module, *_) -> None:
+        "Put back what `widen` found."
+        for parameter in module.parameters(recurse=False):
+            parameter.data = self.held.pop(parameter, parameter.data)
+
 # %% ../../nbs/2_models/10_proof.ipynb #23c0fb2c
 @contextmanager
 def exact(pipe: Pipeline):
     "UNet and text encoders compute in float32 and evaluation mode for a while; a base's half weights are widened one layer at a time."
-    parts = list(adaptable_parts(pipe).values())
-    modes, handles, narrow = [part.training for part in parts], [], {}
-
-    def widen(module, _):
-        for parameter in module.parameters(recurse=False):
-            if parameter.dtype != torch.float32:
-                narrow[parameter], parameter.data = parameter.data, parameter.data.float()
-
-    def restore(module, *_):
-        for parameter in module.parameters(recurse=False):
-            parameter.data = narrow.pop(parameter, parameter.data)
-
-    own = {m for part in parts for layer in part.modules() if isinstance(layer, LoraLayer) for m in layer.modules()}
-    own -= {m for layer in own if isinstance(layer, LoraLayer) for m in layer.get_base_layer().modules()}
+    parts, handles, wide = list(adaptable_parts(pipe).values()), [], _Widened()
+    modes, layers = [part.training for part in parts], list(adapter_layers(pipe).values())
+    own = {m for layer in layers for m in layer.modules()} - {m for x in layers for m in x.get_base_layer().modules()}
     try:
-        for module in own:  # peft looks at their type before it calls them
-            widen(module, None)
+        for module in own:  # at once: peft looks at their type before it calls them
+            wide.widen(module)
         for module in (m for part in parts for m in part.eval().modules() if m._parameters and m not in own):
-            handles += [
-                module.register_forward_pre_hook(widen),
-                module.register_forward_hook(restore, always_call=True),
-            ]
+            handles.append(module.register_forward_pre_hook(wide.widen))
+            handles.append(module.register_forward_hook(wide.restore, always_call=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
         for module in own:
-            restore(module)
+            wide.restore(module)
         for part, mode in zip(parts, modes, strict=True):
             part.train(mode)
 
