@@ -6,6 +6,7 @@
 __all__ = ['export_adapter']
 
 # %% ../../nbs/2_models/11_exports.ipynb #df3532ed
+import json
 import os
 import secrets
 import shutil
@@ -20,7 +21,7 @@ from ..errors import LoraMvpError
 from ..files import make_folder, no_bars
 from .adapters import fuse, save_adapter
 from .base import load_base
-from .families import Pipeline, family_of, networks
+from .families import Pipeline, family_of, networks, text_parts
 from .inspection import inspect_adapter
 from .kohya import write_kohya
 from .proof import ROUNDING, demand, differences, effect_of, probe, prove
@@ -62,6 +63,16 @@ def _check_written(pipe: Pipeline, folder: Path) -> None:
                 "export_unfaithful", f"the fused {name} was not written in full: {min(state)} is missing."
             )
 
+# %% ../../nbs/2_models/11_exports.ipynb #e63f9c3b
+def _open_as_one(pipe: Pipeline, folder: Path) -> None:
+    "Let the written text encoders be opened in float32 where nothing else is asked for, as the UNet is."
+    for name in text_parts(pipe):
+        file = folder / name / "config.json"
+        config = json.loads(file.read_text())
+        file.write_text(
+            json.dumps(config | {key: "float32" for key in ("dtype", "torch_dtype") if key in config}, indent=2)
+        )
+
 # %% ../../nbs/2_models/11_exports.ipynb #2b1a4a3a
 ROUNDING_OF = {torch.float32: ROUNDING, torch.float16: 0.01, torch.bfloat16: 0.05}  # of the size of the output
 
@@ -84,6 +95,7 @@ def export_fused(
     demand(differences(wanted, probe(pipe)), allowed, f"the model fused and rounded to {dtype}")
     with staged(folder) as stage, no_bars():
         pipe.save_pretrained(stage, safe_serialization=True)
+        _open_as_one(pipe, stage)
         _check_written(pipe, stage)
     return Path(folder)
 
