@@ -215,16 +215,25 @@ class _LoopKeys(_Section):
     max_train_steps: Count = Field(1000, description="optimiser steps")
     lr_scheduler: Scheduler = Field("cosine", description="course of the learning rate after the warm-up")
     lr_warmup_steps: int = Field(100, ge=0, description="optimiser steps until the learning rate is at its peak")
-    mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="compute type; adapters are always fp32")
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
+        "auto", description="compute type; auto: bf16 on a GPU that has it; adapters are always fp32"
+    )
     gradient_checkpointing: bool = Field(False, description="less memory, about a third more time per step")
     max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are shortened to this norm")
-    checkpointing_steps: Count = Field(100, description="optimiser steps between two checkpoints")
-    max_checkpoints: Count = Field(3, description="how many of the newest checkpoints are kept, beside the best one")
     resume_from: PathKey | None = Field(None, description="checkpoint folder to continue from")
     seed: Seed = Field(42, description="decides noise, timesteps, data order and the first adapter weights")
     cache_dir: PathKey | None = Field(None, description="encoded images and captions; null: beside the manifest")
     save_pipeline: bool = Field(True, description="also save the full model with the adapter fused in")
-    sample_prompts: list[Prompt] = Field([], description="prompts drawn at each checkpoint; []: validation captions")
+
+# %% ../nbs/08_config.ipynb #91e6f20f
+class _MarkKeys(_LoopKeys):
+    checkpointing_steps: Count = Field(100, description="optimiser steps between two checkpoints")
+    max_checkpoints: Count = Field(3, description="how many of the newest checkpoints are kept, beside the best one")
+    validate_every: Count | None = Field(None, description="steps between validations; null: as checkpoints")
+    sample_every: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="steps between sample pictures; null: as checkpoints; 0: none"
+    )
+    sample_prompts: list[Prompt] = Field([], description="prompts of sample pictures; []: validation captions")
 
 # %% ../nbs/08_config.ipynb #b8125209
 def _targets(value: str) -> str:
@@ -236,10 +245,10 @@ def _targets(value: str) -> str:
     return value
 
 # %% ../nbs/08_config.ipynb #cf3e5afe
-class _AdapterKeys(_LoopKeys):
+class _AdapterKeys(_MarkKeys):
     lora_rank: Count = Field(8, description="inner size of the adapter; more learns more and weighs more")
     lora_alpha: Count = Field(16, description="strength of the adapter; it acts with alpha / rank")
-    lora_dropout: float = Field(0.05, ge=0, lt=1, description="share of adapter inputs dropped while training")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="share of adapter inputs dropped while training")
     lora_variant: Literal["lora", "rslora", "dora"] = Field(
         "lora", description="rslora: strength alpha / sqrt(rank); dora: also learns the weights' length"
     )

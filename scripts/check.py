@@ -43,7 +43,8 @@ def run(*command, cwd=ROOT, **env) -> str:
     done = subprocess.run(
         command,
         cwd=cwd,
-        env={**os.environ, "PATH": path, "PYTHONUTF8": "1", **env},
+        # Without bytecode every process that a test starts would compile what it imports.
+        env={**os.environ, "PATH": path, "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "", **env},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

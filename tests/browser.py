@@ -58,6 +58,10 @@ def process(command, **options):
         running.wait()
 
 
+class Between(Exception):
+    """The page is on its way from one document to another."""
+
+
 class Page:
     """One page of the browser."""
 
@@ -69,6 +73,8 @@ class Page:
         self.socket.send(json.dumps({"id": self.number, "method": method, "params": params}))
         while (answer := json.loads(self.socket.recv())).get("id") != self.number:
             pass
+        if "default execution context" in answer.get("error", {}).get("message", ""):
+            raise Between  # one document is gone and the next is not there yet
         assert "error" not in answer, answer
         return answer["result"]
 
@@ -80,10 +86,16 @@ class Page:
         return answer["result"].get("value")
 
     def wait(self, expression, seconds=120):
+        def answer():
+            try:
+                return self.js(expression)
+            except Between:
+                return None
+
         try:
-            return wait_for(lambda: self.js(expression), seconds)
+            return wait_for(answer, seconds)
         except AssertionError as e:
-            raise AssertionError(f"{expression}: {e}; the page says: {self.js('document.body.innerText')}") from e
+            raise AssertionError(f"{expression}: {e}; the page says: {self.js('document.body?.innerText')}") from e
 
     def click(self, element):
         """Press the mouse in the middle of the element that an expression gives, once it lies still and is on top."""

@@ -208,6 +208,7 @@ def test_a_finished_run_is_not_trained_again(used):
 
 def test_no_noise(trained, used):
     noise = ("Warning", "deprecated", "torchvision", "No LoRA keys", "pipeline components", "model shards", "`to()`")
+    noise += ("Pipelines loaded",)
     said = {"train": trained.stderr, **{name: used[name].stderr for name in ("evaluate", "generate", "fuse")}}
     assert not [(name, word) for name, text in said.items() for word in noise if word in text], said
     one_line = "tiny draws 64 px pictures: image_size, min_resolution, resolution set to 64"

@@ -86,23 +86,48 @@ def test_gradient_checkpointing_computes_the_same(drawings, small_run, tmp_path)
     assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-5)
 
 
+IMPATIENT = """
+import sys, time
+from datetime import timedelta
+from torch.distributed import init_process_group
+
+init_process_group("gloo", timeout=timedelta(seconds=15))
+from lora_mvp.cli import main
+from lora_mvp.train import results
+
+pictures = results.FORMS["pictures"]
+results.FORMS["pictures"] = lambda ending: (time.sleep(20), pictures(ending))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(drawings, small_run, tmp_path):
-    """Two processes with one micro-batch each are one process with two."""
+    """Two processes with one micro-batch each are one with two; each draws and validates its share, and none waits for a slow end."""
     from lora_mvp.config import config_yaml
     from lora_mvp.train.loop import train
 
-    options = {"max_train_steps": 3, "lora_dropout": 0.0, "batch_size": 3}
+    options = {"max_train_steps": 3, "lora_dropout": 0.0, "batch_size": 3, "sample_prompts": ["a", "b", "c"]}
     one = load_config(overrides=small_run(tmp_path / "one", gradient_accumulation=2, **options))
     train(one, drawings, progress=False)
     two = load_config(overrides=small_run(tmp_path / "two", gradient_accumulation=1, **options))
     (tmp_path / "two.yaml").write_text(config_yaml(two))
+    (tmp_path / "train.py").write_text(IMPATIENT)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch += ["-m", "lora_mvp.cli", "train", "--manifest", drawings, "--config", tmp_path / "two.yaml"]
+    launch += [tmp_path / "train.py", "train", "--manifest", drawings, "--config", tmp_path / "two.yaml"]
     done = subprocess.run([str(part) for part in launch], capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert (tmp_path / "two" / "run.json").is_file()
+    one, two = ((tmp_path / name / "validation.csv").read_text().splitlines() for name in ("one", "two"))
+    assert one[0] == two[0] and len(one) == len(two)
+    for ours, theirs in zip(one[1:], two[1:], strict=True):
+        numbers = [
+            [float(cell) for cell in row.split(",") if cell not in ("train", "val", "")] for row in (ours, theirs)
+        ]
+        assert numbers[1] == pytest.approx(numbers[0], rel=1e-4, abs=1e-5)
+    names = [sorted(f.name for f in (tmp_path / name / "samples").iterdir()) for name in ("one", "two")]
+    assert names[0] == names[1]
 
 
 def test_the_golden_curve(tmp_path):

@@ -46,7 +46,7 @@ from ..infer import LoadedRun
 from ..models.adapters import adapter_parameters, add_lora, restore_adapter, save_adapter, set_scale
 from ..models.base import load_base
 from ..stats import group_means
-from ..train.checkpoints import MANIFEST, checkpoints, damage
+from ..train.checkpoints import MANIFEST, checkpoints, damage, step_of
 from ..train.objectives import sampling_scheduler
 from ..train.runs import RunFolder, read_run
 
@@ -86,11 +86,6 @@ def whole_checkpoints(
         text = f"only {len(found)} of 3 or more checkpoints are there; training.max_checkpoints says how many of them are kept."
         warned.append(Warned(code="few_checkpoints", message=text))
     return found, warned
-
-# %% ../../nbs/5_eval/17_selection.ipynb #d1f2c095
-def step_of(folder: Path) -> int:
-    "The step that a checkpoint's name says."
-    return int(folder.name.split("-", 1)[1])
 
 # %% ../../nbs/5_eval/17_selection.ipynb #17829b68
 class Drawer:

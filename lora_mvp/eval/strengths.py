@@ -25,12 +25,13 @@ from .extractors import ExtractorRecord
 from .records import Measured, Warned, with_interval
 from .rule import Ruling, apply_rule, keep_comparable
 from .samples import SamplePlan, write_plan
-from .selection import Chooser, candidate_of, confirm, forgetting_limit, step_of, two_plans
+from .selection import Chooser, candidate_of, confirm, forgetting_limit, two_plans
 from .verdicts import MAX_COPIED
 from ..files import atomic_write, make_folder, save_png
 from ..infer import LoadedRun, load_run
 from ..models.adapters import save_adapter
 from ..sheets import Tile, contact_sheet, fitted, text_table
+from ..train.checkpoints import step_of
 from ..train.runs import RunFolder, read_run
 
 # %% ../../nbs/5_eval/19_strengths.ipynb #1eb0a979

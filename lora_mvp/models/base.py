@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from huggingface_hub import HfApi, hf_hub_download
 from safetensors import safe_open
 
-from ..config import resolve_model_name
+from ..config import TrainingConfig, resolve_model_name
 from ..errors import LoraMvpError
 from ..files import asset, no_bars
 from .families import FAMILIES, Pipeline, family_of, networks, text_parts
@@ -163,6 +163,17 @@ def read_pipeline(
 # %% ../../nbs/2_models/05_base.ipynb #d4f4768a
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of `training.mixed_precision`
 
+# %% ../../nbs/2_models/05_base.ipynb #7e5483ee
+def with_precision(
+    t: TrainingConfig,
+    device: str,  # cpu, cuda or mps
+) -> TrainingConfig:
+    "The settings with `mixed_precision: auto` decided: bf16 on a GPU that computes in it, fp16 on an older one, else float32."
+    if t.mixed_precision != "auto":
+        return t
+    old = device == "cuda" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return t.model_copy(update={"mixed_precision": "no" if device != "cuda" else "fp16" if old else "bf16"})
+
 # %% ../../nbs/2_models/05_base.ipynb #0850a55f
 def _bad_numbers(pipe: Pipeline) -> str:
     "Which weights hold NaN or infinity, and how many; empty when none does."
@@ -277,7 +288,8 @@ def load_base(
         pipe = pipe if dtype is None else _read_safely(name, None, revision, vae)
         _refuse_numbers(find_base(name), bad, dtype, _bad_numbers(pipe))
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(device)
+    for part in networks(pipe).values():
+        torch.nn.Module.to(part, device)  # diffusers' own `to` warns about half precision on a CPU
     _align(pipe)
     return pipe
 

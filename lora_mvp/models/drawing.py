@@ -9,6 +9,7 @@ __all__ = ['sample']
 import torch
 from PIL import Image
 
+from ..errors import LoraMvpError
 from ..files import no_remarks
 from .families import Pipeline, native_size, text_parts
 
@@ -18,9 +19,19 @@ def decode_latents(
     pipe: Pipeline,
     latents: torch.Tensor,  # (n, channels, h, w), scaled as the UNet sees them
 ) -> list[Image.Image]:
-    "The pictures that latents stand for."
-    latents = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
-    return pipe.image_processor.postprocess(pipe.vae.decode(latents, return_dict=False)[0], output_type="pil")
+    "The pictures that latents stand for, decoded one at a time; `LoraMvpError` (`picture_not_finite`)."
+    pictures, vae = [], pipe.vae
+    with torch.autocast(vae.device.type, enabled=False):
+        for latent in (latents.to(vae.dtype) / vae.config.scaling_factor).split(1):
+            values = vae.decode(latent, return_dict=False)[0]
+            if not values.isfinite().all():
+                text = f"the autoencoder gave NaN or infinity in {str(vae.dtype).removeprefix('torch.')}, which would be a black picture"
+                advice = (
+                    "use mixed_precision: no or bf16, or set training.vae to an autoencoder made for half precision"
+                )
+                raise LoraMvpError("picture_not_finite", f"{text}; {advice}.")
+            pictures += pipe.image_processor.postprocess(values, output_type="pil")
+    return pictures
 
 # %% ../../nbs/2_models/06_drawing.ipynb #83081a18
 def sample(

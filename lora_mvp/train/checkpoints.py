@@ -139,11 +139,16 @@ def disk_trouble(output_dir: Path):
         why = f"cannot write{where}: {e.strerror}" if isinstance(e, OSError) else str(e)
         raise LoraMvpError("not_writable", f"{why.rstrip('.')}. In {output_dir}, {last}") from e
 
+# %% ../../nbs/3_train/07_checkpoints.ipynb #09b04367
+def step_of(checkpoint: Path) -> int:
+    "The optimizer step that a checkpoint was made at, from its name."
+    return int(checkpoint.name.split("-", 1)[1])
+
 # %% ../../nbs/3_train/07_checkpoints.ipynb #c593026e
 def checkpoints(output_dir: Path) -> list[Path]:  # oldest first
     "The published checkpoints of a run folder."
     found = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and p.name.split("-", 1)[1].isdigit()]
-    return sorted(found, key=lambda p: int(p.name.split("-", 1)[1]))
+    return sorted(found, key=step_of)
 
 # %% ../../nbs/3_train/07_checkpoints.ipynb #cd1b4ea0
 def damage(folder: Path) -> str | None:  # what is wrong, or None

@@ -385,6 +385,13 @@ def memory_findings(estimate: MemoryEstimate, t: TrainingConfig, memory: float |
         yield Finding("warn" if tight else "ok", topic, f"{text}; {amount(memory)} are free{which}.")
     for phase in found:
         yield Finding("ok", topic, f"{phase.name}: {amount(phase.total)}")
+    if estimate.cuda:
+        host, free = estimate.host(t), cpu_memory()
+        short = free is not None and host > free
+        text = f"the CPU's memory: about {amount(host)}" + (
+            f", but {amount(free)} are free; save_pipeline: false takes less" if short else ""
+        )
+        yield Finding("warn" if short else "ok", topic, text)
 
 # %% ../../nbs/3_train/15_diagnosis.ipynb #83b3b367
 def disk_findings(estimate: MemoryEstimate, training: TrainingConfig, free: float | None = None) -> Iterator[Finding]:

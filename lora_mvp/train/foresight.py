@@ -51,7 +51,8 @@ def disk_need(
     adapter = sum(p.numel() * 4 for part in adapters.values() for p in part)
     saves = -(-t.max_train_steps // t.checkpointing_steps)
     kept = min(t.max_checkpoints, saves) + 2
-    pictures = 2 * 3 * t.resolution**2 * prompts * (saves + 1)
+    every = t.checkpointing_steps if t.sample_every is None else t.sample_every
+    pictures = 2 * 3 * t.resolution**2 * prompts * (1 + -(-t.max_train_steps // every)) if every else 0
     return DiskNeed(3 * adapter * kept, 3 * adapter, full_bytes(pipe) if t.save_pipeline else 0, pictures)
 
 # %% ../../nbs/3_train/12b_foresight.ipynb #701efe35

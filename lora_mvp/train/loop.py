@@ -23,13 +23,15 @@ from ..data.manifest import Manifest, read_manifest
 from ..data.steps import refuse_large_batch
 from ..errors import LoraMvpError
 from ..files import atomic_write
-from ..models.base import find_base
+from ..models.base import find_base, with_precision
+from ..models.families import text_parts
 from ..screen import Progress
-from .checkpoints import disk_trouble, find_resume, load_checkpoint, save_checkpoint
+from .checkpoints import checkpoints, disk_trouble, find_resume, load_checkpoint, save_checkpoint, step_of
 from .curves import StepReport, ValidationRow, append_row, best_step, table_csv, validation_rows
 from .endings import finish_forms
 from .foresight import check_disk, check_names, disk_need, held_bytes
-from .network import Network, batch_losses, fixed_noise_losses, start_accelerator
+from .marks import is_due, mark_losses, mark_pictures, marks_of
+from .network import Network, batch_losses, start_accelerator, visit
 from .owner import Claim, claimed
 from .results import RunState, finish_run, finished_run
 from lora_mvp.train.runs import (
@@ -43,6 +45,7 @@ from lora_mvp.train.runs import (
     run_files,
     run_identity,
     run_traces,
+    wait_for_record,
 )
 from .streams import Stream, load_data
 from .updates import Updates, not_finite
@@ -59,6 +62,12 @@ def check_trainable(config: AppConfig, manifest: Manifest) -> None:
         raise LoraMvpError(
             "fp16_needs_gpu", "training.mixed_precision: fp16 needs a CUDA GPU; use no or bf16 on this machine."
         )
+
+# %% ../../nbs/3_train/13_loop.ipynb #78c23e68
+def on_device(config: AppConfig) -> AppConfig:
+    "The settings as they are on this machine: `mixed_precision: auto` is decided, so that the run's record says what was done."
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return config.model_copy(update={"training": with_precision(config.training, device)})
 
 # %% ../../nbs/3_train/13_loop.ipynb #1a4fd398
 def checked_identity(config: AppConfig, manifest: Manifest) -> dict[str, str]:
@@ -109,12 +118,15 @@ class Trainer:
         manifest: Manifest,
         identity: dict[str, str] | None = None,  # of `checked_identity`, where it has been asked before
     ):
+        config = on_device(config)
         identity = checked_identity(config, manifest) if identity is None else identity
         self.config, self.manifest, self.folder = config, manifest, RunFolder(config.training.output_dir)
         self.accelerator = start_accelerator(config.training.mixed_precision)
         self.network = Network(config.training, self.accelerator)
-        self.data = load_data(self.network.pipe, config, manifest)
+        with visit([self.network.pipe.vae, *text_parts(self.network.pipe).values()], self.network.device):
+            self.data = load_data(self.network.pipe, config, manifest)
         self.network.park(self.data.texts)
+        self.marks = marks_of(self.network, self.data, config, manifest)
         self.updates, self.state = Updates(self.network), RunState()
         self.claim: Claim | None = None  # on the folder, where there is one
         self.saved, self.whole = 0, True  # the step of the newest checkpoint; whether no step is half done
@@ -160,32 +172,25 @@ class Trainer:
 
     def validate(self) -> None:
         "Take the fixed-noise losses of both splits at the current step."
-        val_set = self.data.val_set
-        if val_set is None:
-            return
-        self.network.set_mode(False)
-        for split, data in (("train", self.data.streams[0].images), ("val", val_set)):
-            losses = fixed_noise_losses(self.network, data, len(val_set))
+        for split, losses in mark_losses(self.marks, self.state.step).items():
             self.state.losses.setdefault(split, {})[self.state.step] = losses
-        atomic_write(self.folder.validation, table_csv(ValidationRow, validation_rows(self.state.losses)))
-
-    def sample_prompts(self) -> list[str]:
-        "What the sample pictures show: the configured prompts, or the first captions of the validation split."
-        data = self.data.val_set or self.data.streams[0].images
-        return self.config.training.sample_prompts or data.captions[:4]
+        if self.state.losses and self.accelerator.is_main_process:
+            atomic_write(self.folder.validation, table_csv(ValidationRow, validation_rows(self.state.losses)))
 
     def draw_samples(self) -> None:
         "Save one picture per sample prompt for the current step."
         self.folder.samples.mkdir(parents=True, exist_ok=True)
-        for k, picture in enumerate(self.network.draw(self.sample_prompts(), self.config.evaluation)):
+        for k, picture in mark_pictures(self.marks, self.state.step).items():
             picture.save(self.folder.sample(self.state.step, k))
 
-    def mark(self) -> None:
-        "What happens at the start, at each checkpoint and at the end: validation losses and sample pictures."
-        if self.accelerator.is_main_process:
+    def mark(self, validation: bool, samples: bool) -> None:
+        "Validation losses and sample pictures, each by all processes together."
+        if validation:
             self.validate()
+        if samples:
             self.draw_samples()
-        self.accelerator.wait_for_everyone()
+        if validation or samples:
+            self.accelerator.wait_for_everyone()
 
     def save(self, prune: bool = True) -> None:
         "Publish a checkpoint of the current step (main process only)."
@@ -194,10 +199,16 @@ class Trainer:
         if self.claim:
             self.claim.check()
         state = self.updates.state() | self.state.for_checkpoint()
-        keep, best = self.config.training.max_checkpoints if prune else 10**9, best_step(self.state.losses)
+        keep, best = self.config.training.max_checkpoints if prune else 10**9, self.best_saved()
         tensors = self.updates.tensors()
         save_checkpoint(self.folder.root, self.state.step, tensors, state, self.identity, keep, best)
         self.saved = self.state.step
+
+    def best_saved(self) -> int | None:
+        "The step with the smallest validation loss of those that have a checkpoint, or are about to get one."
+        steps = {self.state.step, *(step_of(path) for path in checkpoints(self.folder.root))}
+        losses = self.state.losses.get("val", {})
+        return best_step({"val": {step: values for step, values in losses.items() if step in steps}})
 
     def rescue(self) -> None:
         "Save the last whole step, unless it is saved or its numbers are spoilt."
@@ -230,7 +241,7 @@ class Trainer:
 
     def announce(self) -> None:
         "Say what the run sets out to do, for whoever watches its folder (main process only)."
-        train_images, prompts = len(self.data.streams[0].images), self.sample_prompts()
+        train_images, prompts = len(self.data.streams[0].images), self.marks.prompts
         steps = {"first_step": self.state.step, "steps": self.config.training.max_train_steps}
         start = RunStart(**steps, train_images=train_images, sample_prompts=prompts)
         atomic_write(self.folder.start, start.model_dump_json(indent=2) + "\n")
@@ -256,26 +267,25 @@ class Trainer:
                 self.publish(asked_to_stop(self.accelerator, stop))
         return seconds
 
-    def has_mark(self) -> bool:
-        "Whether the current step is one of those that are marked and saved."
+    def due(self) -> tuple[bool, bool, bool]:
+        "Whether validation, samples and a checkpoint are due at the current step."
         t, step = self.config.training, self.state.step
-        return step % t.checkpointing_steps == 0 or step == t.max_train_steps
+        return tuple(is_due(every, step, t) for every in (t.validate_every, t.sample_every, t.checkpointing_steps))
 
     def catch_up(self) -> None:
         "Set the first mark, or the one that a run was about to set when it ended."
-        step, losses = self.state.step, self.state.losses
-        drawn = self.folder.sample(step, 0).is_file()
-        if step == 0 or (self.has_mark() and not (drawn and (self.data.val_set is None or step in losses["val"]))):
-            self.mark()
-            if step:
-                self.save()
+        step, (validation, samples, saved) = self.state.step, self.due()
+        validation = validation and self.data.val_set is not None and step not in self.state.losses.get("val", {})
+        samples = samples and not all(self.folder.sample(step, k).is_file() for k in range(len(self.marks.prompts)))
+        self.mark(validation, samples)
+        if step and saved and (validation or samples):
+            self.save()
 
     def publish(self, stopped: bool) -> None:
         "Mark and save where a step asks for it; raises `Interrupted` when the run was stopped."
-        t, step = self.config.training, self.state.step
-        if self.has_mark():
-            self.mark()
-        if self.has_mark() or stopped:
+        t, step, (validation, samples, saved) = self.config.training, self.state.step, self.due()
+        self.mark(validation, samples)
+        if saved or stopped:
             self.save()
         if stopped and step < t.max_train_steps:
             text = f"stopped after step {step} of {t.max_train_steps}; saved in {self.folder.root}. "
@@ -285,16 +295,18 @@ class Trainer:
         "Raise `LoraMvpError` where the end could not be written; `held`: bytes that the run will free first."
         t, pipe, learning = self.config.training, self.network.pipe, {"all": self.updates.params}
         check_names(self.folder)
-        check_disk(self.folder.root, disk_need(pipe, learning, t, len(self.sample_prompts())), held)
+        check_disk(self.folder.root, disk_need(pipe, learning, t, len(self.marks.prompts)), held)
 
     def finish(self, seconds: float) -> RunRecord:
-        "Write everything that a finished run leaves (main process only)."
+        "Write everything that a finished run leaves (main process only); the others are released at once."
         if self.accelerator.is_main_process:
             if self.claim:
                 self.claim.check()
             with disk_trouble(self.folder.root):
                 finish_run(self.config, self.manifest, self.network, self.data, self.state, seconds)
-        self.accelerator.wait_for_everyone()
+        else:
+            self.network.release()
+            wait_for_record(self.folder)
         return read_run(self.folder.root)
 
 # %% ../../nbs/3_train/13_loop.ipynb #ec50ea05
@@ -314,6 +326,8 @@ def begin(trainer: Trainer, found: Path | None, replace: bool, extend: bool) -> 
         atomic_write(folder.history, table_csv(StepReport, trainer.state.history))
         trainer.announce()
     trainer.catch_up()
+    if trainer.config.training.sample_every == 0:
+        trainer.network.forget_autoencoder()
 
 # %% ../../nbs/3_train/13_loop.ipynb #52ba1912
 def train(
@@ -326,7 +340,8 @@ def train(
     progress: bool = True,
 ) -> RunRecord:
     "Train a LoRA; the files of `RunFolder` are left in training.output_dir, which no other process may use meanwhile."
-    data, t = read_manifest(manifest), config.training
+    config, data = on_device(config), read_manifest(manifest)
+    t = config.training
     identity, main = checked_identity(config, data), os.environ.get("RANK", "0") == "0"
     with claimed(t.output_dir, main) as claim:
         found, folder = find_resume(t, resume), RunFolder(t.output_dir)

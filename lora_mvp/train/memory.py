@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import LoraMvpError, TrainingConfig
 from ..models.adapters import add_lora
-from ..models.base import DTYPES
+from ..models.base import DTYPES, with_precision
 from ..models.families import FAMILIES, encode_text, family_of, granularity, text_parts, unet_arguments
 from ..models.layouts import check_folder
 from .foresight import amount, full_bytes
@@ -143,7 +143,7 @@ def skeleton(
         raise LoraMvpError(
             "base_unreadable", f"the configs in {folder} make no model: {reason}. Get the base again."
         ) from error
-    pipe, dtype = kind(**parts, **options), DTYPES[training.mixed_precision]
+    pipe, dtype = kind(**parts, **options), DTYPES[with_precision(training, "cpu").mixed_precision]
     for part in (pipe.unet, pipe.vae, *text_parts(pipe).values()):
         torch.nn.Module.to(part, family_of(pipe).vae_dtype or dtype if part is pipe.vae else dtype)
         part.requires_grad_(False).eval()
@@ -154,7 +154,8 @@ def skeleton(
 def counted(pipe, training: TrainingConfig, cuda: bool) -> Iterator[LiveBytes]:
     "Count what is made inside, beside the weights, as if on the device."
     modules = (pipe.unet, pipe.vae, *text_parts(pipe).values())
-    with torch.device("meta"), OnDevice(DTYPES[training.mixed_precision], cuda), LiveBytes(*modules) as live:
+    dtype = DTYPES[with_precision(training, "cuda" if cuda else "cpu").mixed_precision]
+    with torch.device("meta"), OnDevice(dtype, cuda), LiveBytes(*modules) as live:
         yield live
 
 # %% ../../nbs/3_train/14_memory.ipynb #bdbdd395
@@ -174,7 +175,7 @@ def unet_inputs(
 def _set_checkpointing(unet: UNet2DConditionModel, training: TrainingConfig, cuda: bool) -> None:
     "As training does; the backward pass computes checkpointed blocks once more, on the same made-up device."
     if training.gradient_checkpointing:
-        again = OnDevice(DTYPES[training.mixed_precision], cuda)
+        again = OnDevice(DTYPES[with_precision(training, "cuda" if cuda else "cpu").mixed_precision], cuda)
         contexts = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
         unet.enable_gradient_checkpointing(contexts)
     else:
@@ -212,7 +213,7 @@ DRAWN = 4  # pictures drawn at a time, as `sample` does
 class Phase:
     "What a part of the run holds in memory, in bytes."
 
-    name: str  # encode, train, sample or finish
+    name: str  # encode, train, validate, sample, certify or pipeline
     weights: float  # of the base
     adapter: float  # its weights, gradients and the two moments of AdamW
     working: float  # all that comes and goes, mostly activations
@@ -235,15 +236,28 @@ def learning_bytes(
     return 4 * 4 * sum(p.numel() for part in adapters.values() for p in part)
 
 # %% ../../nbs/3_train/14_memory.ipynb #a074c309
-def drawing_bytes(pipe, training: TrainingConfig, cuda: bool = False) -> int:
-    "The most that drawing holds per picture: the UNet on a pair, with and without the prompt, then the decoder."
+def answering_bytes(pipe, training: TrainingConfig, batch: int, size: int, cuda: bool = False) -> int:
+    "The most that text encoders and UNet hold over a batch of this size in pixels that nothing is learned from."
     pipe.unet.eval()
     with counted(pipe, training, cuda) as live, torch.no_grad():
-        embeds = encode_text(pipe, ["", ""])
-        latents, timesteps, arguments = unet_inputs(pipe, 2, training.resolution, embeds)
+        embeds = encode_text(pipe, [""] * batch)
+        latents, timesteps, arguments = unet_inputs(pipe, batch, size, embeds)
         pipe.unet(latents, timesteps, **arguments)
-        pipe.vae.decode(latents[:1].to(pipe.vae.dtype))
     return live.peak
+
+# %% ../../nbs/3_train/14_memory.ipynb #5f119cd0
+def drawing_bytes(pipe, training: TrainingConfig, pictures: int, cuda: bool = False) -> int:
+    "The most that drawing holds: the UNet on each picture with and without its prompt, or the decoder on one."
+    side = training.resolution // pipe.vae_scale_factor
+    with counted(pipe, training, cuda) as live, torch.no_grad():
+        pipe.vae.decode(torch.zeros(1, pipe.unet.config.in_channels, side, side, dtype=pipe.vae.dtype, device="meta"))
+    return max(live.peak, answering_bytes(pipe, training, 2 * pictures, training.resolution, cuda))
+
+# %% ../../nbs/3_train/14_memory.ipynb #3efe6a78
+def proving_bytes(pipe, training: TrainingConfig, cuda: bool = False) -> int:
+    "The most that a certificate holds: the answer to its question, and one layer in float32 beside its half."
+    widest = max(p.numel() for p in pipe.unet.parameters()) if pipe.unet.dtype.itemsize < 4 else 0
+    return answering_bytes(pipe, training, 2, 16 * pipe.vae_scale_factor, cuda) + 4 * widest
 
 # %% ../../nbs/3_train/14_memory.ipynb #c6e180d5
 def encoding_bytes(pipe, training: TrainingConfig, variants: int, cuda: bool = False) -> int:
@@ -278,6 +292,7 @@ class MemoryEstimate:
 
     def pipe(self, t: TrainingConfig) -> tuple:  # pipeline on meta with its adapter, the adapter's parameters by part
         "The model as it is trained; raises `LoraMvpError` where base and adapter do not go together."
+        t = with_precision(t, self.device)
 
         def make():
             pipe = skeleton(self.folder, t)
@@ -289,22 +304,41 @@ class MemoryEstimate:
         return Phase(name, weights, adapter, working, PROGRAM[self.device] + WASTE[self.device] * working)
 
     def phases(self, t: TrainingConfig) -> list[Phase]:
-        "What each phase of a run holds."
-        (pipe, adapters), pictures = self.pipe(t), min(len(t.sample_prompts) or DRAWN, DRAWN)
-        encoders = list(text_parts(pipe).values())
-        adapter = learning_bytes(adapters)
+        "What each phase of a run holds on its device."
+        t = with_precision(t, self.device)
+        (pipe, adapters), work = self.pipe(t), self.working(t)
+        encoders, adapter = list(text_parts(pipe).values()), learning_bytes(adapters)
         everything = frozen_bytes(pipe.unet, pipe.vae, *encoders)
-        trained = frozen_bytes(pipe.unet, *(encoders if len(adapters) > 1 else ())) if self.cuda else everything
+        parts = {"encode": [pipe.vae, *encoders], "certify": [pipe.unet, *encoders]}
+        parts["train"] = parts["validate"] = [pipe.unet, *(encoders if len(adapters) > 1 else ())]
+        found = []
+        for name, working in work.items():  # on a CPU all parts stay where they are
+            weights = frozen_bytes(*parts[name]) if self.cuda and name in parts else everything
+            found.append(self._phase(name, weights, {"encode": 0, "certify": 1.25}.get(name, 1) * adapter, working))
+        if t.save_pipeline and not self.cuda:
+            found.append(self._phase("pipeline", full_bytes(pipe), adapter / 4, work["certify"]))
+        return found
+
+    def working(self, t: TrainingConfig) -> dict[str, int]:  # phase -> bytes
+        "What comes and goes in each phase, in the order of a run."
+        (pipe, _), pictures, cuda = self.pipe(t), min(len(t.sample_prompts) or DRAWN, DRAWN), self.cuda
         precision, more = "mixed_precision resolution", f"{self.MODEL} resolution batch_size gradient_checkpointing"
-        encode = self._once("encode", t, precision, lambda: encoding_bytes(pipe, t, self.variants, self.cuda))
-        train = self._once("train", t, more, lambda: step_bytes(pipe, t, self.cuda)[1])
-        draw = self._once("draw", t, precision, lambda: drawing_bytes(pipe, t, self.cuda))
-        found = [
-            self._phase("encode", everything, 0, encode),
-            self._phase("train", trained, adapter, train),
-            self._phase("sample", everything, adapter, draw * pictures),
-        ]
-        return found if self.cuda else [*found, self._phase("finish", everything + full_bytes(pipe), adapter, 0)]
+        once = partial(self._once, t=t)
+        found = {
+            "encode": once("encode", keys=precision, make=lambda: encoding_bytes(pipe, t, self.variants, cuda)),
+            "train": once("train", keys=more, make=lambda: step_bytes(pipe, t, cuda)[1]),
+            "validate": once("validate", keys=precision, make=lambda: answering_bytes(pipe, t, 8, t.resolution, cuda)),
+        }
+        if t.sample_every != 0:
+            draw = lambda: drawing_bytes(pipe, t, pictures, cuda)  # noqa: E731
+            found["sample"] = once(f"draw {pictures}", keys=precision, make=draw)
+        return found | {"certify": once("certify", keys="mixed_precision", make=lambda: proving_bytes(pipe, t, cuda))}
+
+    def host(self, t: TrainingConfig) -> float:
+        "What a run on a GPU holds in the CPU's memory at most: the base as it is read, or as it is written."
+        pipe, _ = self.pipe(t)
+        read = frozen_bytes(pipe.unet, pipe.vae, *text_parts(pipe).values())
+        return PROGRAM["cpu"] + max(read, full_bytes(pipe) if t.save_pipeline else 0)
 
 # %% ../../nbs/3_train/14_memory.ipynb #046ede33
 def phase_table(found: list[Phase]) -> str:
@@ -341,6 +375,8 @@ def milder(
     "Changes by which that phase needs less memory, the most harmless first."
     if need.name == "sample" and len(t.sample_prompts) != 1:
         yield {"sample_prompts": t.sample_prompts[:1] or ["one prompt of yours"]}
+    if need.name in ("sample", "pipeline"):
+        yield {"sample_every": 0} if need.name == "sample" else {"save_pipeline": False}
     if need.name == "train" and t.batch_size > 1:
         yield smaller_batch(t, need, memory, WASTE[estimate.device])
     if need.name == "train" and not t.gradient_checkpointing:

@@ -16,9 +16,10 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from ..config import EvaluationConfig, TrainingConfig, derive_seed
-from ..models.base import DTYPES, base_hash, load_base
+from ..models.base import DTYPES, base_hash, load_base, with_precision
 from ..models.drawing import sample
 from ..models.families import encode_text, text_parts, unet_arguments
+from ..models.kernels import lean
 from .latents import Batch, LatentSet
 from lora_mvp.train.objectives import (
     draw_noise,
@@ -51,12 +52,13 @@ def visit(modules: list[torch.nn.Module], device: torch.device):
 
 # %% ../../nbs/3_train/10_network.ipynb #be144c01
 class Network:
-    "A base, later with its adapter, on the device of a run."
+    "A base, later with its adapter, whose parts are on the device of a run while they are used."
 
     def __init__(self, t: TrainingConfig, accelerator: Accelerator):
+        t = with_precision(t, accelerator.device.type)
         self.settings, self.accelerator = t, accelerator
         self.device, self.dtype = accelerator.device, DTYPES[t.mixed_precision]
-        self.pipe = load_base(t.pretrained_model, self.device, self.dtype, t.revision, t.vae)
+        self.pipe = load_base(t.pretrained_model, dtype=self.dtype, revision=t.revision, vae=t.vae)  # on the CPU
         self.base_hash = base_hash(self.pipe)
         self.noise = noise_schedule(self.pipe.scheduler, t)
         self.pipe.scheduler = sampling_scheduler(self.pipe.scheduler, t.zero_terminal_snr)
@@ -69,14 +71,22 @@ class Network:
         self.parked = [self.pipe.vae, *(text_parts(self.pipe).values() if texts else [])]
         for module in self.parked:
             module.to("cpu")
+        for module in (self.pipe.unet, *(() if texts else text_parts(self.pipe).values())):
+            module.to(self.device)
+
+    def forget_autoencoder(self) -> None:
+        "Let the autoencoder go, where nothing will be drawn."
+        self.parked = [module for module in self.parked if module is not self.pipe.vae]
+        self.pipe.vae = None
 
     def release(self) -> None:
         "Let the base go, for another to take its place in memory; the network can do nothing any more."
         self.pipe, self.parked, self.texts = None, [], None
 
     def economize(self) -> None:
-        "Memory layout and gradient checkpointing, once the adapter is part of the network."
+        "Kernels, memory layout and gradient checkpointing, once the adapter is part of the network."
         t, pipe = self.settings, self.pipe
+        lean(pipe)
         if self.device.type == "cpu" and t.batch_size == 1:  # oneDNN's convolutions: 5 % faster, slower from 4 on
             pipe.unet.to(memory_format=torch.channels_last)
         if t.gradient_checkpointing:
@@ -139,13 +149,14 @@ def fixed_noise_losses(
     data: LatentSet,
     at_most: int,  # images: as many as there are in the validation split
     grid: int = 8,  # timesteps
+    share: slice = slice(None),  # of the images, for several processes
 ) -> list[float]:  # one per image
     "Losses of at most `VALIDATION_IMAGES` images at `grid` fixed timesteps with fixed noise, without augmentation."
     seed, T, losses = network.settings.seed, len(network.noise.alphas_cumprod), []
     timesteps = ((torch.arange(grid) + 0.5) * T / grid).long()
     count = min(VALIDATION_IMAGES, len(data), at_most)
     chosen = np.random.default_rng(derive_seed(seed, "validation", len(data))).permutation(len(data))[:count]
-    for i in sorted(chosen.tolist()):
+    for i in sorted(chosen.tolist())[share]:
         latents, caption, time_ids = data.first(i)
         latents = latents.expand(grid, -1, -1, -1)
         noise, _ = draw_noise(seed, i, 0, latents.shape, T)

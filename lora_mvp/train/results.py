@@ -192,7 +192,7 @@ def save_exchange(ending: FinishedRun) -> None:
     network.set_mode(False)
     dtype = getattr(torch, ending.config.training.save_dtype)
     write_kohya(network.pipe, folder.kohya, training_facts(ending), dtype)
-    with visit(network.parked, network.device):
+    with visit([part for part in network.parked if part is not network.pipe.vae], network.device):
         certify(network.pipe, folder.adapter, folder.kohya)
     network.release()
 

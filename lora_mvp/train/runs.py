@@ -8,6 +8,7 @@ __all__ = ['RunFolder', 'RunRecord', 'read_run']
 # %% ../../nbs/3_train/08_runs.ipynb #b9a9c9f9
 import json
 import shutil
+import time
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -91,6 +92,16 @@ def read_run(root: str | Path) -> RunRecord:
         )
     return read_record(RunRecord, file, "run_unreadable", "a run record")
 
+# %% ../../nbs/3_train/08_runs.ipynb #98c5f0ad
+def wait_for_record(folder: RunFolder, patience: float = 600.0) -> None:  # seconds
+    "Return once a run has its record, which another process writes; `LoraMvpError` (`run_not_found`) when patience ends."
+    end = time.monotonic() + patience
+    while not folder.record.is_file():
+        if time.monotonic() > end:
+            text = f"{folder.record} was not written within {patience:.0f} s by the process that writes it; look at what that one said."
+            raise LoraMvpError("run_not_found", text)
+        time.sleep(0.1)
+
 # %% ../../nbs/3_train/08_runs.ipynb #5b7c5ad6
 def config_of(record: RunRecord) -> AppConfig:
     "The settings of a run; raises `LoraMvpError` (`run_unreadable`) where this version does not know them."
@@ -115,6 +126,8 @@ FREE = {
     "output_dir",
     "resume_from",
     "checkpointing_steps",
+    "validate_every",
+    "sample_every",
     "max_checkpoints",
     "save_pipeline",
     "save_dtype",

@@ -121,7 +121,7 @@ class Updates:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if rate and not self.moved:
+        if rate and not self.moved and not self.optimizer.step_was_skipped:  # by the scaler, which tries again
             check_moved(adapter_state(self.network.pipe))
             self.moved = True
         return rate
