@@ -6,8 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/3_train/12_results.ipynb #fbe4dd98
+import io
 import logging
 import platform
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -23,7 +25,7 @@ from ..config import AppConfig, TrainingConfig
 from ..data.manifest import Manifest
 from ..data.steps import Plan
 from ..errors import LoraMvpError
-from ..files import atomic_write, file_sha256, read_record
+from ..files import atomic_write, file_sha256, read_record, save_png
 from ..models.adapters import WEIGHTS, save_adapter
 from ..models.base import base_revision, load_base
 from ..models.exports import export_fused
@@ -158,10 +160,12 @@ def save_pictures(ending: FinishedRun) -> None:
     "The curve of the losses, and all sample pictures on one sheet."
     folder = ending.folder
     history, validation = read_table(StepReport, folder.history), read_table(ValidationRow, folder.validation)
-    loss_figure(history, validation).savefig(folder.curve, dpi=100)
+    curve = io.BytesIO()
+    loss_figure(history, validation).savefig(curve, dpi=100)
+    atomic_write(folder.curve, curve.getvalue())
     sheet = sample_sheet(folder)
     if sheet:
-        sheet.save(folder.sheet)
+        save_png(sheet, folder.sheet)
 
 # %% ../../nbs/3_train/12_results.ipynb #e3462d3d
 def training_facts(ending: FinishedRun) -> dict:
@@ -244,7 +248,7 @@ def write_forms(ending: FinishedRun, forms: list[str]) -> None:
             FORMS[form](ending)
     except BaseException:
         text = "%s holds the trained adapter and its record; `lora-mvp finish %s` writes what is still missing."
-        log.warning(text, ending.folder.root, ending.folder.root)
+        log.warning(text, ending.folder.root, shlex.quote(str(ending.folder.root)))
         raise
 
 # %% ../../nbs/3_train/12_results.ipynb #7f239787

@@ -86,9 +86,8 @@ def read_run(root: str | Path) -> RunRecord:
     "The record of a finished run; `LoraMvpError`: `run_not_found` when there is none, `run_unreadable`."
     file = RunFolder(root).record
     if not file.is_file():
-        raise LoraMvpError(
-            "run_not_found", f"{root} holds no finished run (no run.json). Train first, or finish with --resume."
-        )
+        text = f"{root} holds no finished run (no run.json). Train first, or go on with `lora-mvp train ... --resume`."
+        raise LoraMvpError("run_not_found", text)
     return read_record(RunRecord, file, "run_unreadable", "a run record")
 
 # %% ../../nbs/3_train/08_runs.ipynb #5b7c5ad6
