@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/3_train/12_results.ipynb #fbe4dd98
 import io
+import json
 import logging
 import platform
 import shlex
@@ -227,6 +228,15 @@ def certified(folder: RunFolder) -> bool:
     except (LoraMvpError, OSError):
         return False
 
+# %% ../../nbs/3_train/12_results.ipynb #56d7f30e
+def whole_pipeline(folder: RunFolder) -> bool:
+    "Whether the fused pipeline is there, with every part that its index names."
+    try:
+        parts = json.loads(folder.pipeline.read_bytes()).items()
+        return all(any((folder.root / name).iterdir()) for name, kind in parts if isinstance(kind, list) and kind[0])
+    except (OSError, ValueError):
+        return False
+
 # %% ../../nbs/3_train/12_results.ipynb #09a5607c
 FORMS: dict[str, Callable[[FinishedRun], None]] = {
     "pictures": save_pictures,
@@ -239,7 +249,7 @@ def missing_forms(folder: RunFolder, t: TrainingConfig) -> list[str]:
     "The names in `FORMS` that a finished run still lacks."
     pictures = folder.curve.is_file() and (folder.sheet.is_file() or not sample_files(folder))
     there = {"pictures": pictures, "kohya": certified(folder)}
-    there["pipeline"] = folder.pipeline.is_file() or not t.save_pipeline
+    there["pipeline"] = not t.save_pipeline or whole_pipeline(folder)
     return [form for form in FORMS if not there[form]]
 
 # %% ../../nbs/3_train/12_results.ipynb #bf03f4f7
