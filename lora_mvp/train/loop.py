@@ -43,6 +43,7 @@ from lora_mvp.train.runs import (
     run_files,
     run_identity,
     run_traces,
+    set_aside,
 )
 from .streams import Stream, load_data
 from .updates import Updates, not_finite
@@ -314,6 +315,8 @@ def begin(trainer: Trainer, found: Path | None, replace: bool, extend: bool) -> 
         trainer.restore(found, extend)
     if main:
         remove_all([path for path in old if path != found])
+        if replace and (aside := set_aside(folder)):
+            log.info("%s: the evaluation of the run that is replaced", aside)
         folder.record.unlink(missing_ok=True)  # of the shorter run that is extended
         atomic_write(folder.history, table_csv(StepReport, trainer.state.history))
         trainer.announce()

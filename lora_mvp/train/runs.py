@@ -9,6 +9,7 @@ __all__ = ['RunFolder', 'RunRecord', 'read_run']
 import json
 import shutil
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -209,6 +210,14 @@ def remove_all(paths: list[Path]) -> None:
     "Remove files and folders."
     for path in paths:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+# %% ../../nbs/3_train/08_runs.ipynb #43bd2f76
+def set_aside(
+    folder: RunFolder,  # of a run that is replaced
+) -> Path | None:  # where its evaluation is now
+    "Move an evaluation to a name of its own."
+    old, names = folder.root / "evaluation", (folder.root / f"evaluation-{number}" for number in count(1))
+    return old.rename(next(name for name in names if not name.exists())) if old.is_dir() else None
 
 # %% ../../nbs/3_train/08_runs.ipynb #777a9028
 def sample_files(folder: RunFolder) -> dict[int, list[Path]]:  # step -> a picture per prompt
