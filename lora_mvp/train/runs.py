@@ -82,6 +82,9 @@ class RunRecord(BaseModel):
     machine: str
     regularization_images: int = 0
 
+# %% ../../nbs/3_train/08_runs.ipynb #67ee6aec
+REWRITE = "remove run.json, and `lora-mvp train ... --resume` writes adapter and record again from the last checkpoint."
+
 # %% ../../nbs/3_train/08_runs.ipynb #11e0e692
 def read_run(root: str | Path) -> RunRecord:
     "The record of a finished run; `LoraMvpError`: `run_not_found` when there is none, `run_unreadable`."
@@ -89,7 +92,7 @@ def read_run(root: str | Path) -> RunRecord:
     if not file.is_file():
         text = f"{root} holds no finished run (no run.json). Train first, or go on with `lora-mvp train ... --resume`."
         raise LoraMvpError("run_not_found", text)
-    return read_record(RunRecord, file, "run_unreadable", "a run record")
+    return read_record(RunRecord, file, "run_unreadable", "a run record", f"If it is damaged, {REWRITE}")
 
 # %% ../../nbs/3_train/08_runs.ipynb #5b7c5ad6
 def config_of(record: RunRecord) -> AppConfig:
@@ -228,11 +231,20 @@ def sample_files(folder: RunFolder) -> dict[int, list[Path]]:  # step -> a pictu
         found.setdefault(int(step), {})[int(number)] = file
     return {step: [files[k] for k in sorted(files)] for step, files in sorted(found.items())}
 
+# %% ../../nbs/3_train/08_runs.ipynb #d6d2a1f1
+def open_sample(file: Path) -> Image.Image:
+    "A sample picture; raises `LoraMvpError` (`picture_unreadable`)."
+    try:
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError) as error:  # Pillow's word for a broken PNG
+        raise LoraMvpError("picture_unreadable", f"{file} is damaged; remove it, and it is left out.") from error
+
 # %% ../../nbs/3_train/08_runs.ipynb #86fca021
 def sample_sheet(folder: RunFolder) -> Image.Image | None:
     "All sample pictures in a grid: a row per step, a column per prompt."
     rows = sample_files(folder)
     if not rows:
         return None
-    grid = [[Tile(Image.open(f)) for f in files] for files in rows.values()]
+    grid = [[Tile(open_sample(f)) for f in files] for files in rows.values()]
     return contact_sheet(grid, side=max(tile.picture.width for row in grid for tile in row), gap=0)
