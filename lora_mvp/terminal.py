@@ -17,32 +17,38 @@ import sys
 from typing import NoReturn
 
 # %% ../nbs/7_doors/02a_terminal.ipynb #bbf41415
-def nearest(word: str, known: list[str]) -> str | None:
+def likely(word: str, known: list[str]) -> str | None:
     "The known word that was probably meant: one that begins so, else one that is spelled nearly so."
     word = word.lower()
     begun = [one for one in known if word and one.startswith(word)]
     return next(iter(begun or difflib.get_close_matches(word, known, n=1)), None)
 
+# %% ../nbs/7_doors/02a_terminal.ipynb #7545f84c
+def strange_option(
+    words: list[str],
+    options: list[str],
+    commands: bool,  # whether a command is among the words: behind it, its own parser looks
+) -> str | None:
+    "The first word that looks like an option and is none, not even the beginning of one."
+    for word in words:
+        name = word.split("=")[0]
+        if word == "--" or (commands and not word.startswith("-")):
+            return None
+        if re.match(r"--?[A-Za-z][\w-]*$", name) and not any(one.startswith(name) for one in options):
+            return name
+    return None
+
 # %% ../nbs/7_doors/02a_terminal.ipynb #9970cfb5
 class Parser(argparse.ArgumentParser):
     "A parser that suggests what was probably meant; its sub-parsers do, too."
 
-    def check_options(self, words: list[str]) -> None:
-        "Refuse an option that does not exist; behind a command, its own parser looks."
-        options = [name for action in self._actions for name in action.option_strings]
-        for word in words:
-            name = word.split("=")[0]
-            if word == "--" or (self._subparsers and not word.startswith("-")):
-                return
-            if not re.match(r"--?[A-Za-z][\w-]*$", name) or any(one.startswith(name) for one in options):
-                continue
-            near = nearest("--" + name.lstrip("-"), options)
+    def parse_known_args(self, args=None, namespace=None):
+        "As argparse does; an option that does not exist is the first thing to be said."
+        options, words = list(self._option_string_actions), sys.argv[1:] if args is None else list(args)
+        if name := strange_option(words, options, self._subparsers is not None):
+            near = likely("--" + name.lstrip("-"), options)
             there = f"did you mean {near}?" if near else f"there are {', '.join(sorted(options))}"
             self.error(f"{name} is no option of {self.prog}; {there}")
-
-    def parse_known_args(self, args=None, namespace=None):
-        "As argparse does."
-        self.check_options(sys.argv[1:] if args is None else list(args))
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -50,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         found = re.search(r"^argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)$", message)
         if found:
             where, word, known = found[1], found[2], [name.strip(" '") for name in found[3].split(",")]
-            near = nearest(word, known) or nearest("--" + word, list(self._option_string_actions))
+            near = likely(word, known) or likely("--" + word, list(self._option_string_actions))
             meant = f"did you mean {near}? There are" if near else "there are"
             message = f"{where}: {word} is none; {meant} {', '.join(known)}"
         super().error(message)
