@@ -7,6 +7,7 @@ __all__ = ['DataConfig', 'TrainingConfig', 'EvaluationConfig', 'ApiConfig', 'App
            'config_schema']
 
 # %% ../nbs/08_config.ipynb #a18765dd
+import difflib
 import hashlib
 import json
 import logging
@@ -399,6 +400,16 @@ def _read_file(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise LoraMvpError("config_unreadable", f"Cannot read {path} as UTF-8 text: {error}") from None
 
+# %% ../nbs/08_config.ipynb #f3a3cb31
+def looks_ours(
+    data: dict,  # what a file holds
+) -> bool:
+    "Whether a file means our settings: by a section, by one that is mistyped, or by keys that stand outside their section."
+    sections, names = _sections(), [str(name) for name in data]
+    known = {key for keys in sections.values() for key in keys}
+    near = [name for name in names if difflib.get_close_matches(name.lower(), sections, n=1, cutoff=0.8)]
+    return bool(near) or bool(names) and all(name in known or name.split(".")[0] in sections for name in names)
+
 # %% ../nbs/08_config.ipynb #c17f7aab
 def find_config(
     named: str | os.PathLike | None = None,  # a file that the user names
@@ -408,7 +419,7 @@ def find_config(
     if named is not None or not here.is_file():
         return named
     data, _, problems = read_yaml(_read_file(here))
-    if not problems and not (isinstance(data, dict) and set(data) & set(AppConfig.model_fields)):
+    if not problems and not (isinstance(data, dict) and looks_ours(data)):
         _logger.info("config.yaml here has none of the sections %s: not used", ", ".join(AppConfig.model_fields))
         return None
     _logger.info("settings from config.yaml in this folder")

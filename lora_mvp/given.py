@@ -20,7 +20,7 @@ def override_value(
     "The value that `text` means for a key, and what is wrong with it."
     options = [option.get("type") for option in schema.get("anyOf", [schema])]
     nothing = "null" in options and text in ("", "null")
-    if "string" in options and not nothing and text[:1] not in ('"', "'"):
+    if not text.strip() and not nothing or "string" in options and not nothing and text[:1] not in ('"', "'"):
         return text, []
     value, _, problems = read_yaml(text)
     return value, [what for _, what in problems]
@@ -53,7 +53,9 @@ def note_place(
     item: str,  # empty: the key itself
     spot: Spot,
 ) -> None:
-    "Remember where a value came from; what lies above it keeps the place that it has."
+    "Remember where a value came from; what lies above it keeps the place that it has, what lay below it is gone."
+    for below in [at for at in places if at[:2] == (section, key) and not item]:
+        del places[below]
     for above in [(section,), (section, key)] if item else [(section,)]:
         places.setdefault(above, spot)
     places[(section, key, item) if item else (section, key)] = spot
@@ -80,6 +82,8 @@ def apply_overrides(
             if texts:
                 value, wrong = override_value((entries_of(schema) or {}) if item else schema, value)
                 problems.extend((spot, what) for what in wrong)
+                if wrong:
+                    continue
             note_place(places, section, key, item, spot)
             put(data, section, key, item, value)
 

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/02a_screen.ipynb #a002d168
+import contextlib
 import logging
 import math
 import os
@@ -57,11 +58,15 @@ class Progress:
         if self.every and (self.done % self.every == 0 or self.done == self.total):
             seconds = time.monotonic() - self.start
             self.lines.append(step_line(self.done, self.total, self.first, seconds, text))
-            print(self.lines[-1], file=self.file, flush=True)
+            with contextlib.suppress(OSError):  # a log that nobody takes any more, or a full disk, ends no run
+                print(self.lines[-1], file=self.file, flush=True)
 
 # %% ../nbs/02a_screen.ipynb #b563c5eb
 def set_up_output() -> None:
     "Our messages go to stderr as plain lines, libraries are quiet; a letter that a terminal cannot show is escaped."
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  until the process ends
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")  # read when the library is loaded
     if not has_bars(sys.stderr):

@@ -57,6 +57,12 @@ def allowed(
         kind = f"a multiple of {schema['multipleOf']}"
     return ", ".join([kind, *(f"{word} {schema[bound]}" for bound, word in _BOUNDS.items() if bound in schema)])
 
+# %% ../nbs/07_sentences.ipynb #3fc21f0a
+def suggestion(word: str, known: list[str]) -> str:
+    "What was probably meant by a word that is none of the known ones; else all of them."
+    near = difflib.get_close_matches(word.lower().replace("-", "_"), known, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+
 # %% ../nbs/07_sentences.ipynb #2f98e9fb
 def unknown_key(
     at: list[str],  # the section, or the section and the key
@@ -66,13 +72,10 @@ def unknown_key(
     key = at[-1]
     known = list(sections) if len(at) == 1 else list(sections[at[0]])
     here = "there is no section" if len(at) == 1 else f"{at[0]} has no key"
-    near = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1)
     homes = [name for name, keys in sections.items() if key in keys]
     if homes:
         return f"{here} {key}; it belongs to {' and '.join(homes)}"
-    if near:
-        return f"{here} {key}; did you mean {near[0]}?"
-    return f"{here} {key}; there are {', '.join(known)}"
+    return f"{here} {key}; {suggestion(key.split('.')[0], known)}"
 
 # %% ../nbs/07_sentences.ipynb #31bf24f7
 def sentence(
@@ -85,11 +88,16 @@ def sentence(
         return unknown_key(at, sections)
     value = json.dumps(error["input"], ensure_ascii=False, default=str)
     value = value if len(value) <= 60 else value[:57] + "..."
-    item = len(at) > 2 and at[2].isdecimal()
+    if at[3:] == ["[key]"]:
+        known = sections[at[0]][at[1]]["propertyNames"]["enum"]
+        return f"{at[0]}.{at[1]} has no key {at[2]}; {suggestion(at[2], known)}"
+    item = len(at) > 2 and isinstance(error["loc"][2], int)  # of a list; else an entry of a mapping
     place = f"{'.'.join(at[:2])} (item {int(at[2]) + 1})" if item else ".".join(at[:3])
     if error["type"] == "value_error":
         return f"{place}: {value} {error['ctx']['error']}"
     if len(at) == 1:
         return f"{place} must be a section with keys below it, not {value}"
     schema = sections[at[0]][at[1]]
-    return f"{place}: {value} is not allowed; allowed is {allowed(schema['items'] if item else schema)}"
+    if len(at) > 2:
+        schema = schema["items" if item else "additionalProperties"]
+    return f"{place}: {value} is not allowed; allowed is {allowed(schema)}"

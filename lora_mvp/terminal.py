@@ -13,19 +13,51 @@ import errno
 import math
 import os
 import re
+import sys
 from typing import NoReturn
+
+# %% ../nbs/7_doors/02a_terminal.ipynb #bbf41415
+def likely(word: str, known: list[str]) -> str | None:
+    "The known word that was probably meant: one that begins so, else one that is spelled nearly so."
+    word = word.lower()
+    begun = [one for one in known if word and one.startswith(word)]
+    return next(iter(begun or difflib.get_close_matches(word, known, n=1)), None)
+
+# %% ../nbs/7_doors/02a_terminal.ipynb #7545f84c
+def strange_option(
+    words: list[str],
+    options: list[str],
+    commands: bool,  # whether a command is among the words: behind it, its own parser looks
+) -> str | None:
+    "The first word that looks like an option and is none, not even the beginning of one."
+    for word in words:
+        name = word.split("=")[0]
+        if word == "--" or (commands and not word.startswith("-")):
+            return None
+        if re.match(r"--?[A-Za-z][\w-]*$", name) and not any(one.startswith(name) for one in options):
+            return name
+    return None
 
 # %% ../nbs/7_doors/02a_terminal.ipynb #9970cfb5
 class Parser(argparse.ArgumentParser):
     "A parser that suggests what was probably meant; its sub-parsers do, too."
+
+    def parse_known_args(self, args=None, namespace=None):
+        "As argparse does; an option that does not exist is the first thing to be said."
+        options, words = list(self._option_string_actions), sys.argv[1:] if args is None else list(args)
+        if name := strange_option(words, options, self._subparsers is not None):
+            near = likely("--" + name.lstrip("-"), options)
+            there = f"did you mean {near}?" if near else f"there are {', '.join(sorted(options))}"
+            self.error(f"{name} is no option of {self.prog}; {there}")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         "Say what is wrong and leave with 2."
         found = re.search(r"^argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)$", message)
         if found:
             where, word, known = found[1], found[2], [name.strip(" '") for name in found[3].split(",")]
-            near = difflib.get_close_matches(word, known, n=1)
-            meant = f"did you mean {near[0]}? There are" if near else "there are"
+            near = likely(word, known) or likely("--" + word, list(self._option_string_actions))
+            meant = f"did you mean {near}? There are" if near else "there are"
             message = f"{where}: {word} is none; {meant} {', '.join(known)}"
         super().error(message)
 

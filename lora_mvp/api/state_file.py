@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/6_api/03_state_file.ipynb #a857e7ac
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -101,7 +102,8 @@ class StateFile:
                 os.replace(self.backup, self.path)
             raise
         finally:
-            self.temp.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what went wrong before is what is said
+                self.temp.unlink(missing_ok=True)
         self.generation += 1
 
     def read(self, rebuild: Rebuild) -> list[Job]:

@@ -35,7 +35,7 @@ def staged(out: str | Path):
     if out.exists():
         raise LoraMvpError("output_exists", f"{out} is there already; choose another name, or remove it first.")
     make_folder(out.parent, "the folder of the export")
-    stage = out.with_name(f".{out.stem}.{secrets.token_hex(4)}{out.suffix}")
+    stage = out.with_name(f".{secrets.token_hex(4)}{out.suffix}")  # short, where the name itself is long
     try:
         yield stage
         os.replace(stage, out)

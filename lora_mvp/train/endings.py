@@ -21,14 +21,15 @@ from ..models.keys import public_name
 from .network import Network, start_accelerator
 from .owner import claimed
 from .results import FinishedRun, missing_forms, write_forms
-from .runs import RunFolder, RunRecord, config_of, dataset_hash, read_run
+from .runs import REWRITE, RunFolder, RunRecord, config_of, dataset_hash, read_run
 
 # %% ../../nbs/3_train/12a_endings.ipynb #08128c64
 def trained_network(folder: RunFolder, record: RunRecord, t: TrainingConfig) -> Network:
     "The network as it was at the end of a run; raises `LoraMvpError` (`adapter_has_changed`, `base_has_changed`)."
     weights = folder.adapter / WEIGHTS
-    if file_sha256(weights) != record.adapter_sha256:
-        raise LoraMvpError("adapter_has_changed", f"{weights} is not the adapter that {folder.record} is about.")
+    if not weights.is_file() or file_sha256(weights) != record.adapter_sha256:
+        text = f"{weights} is not the adapter that {folder.record} is about. To have it back, {REWRITE}"
+        raise LoraMvpError("adapter_has_changed", text)
     network = Network(t, start_accelerator("no"))
     if network.base_hash != record.base_sha256:
         text = f"{t.pretrained_model} is not the base of {folder.record} any more: its weights have changed."

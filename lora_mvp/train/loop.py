@@ -22,7 +22,7 @@ from ..config import AppConfig
 from ..data.manifest import Manifest, read_manifest
 from ..data.steps import refuse_large_batch
 from ..errors import LoraMvpError
-from ..files import atomic_write
+from ..files import atomic_write, save_png
 from ..models.base import find_base, with_precision
 from ..models.families import text_parts
 from ..screen import Progress
@@ -45,6 +45,7 @@ from lora_mvp.train.runs import (
     run_files,
     run_identity,
     run_traces,
+    set_aside,
     wait_for_record,
 )
 from .streams import Stream, load_data
@@ -54,7 +55,7 @@ from .updates import Updates, not_finite
 def check_trainable(config: AppConfig, manifest: Manifest) -> None:
     "Refuse what would train nothing, before anything heavy is loaded."
     t, n = config.training, sum(row.repeats for row in manifest.rows("train"))
-    if Path(find_base(t.pretrained_model)) == Path(t.output_dir):
+    if os.path.realpath(find_base(t.pretrained_model)) == os.path.realpath(t.output_dir):
         text = f"training.output_dir and training.pretrained_model are the same folder {t.output_dir}; choose another output_dir."
         raise LoraMvpError("output_is_base", text)
     refuse_large_batch(n, t.batch_size)
@@ -82,7 +83,7 @@ class Interrupted(LoraMvpError):
 # %% ../../nbs/3_train/13_loop.ipynb #46ef3fa0
 @contextmanager
 def stop_request():
-    "Yield an event that SIGINT and SIGTERM set; the second SIGINT raises KeyboardInterrupt."
+    "Yield an event that SIGINT, SIGTERM and a closed terminal set; the second SIGINT raises KeyboardInterrupt."
     event, before = threading.Event(), {}
 
     def ask(number, frame):
@@ -91,7 +92,10 @@ def stop_request():
         event.set()
 
     if threading.current_thread() is threading.main_thread():
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if getattr(signal, "SIGHUP", None) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            numbers.append(signal.SIGHUP)
+        before = {s: signal.signal(s, ask) for s in numbers}
     try:
         yield event
     finally:
@@ -129,6 +133,7 @@ class Trainer:
         self.marks = marks_of(self.network, self.data, config, manifest)
         self.updates, self.state = Updates(self.network), RunState()
         self.claim: Claim | None = None  # on the folder, where there is one
+        self.again = "--resume"  # how the command goes on
         self.saved, self.whole = 0, True  # the step of the newest checkpoint; whether no step is half done
         processes, regularization = self.accelerator.num_processes, self.data.regularization
         self.identity = identity | base_identity(self.network.base_hash, regularization, processes)
@@ -181,7 +186,7 @@ class Trainer:
         "Save one picture per sample prompt for the current step."
         self.folder.samples.mkdir(parents=True, exist_ok=True)
         for k, picture in mark_pictures(self.marks, self.state.step).items():
-            picture.save(self.folder.sample(self.state.step, k))
+            save_png(picture, self.folder.sample(self.state.step, k))
 
     def mark(self, validation: bool, samples: bool) -> None:
         "Validation losses and sample pictures, each by all processes together."
@@ -289,7 +294,7 @@ class Trainer:
             self.save()
         if stopped and step < t.max_train_steps:
             text = f"stopped after step {step} of {t.max_train_steps}; saved in {self.folder.root}. "
-            raise Interrupted("interrupted", text + "Run the same command with --resume to go on.")
+            raise Interrupted("interrupted", text + f"Run the same command with {self.again} to go on.")
 
     def foresee(self, held: int) -> None:
         "Raise `LoraMvpError` where the end could not be written; `held`: bytes that the run will free first."
@@ -322,6 +327,8 @@ def begin(trainer: Trainer, found: Path | None, replace: bool, extend: bool) -> 
         trainer.restore(found, extend)
     if main:
         remove_all([path for path in old if path != found])
+        if replace and (aside := set_aside(folder)):
+            log.info("%s: the evaluation of the run that is replaced", aside)
         folder.record.unlink(missing_ok=True)  # of the shorter run that is extended
         atomic_write(folder.history, table_csv(StepReport, trainer.state.history))
         trainer.announce()
@@ -355,5 +362,6 @@ def train(
             return done
         trainer = Trainer(config, data, identity)
         trainer.claim = claim
+        trainer.again += " in place of --overwrite" if overwrite else ""
         begin(trainer, found, replace, extend)
         return trainer.finish(trainer.run(on_step, progress))

@@ -98,6 +98,14 @@ def busy(root: Path, owner: Owner | None) -> LoraMvpError:
 # %% ../../nbs/3_train/07a_owner.ipynb #05e9b2b6
 log = logging.getLogger("lora_mvp")
 
+# %% ../../nbs/3_train/07a_owner.ipynb #c10c3d9b
+def unlock(
+    handle: int | None,  # of `lock_folder`
+) -> None:
+    "Give a lock back."
+    if handle is not None:
+        os.close(handle)
+
 # %% ../../nbs/3_train/07a_owner.ipynb #76058e93
 def take_folder(root: Path) -> int | None:  # of `lock_folder`
     "Lock a folder unless another process may still write there; raises `LoraMvpError` (`output_busy`)."
@@ -105,11 +113,13 @@ def take_folder(root: Path) -> int | None:  # of `lock_folder`
         handle = lock_folder(root)
     except BlockingIOError:
         raise busy(root, read_owner(root)) from None
-    before = read_owner(root)
-    if before and may_write(before, quiet_for(root), handle is not None):
-        if handle is not None:
-            os.close(handle)
-        raise busy(root, before)
+    try:
+        before = read_owner(root)
+        if before and may_write(before, quiet_for(root), handle is not None):
+            raise busy(root, before)
+    except BaseException:
+        unlock(handle)
+        raise
     if before:
         log.warning("%s: taken over from process %d on %s, which has ended", root, before.pid, before.host)
     return handle
@@ -121,7 +131,11 @@ class Claim:
     def __init__(self, root: Path):
         self.root, self.handle = root, take_folder(root)
         self.owner, self.over = this_process(), threading.Event()
-        atomic_write(root / "owner.json", self.owner.model_dump_json() + "\n")
+        try:
+            atomic_write(root / "owner.json", self.owner.model_dump_json() + "\n")
+        except BaseException:
+            unlock(self.handle)
+            raise
         threading.Thread(target=self.beat, daemon=True).start()
 
     def beat(self) -> None:
@@ -141,8 +155,7 @@ class Claim:
         with contextlib.suppress(LoraMvpError, OSError):  # a disk that has become read-only keeps it, and it is stale
             self.check()
             (self.root / "owner.json").unlink(missing_ok=True)
-        if self.handle is not None:
-            os.close(self.handle)
+        unlock(self.handle)
 
 # %% ../../nbs/3_train/07a_owner.ipynb #ba93e520
 @contextlib.contextmanager

@@ -6,8 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/3_train/12_results.ipynb #fbe4dd98
+import io
+import json
 import logging
 import platform
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -23,7 +26,7 @@ from ..config import AppConfig, TrainingConfig
 from ..data.manifest import Manifest
 from ..data.steps import Plan
 from ..errors import LoraMvpError
-from ..files import atomic_write, file_sha256, read_record
+from ..files import atomic_write, file_sha256, read_record, save_png
 from ..models.adapters import WEIGHTS, save_adapter
 from ..models.base import DTYPES, base_hash, base_revision, load_base
 from ..models.exports import export_fused
@@ -159,10 +162,12 @@ def save_pictures(ending: FinishedRun) -> None:
     "The curve of the losses, and all sample pictures on one sheet."
     folder = ending.folder
     history, validation = read_table(StepReport, folder.history), read_table(ValidationRow, folder.validation)
-    loss_figure(history, validation).savefig(folder.curve, dpi=100)
+    curve = io.BytesIO()
+    loss_figure(history, validation).savefig(curve, dpi=100)
+    atomic_write(folder.curve, curve.getvalue())
     sheet = sample_sheet(folder)
     if sheet:
-        sheet.save(folder.sheet)
+        save_png(sheet, folder.sheet)
 
 # %% ../../nbs/3_train/12_results.ipynb #e3462d3d
 def training_facts(ending: FinishedRun) -> dict:
@@ -223,6 +228,15 @@ def certified(folder: RunFolder) -> bool:
     except (LoraMvpError, OSError):
         return False
 
+# %% ../../nbs/3_train/12_results.ipynb #56d7f30e
+def whole_pipeline(folder: RunFolder) -> bool:
+    "Whether the fused pipeline is there, with every part that its index names."
+    try:
+        parts = json.loads(folder.pipeline.read_bytes()).items()
+        return all(any((folder.root / name).iterdir()) for name, kind in parts if isinstance(kind, list) and kind[0])
+    except (OSError, ValueError):
+        return False
+
 # %% ../../nbs/3_train/12_results.ipynb #09a5607c
 FORMS: dict[str, Callable[[FinishedRun], None]] = {
     "pictures": save_pictures,
@@ -235,7 +249,7 @@ def missing_forms(folder: RunFolder, t: TrainingConfig) -> list[str]:
     "The names in `FORMS` that a finished run still lacks."
     pictures = folder.curve.is_file() and (folder.sheet.is_file() or not sample_files(folder))
     there = {"pictures": pictures, "kohya": certified(folder)}
-    there["pipeline"] = folder.pipeline.is_file() or not t.save_pipeline
+    there["pipeline"] = not t.save_pipeline or whole_pipeline(folder)
     return [form for form in FORMS if not there[form]]
 
 # %% ../../nbs/3_train/12_results.ipynb #bf03f4f7
@@ -249,7 +263,7 @@ def write_forms(ending: FinishedRun, forms: list[str]) -> None:
             FORMS[form](ending)
     except BaseException:
         text = "%s holds the trained adapter and its record; `lora-mvp finish %s` writes what is still missing."
-        log.warning(text, ending.folder.root, ending.folder.root)
+        log.warning(text, ending.folder.root, shlex.quote(str(ending.folder.root)))
         raise
 
 # %% ../../nbs/3_train/12_results.ipynb #7f239787

@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -82,15 +83,17 @@ class RunRecord(BaseModel):
     machine: str
     regularization_images: int = 0
 
+# %% ../../nbs/3_train/08_runs.ipynb #67ee6aec
+REWRITE = "remove run.json, and `lora-mvp train ... --resume` writes adapter and record again from the last checkpoint."
+
 # %% ../../nbs/3_train/08_runs.ipynb #11e0e692
 def read_run(root: str | Path) -> RunRecord:
     "The record of a finished run; `LoraMvpError`: `run_not_found` when there is none, `run_unreadable`."
     file = RunFolder(root).record
     if not file.is_file():
-        raise LoraMvpError(
-            "run_not_found", f"{root} holds no finished run (no run.json). Train first, or finish with --resume."
-        )
-    return read_record(RunRecord, file, "run_unreadable", "a run record")
+        text = f"{root} holds no finished run (no run.json). Train first, or go on with `lora-mvp train ... --resume`."
+        raise LoraMvpError("run_not_found", text)
+    return read_record(RunRecord, file, "run_unreadable", "a run record", f"If it is damaged, {REWRITE}")
 
 # %% ../../nbs/3_train/08_runs.ipynb #98c5f0ad
 def wait_for_record(folder: RunFolder, patience: float = 600.0) -> None:  # seconds
@@ -224,6 +227,14 @@ def remove_all(paths: list[Path]) -> None:
     for path in paths:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
+# %% ../../nbs/3_train/08_runs.ipynb #43bd2f76
+def set_aside(
+    folder: RunFolder,  # of a run that is replaced
+) -> Path | None:  # where its evaluation is now
+    "Move an evaluation to a name of its own."
+    old, names = folder.root / "evaluation", (folder.root / f"evaluation-{number}" for number in count(1))
+    return old.rename(next(name for name in names if not name.exists())) if old.is_dir() else None
+
 # %% ../../nbs/3_train/08_runs.ipynb #777a9028
 def sample_files(folder: RunFolder) -> dict[int, list[Path]]:  # step -> a picture per prompt
     "The sample pictures, by step."
@@ -233,11 +244,20 @@ def sample_files(folder: RunFolder) -> dict[int, list[Path]]:  # step -> a pictu
         found.setdefault(int(step), {})[int(number)] = file
     return {step: [files[k] for k in sorted(files)] for step, files in sorted(found.items())}
 
+# %% ../../nbs/3_train/08_runs.ipynb #d6d2a1f1
+def open_sample(file: Path) -> Image.Image:
+    "A sample picture; raises `LoraMvpError` (`picture_unreadable`)."
+    try:
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError) as error:  # Pillow's word for a broken PNG
+        raise LoraMvpError("picture_unreadable", f"{file} is damaged; remove it, and it is left out.") from error
+
 # %% ../../nbs/3_train/08_runs.ipynb #86fca021
 def sample_sheet(folder: RunFolder) -> Image.Image | None:
     "All sample pictures in a grid: a row per step, a column per prompt."
     rows = sample_files(folder)
     if not rows:
         return None
-    grid = [[Tile(Image.open(f)) for f in files] for files in rows.values()]
+    grid = [[Tile(open_sample(f)) for f in files] for files in rows.values()]
     return contact_sheet(grid, side=max(tile.picture.width for row in grid for tile in row), gap=0)
