@@ -56,7 +56,8 @@ _BEGINNINGS = (  # how a name begins, the part it means, whose way of writing it
     (r"base_model\.model\.text_encoder\.", "text_encoder", "peft"),
     (r"base_model\.model\.(?=text_model\.|encoder\.layers\.)", "text_encoder", "peft"),
     (r"base_model\.model\." + _BLOCKS, "unet", "peft"),
-    (r"base_model\.model\.(?:transformer\.)?", "transformer", "peft"),
+    (r"base_model\.model\.(?:transformer\.)?(?=\w*blocks\.\d)", "transformer", "peft"),
+    (r"base_model\.model\.", "other", "peft"),  # of a language model, for example
     (r"(?:model\.)?diffusion_model\.", "unet", "original"),
     (_BLOCKS, "unet", "bare"),
     (r"(?=text_model\.encoder\.)", "text_encoder", "bare"),
@@ -128,7 +129,10 @@ def style_of(names: Iterable[str], pieces: Iterable[Piece]) -> str:
         "a named adapter": r"\.lora_B\.\w+\.",
     }
     for what, ending in endings.items() if styles == {"diffusers"} else ():
-        if any(re.search(ending + "weight$", name) for name in names):
+        found = [name for name in names if re.search(ending + "weight$", name)]
+        if found and what == "lora_linear_layer" and not any(name.startswith("unet.") for name in found):
+            return "old processors"  # which had this in text encoders
+        if found:
             return f"diffusers, {what}"
     return min(styles, default="unknown")
 
@@ -159,6 +163,7 @@ _ELSE = (  # how a name looks -> what the file is
     (r"\d+\.(?:linear\.)?\d+\.(?:weight|bias)$|\d+\.\d+\.linear", "is a hypernetwork"),
     (r"model\.diffusion_model\.", "is a base model; give it with --base or training.pretrained_model"),
     (r"(?:down_blocks|mid_block|up_blocks)\.\d.*(?:weight|bias)$", "is a UNet, a part of a base model"),
+    (r"(?:double|single)_blocks\.\d+\.processor\.\w*lora", "is an adapter for FLUX.1 in the form of XLabs"),
     (
         r"(?:double_blocks|single_blocks|transformer_blocks|single_transformer_blocks|joint_blocks)\.",
         "is a diffusion transformer",

@@ -22,7 +22,7 @@ from .adapters import adapter_parameters, load_adapter, restore_adapter
 from .contents import Contents, Layer, alpha_of, open_adapter, rank_of, strength_of
 from .families import Pipeline, adaptable_parts
 from .headers import broken_numbers, oddities, shown
-from .inspection import inspect_adapter, title_of
+from .inspection import inspect_adapter, title_of, whole_numbers
 from .keys import ADAPTER, adaptable_modules, is_block, original_name
 from .names import algorithms_of
 
@@ -128,7 +128,8 @@ def decomposed(
     axes = [axis for axis in range(weight.ndim) if axis != (0 if rows else 1)]
     shape = [1] * weight.ndim
     shape[0 if rows else 1] = -1
-    return total * length.reshape(shape) / total.norm(dim=axes, keepdim=True).clamp_min(1e-12) - weight
+    norm = torch.linalg.vector_norm(total, dim=axes, keepdim=True)
+    return total * length.reshape(shape) / norm.clamp_min(1e-12) - weight
 
 # %% ../../nbs/2_models/09a_reading.ipynb #8672cbb9
 _READ = ("LoRA", "LoCon with Tucker decomposition", "LoHa", "LoKr", "full differences")
@@ -191,12 +192,15 @@ def read_factors(
     found, left = {}, {name: "belongs to no layer" for name in contents.beside}
     for layer, kinds in contents.layers.items():
         told = ".".join(layer)
-        if layer not in names:
+        if layer not in names and algorithms_of(kinds) != ["norm layers"]:
             left[told] = "is no layer of this base"
             continue
         try:
+            _check_kinds(set(kinds))
             if bad & set(kinds.values()):
                 raise _Unfit("holds NaN or infinity")
+            if whole_numbers(contents, layer):
+                raise _Unfit("holds whole numbers, which this package does not read")
             t = {kind: tensors[name].float() for kind, name in kinds.items()}
             found[names[layer]] = factors_of(contents, layer, t, modules[names[layer]].weight)
         except _Unfit as error:
