@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/2_models/01c_names.ipynb #5a1b89e9
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 # %% ../../nbs/2_models/01c_names.ipynb #18bfd2ca
@@ -107,12 +108,16 @@ _ALGORITHMS = {  # algorithm -> a kind of tensor that only it has
     "LoRA": r"down$|up$",
 }
 
+# %% ../../nbs/2_models/01c_names.ipynb #0d90a897
+@lru_cache(1000)
+def _algorithms(kinds: frozenset[str]) -> list[str]:
+    found = [name for name, pattern in _ALGORITHMS.items() if any(re.match(pattern, kind) for kind in kinds)]
+    return found[:-1] if "mid" in kinds and found[-1:] == ["LoRA"] else found
+
 # %% ../../nbs/2_models/01c_names.ipynb #63f77808
 def algorithms_of(kinds: Iterable[str]) -> list[str]:
     "The algorithms that kinds of tensors belong to, the rarest first."
-    kinds = set(kinds)
-    found = [name for name, pattern in _ALGORITHMS.items() if any(re.match(pattern, kind) for kind in kinds)]
-    return found[:-1] if "mid" in kinds and found[-1:] == ["LoRA"] else found
+    return list(_algorithms(frozenset(kinds)))
 
 # %% ../../nbs/2_models/01c_names.ipynb #5cce92f9
 def style_of(names: Iterable[str], pieces: Iterable[Piece]) -> str:

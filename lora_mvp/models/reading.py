@@ -208,7 +208,7 @@ def read_factors(
     return found, left
 
 # %% ../../nbs/2_models/09a_reading.ipynb #1b3074f5
-def _has_row_lengths(f: Factors) -> bool:
+def has_row_lengths(f: Factors) -> bool:
     "Whether peft can hold the DoRA of a layer."
     m = f.magnitude
     return m is not None and m.numel() == len(f.up) and not (m.ndim > 1 and m.shape[0] == 1)
@@ -233,7 +233,7 @@ def holdable(pipe: Pipeline, factors: dict[str, Factors]) -> dict[str, Factors]:
     done = {}
     for part in adaptable_parts(pipe):
         own = {name: f for name, f in factors.items() if name.startswith(f"{part}.")}
-        done |= own if all(map(_has_row_lengths, own.values())) else without_lengths(pipe, own)
+        done |= own if all(map(has_row_lengths, own.values())) else without_lengths(pipe, own)
     return done
 
 # %% ../../nbs/2_models/09a_reading.ipynb #2db14a12

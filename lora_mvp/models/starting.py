@@ -15,7 +15,7 @@ from ..errors import LoraMvpError
 from .adapters import adapter_layers
 from .families import Pipeline
 from .keys import ADAPTER
-from .reading import Factors, read_lora, without_lengths
+from .reading import Factors, has_row_lengths, read_lora, without_lengths
 
 # %% ../../nbs/2_models/09b_starting.ipynb #f1a20538
 @torch.no_grad()
@@ -40,8 +40,8 @@ def start_from(
 ) -> str:  # what was taken over
     "Let a new adapter begin where another one ended; `LoraMvpError` (`init_adapter`) where it does not fit the settings."
     layers, found = adapter_layers(pipe), read_lora(pipe, source)
-    if not all(ADAPTER in layer.lora_magnitude_vector for layer in layers.values()):
-        found = without_lengths(pipe, found)
+    dora = all(ADAPTER in layer.lora_magnitude_vector for layer in layers.values())
+    found |= without_lengths(pipe, {name: f for name, f in found.items() if not (dora and has_row_lengths(f))})
     if lost := [name for name in found if name not in layers]:
         text = f"training.init_adapter: {len(lost)} of its {len(found)} layers are not trained here, such as {lost[0]}."
         raise LoraMvpError(
