@@ -241,6 +241,7 @@ NAMED = {  # an adapter with something about it -> tensors, metadata, what is sa
     "left_over": (K | {"clip_l": rand(2, 768)}, None, "1 tensors of no known kind", False),
     "differences": (K | {f"{U}attn2_to_k.diff_b": rand(320)}, None, "LoRA and full differences", True),
     "other_rank": (AB, {META: json.dumps(SETTINGS | {"unet.r": 64})}, "the settings name rank 64 for unet", False),
+    "no_dora": (AB, {META: json.dumps(SETTINGS | {"unet.use_dora": True})}, "none of its layers has lengths", False),
     "sgm_sd1": (
         pair("lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_k"),
         None,
@@ -311,6 +312,20 @@ def test_a_pickle_is_named_and_never_opened(tmp_path):
     with pytest.raises(LoraMvpError, match="is a pickle"):
         inspect_adapter(tmp_path / "x.safetensors")
     assert not (tmp_path / "sprung").exists()
+
+
+def test_settings_that_are_not_true_do_not_stop_the_reader(sd1, tmp_path):
+    """A header may name another rank than the matrices have; the matrices count."""
+    text = {f"unet.{key}": value for key, value in {"r": 64, "lora_alpha": ALPHA, "target_modules": ["to_q"]}.items()}
+    name = next(name for name in sd1.zoo.pairs if name.startswith("unet."))
+    down, up = sd1.zoo.pairs[name]
+    tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    save_file(tensors, tmp_path / "x.safetensors", {META: json.dumps(text)})
+    pipe = sd1.fresh()
+    load_lora(pipe, tmp_path / "x.safetensors")
+    fuse(pipe)
+    sd1.zoo.deltas["one"] = {name: sd1.zoo.delta(name, ALPHA / RANK)}
+    assert sd1.is_right("one", sd1.weights(pipe))
 
 
 def test_the_rest_is_used_when_it_is_wanted(sd1, tmp_path, caplog):

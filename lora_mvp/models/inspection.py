@@ -223,13 +223,16 @@ def _dora(contents: Contents) -> str:
     return "columns" if any(len(shape) > 1 and shape[0] == 1 and shape[1] > 1 for shape in shapes) else "rows"
 
 # %% ../../nbs/2_models/08_inspection.ipynb #7d53ea43
-def _other_rank(contents: Contents) -> list[str]:
-    "A sentence for each part whose header names a rank that none of its layers has."
+def untrue_settings(contents: Contents) -> list[str]:
+    "A sentence for each part whose settings name a rank that none of its layers has, or DoRA where no layer has lengths."
     told = []
     for part, settings in contents.settings.items():
-        ranks = {rank_of(contents, layer) for layer in contents.layers if layer[0] == part}
-        if ranks and settings.get("r", None) not in {None, *ranks} and not settings.get("rank_pattern"):
+        layers = [layer for layer in contents.layers if layer[0] == part]
+        ranks = {rank_of(contents, layer) for layer in layers}
+        if ranks and settings.get("r") not in (None, *ranks) and not settings.get("rank_pattern"):
             told.append(f"the settings name rank {shown(settings['r'], 40)} for {part}, which none of its layers has")
+        if layers and settings.get("use_dora") and not any("magnitude" in contents.layers[layer] for layer in layers):
+            told.append(f"the settings name DoRA for {part}, and none of its layers has lengths")
     return told
 
 # %% ../../nbs/2_models/08_inspection.ipynb #ea6e2133
@@ -242,7 +245,7 @@ def _refused(contents: Contents, family: str | None, kohya: bool) -> bool:
     )
     left = [name for name in contents.beside if kohya or "lora" not in name]
     whole = any(whole_numbers(contents, layer) for layer in contents.layers)
-    return bool(contents.wrong or left or _other_rank(contents)) or sgm or whole
+    return bool(contents.wrong or left or untrue_settings(contents)) or sgm or whole
 
 # %% ../../nbs/2_models/08_inspection.ipynb #e6c8395a
 def _question(contents: Contents, family: str | None) -> Question:
@@ -334,7 +337,7 @@ def _claims(contents: Contents) -> dict:
 # %% ../../nbs/2_models/08_inspection.ipynb #80bbf17d
 def _remarks(contents: Contents, q: Question, odd: dict) -> list[str]:
     "What else there is to know."
-    said = [*contents.wrong, *_other_rank(contents)]
+    said = [*contents.wrong, *untrue_settings(contents)]
     beside = [name for name in contents.beside if not is_embedding(name)]
     if any(whole_numbers(contents, layer) for layer in contents.layers):
         said.append("its matrices hold whole numbers, which mean nothing without a scale")

@@ -22,7 +22,7 @@ from .adapters import adapter_parameters, load_adapter, restore_adapter
 from .contents import Contents, Layer, alpha_of, open_adapter, rank_of, strength_of
 from .families import Pipeline, adaptable_parts
 from .headers import broken_numbers, oddities, shown
-from .inspection import inspect_adapter, title_of, whole_numbers
+from .inspection import inspect_adapter, title_of, untrue_settings, whole_numbers
 from .keys import ADAPTER, adaptable_modules, is_block, original_name
 from .names import algorithms_of
 
@@ -298,7 +298,12 @@ def _is_ours(contents: Contents) -> bool:
     plain = {piece.kind for piece in contents.pieces.values()} <= {"down", "up", "magnitude"} and not contents.beside
     parts = {part for part, _ in contents.layers}
     return (
-        styles == {"diffusers"} and plain and "unet" in parts and set(contents.settings) >= parts and not contents.wrong
+        styles == {"diffusers"}
+        and plain
+        and "unet" in parts
+        and set(contents.settings) >= parts
+        and not contents.wrong
+        and not untrue_settings(contents)
     )
 
 # %% ../../nbs/2_models/09a_reading.ipynb #0edeebdc
