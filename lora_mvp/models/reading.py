@@ -272,6 +272,7 @@ def put_factors(
 
 # %% ../../nbs/2_models/09a_reading.ipynb #3d096c4c
 log = logging.getLogger("lora_mvp")
+REST = "--partial (partial=True) uses the rest."
 
 
 def _refuse(contents: Contents, left: dict[str, str], partial: bool, rest: int) -> None:
@@ -284,11 +285,7 @@ def _refuse(contents: Contents, left: dict[str, str], partial: bool, rest: int) 
     if partial and rest:
         log.warning("%s and are left out:\n%s%s", head, some, more)
         return
-    advice = (
-        "--partial (partial=True) uses the rest."
-        if rest
-        else "Is it for another base? `lora-mvp inspect` says for which."
-    )
+    advice = REST if rest else "Is it for another base? `lora-mvp inspect` says for which."
     raise LoraMvpError("adapter_unfit", f"{head}:\n{some}{more}\n{advice}")
 
 # %% ../../nbs/2_models/09a_reading.ipynb #71299005
