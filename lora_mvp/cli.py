@@ -257,10 +257,9 @@ def _choose(config: AppConfig, root: str, args: argparse.Namespace) -> None:
 def _evaluate_pictures(args: argparse.Namespace) -> None:
     if not args.pictures:
         raise LoraMvpError("pictures_options", "--baseline, --prompts and --by-name go with --pictures FOLDER.")
-    if args.checkpoints or args.lora_scale != 1:
-        raise LoraMvpError(
-            "pictures_options", "--pictures draws nothing: no --checkpoints and no --lora-scale with it."
-        )
+    if args.checkpoints or args.lora_scale != 1 or args.base or args.partial:
+        text = "--pictures draws nothing: no --checkpoints, --lora-scale, --base or --partial with it."
+        raise LoraMvpError("pictures_options", text)
     from lora_mvp.eval.elsewhere import evaluate_pictures
     from lora_mvp.eval.one_set import OneSet, one_set_text
     from lora_mvp.eval.records import table
@@ -277,9 +276,9 @@ def cmd_evaluate(args: argparse.Namespace) -> None:
         _evaluate_pictures(args)
         return
     config, path = _config(args), _model_path(args)
-    if args.checkpoints and (args.out or args.lora_scale != 1):
-        text = "--checkpoints goes with neither --out nor --lora-scale: each is drawn at strength 1, beside it"
-        raise LoraMvpError("checkpoints_options", f"{text}.")
+    if args.checkpoints and (args.out or args.lora_scale != 1 or args.base or args.partial):
+        text = "--checkpoints draws with the run's own base, at strength 1, and writes beside it"
+        raise LoraMvpError("checkpoints_options", f"{text}: no --base, --partial, --lora-scale or --out with it.")
     if args.checkpoints:
         _choose(config, path, args)
         return
@@ -351,7 +350,7 @@ def cmd_vote(args: argparse.Namespace) -> None:
     if args.result:
         found = result_of(Path(args.out) if args.b else results_of(args.a))
     else:
-        more = (args.out, args.lora_scale, _manifest(args), args.per_prompt, args.question)
+        more = (args.out, args.lora_scale, _manifest(args), args.per_prompt, args.question, args.base, args.partial)
         box = open_box(config, args.a, args.b, *more)
         found = result_of(box.out) if box.ballot.finished else hold_vote(box, args.port, lambda t: print(t, flush=True))
     print(f"{found.verdict}: {found.why}")
@@ -368,6 +367,7 @@ def _add_vote(commands) -> None:
     vote.add_argument("--result", action="store_true", help="what came of it, without a page")
     vote.add_argument("--lora-scale", type=_number, default=1.0, help="strength of both adapters (default 1)")
     vote.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
+    add_base(vote)
 
 # %% ../nbs/7_doors/03_cli.ipynb #1dce2046
 def _add_judging(commands) -> None:

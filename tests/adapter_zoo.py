@@ -137,15 +137,16 @@ class Zoo:
     def dora(self, rows: bool):
         """DoRA: the sum's rows, or its columns, get a length of their own."""
         tensors, deltas = {}, {}
-        for name in self.linear():
+        convolution = next(name for name, layer in self.layers.items() if layer.weight.ndim == 4)
+        for name in [*self.linear(), convolution]:
             weight, key = self.layers[name].weight.detach(), self.kohya_name(name)
             total = weight + self.delta(name, ALPHA / RANK)
-            axis = 1 if rows else 0
-            length = weight.norm(dim=axis, keepdim=True) * (1 + rand(1, by=0.1))
+            axes = [axis for axis in range(weight.ndim) if axis != (0 if rows else 1)]
+            length = weight.square().sum(axes, keepdim=True).sqrt() * (1 + rand(1, by=0.1))
             down, up = self.pairs[name]
             tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.dora_scale": length}
             tensors[f"{key}.alpha"] = torch.tensor(ALPHA)
-            deltas[name] = total * length / total.norm(dim=axis, keepdim=True) - weight
+            deltas[name] = total * length / total.square().sum(axes, keepdim=True).sqrt() - weight
         return self.write("dora_rows" if rows else "dora_cols", tensors, None, deltas)
 
     def full(self):

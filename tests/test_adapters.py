@@ -125,6 +125,12 @@ def pair(key, i=768, o=320, alpha=ALPHA):
 
 
 K = pair(f"{U}attn2_to_k")
+
+
+def ab(key, i):
+    return {f"{key}.lora_A.weight": rand(RANK, i), f"{key}.lora_B.weight": rand(320, RANK)}
+
+
 AB = {f"{D}.lora_A.weight": FIRST[0], f"{D}.lora_B.weight": FIRST[1]}
 SETTINGS = {"unet.r": RANK, "unet.lora_alpha": 8, "unet.target_modules": ["to_k"]}
 
@@ -191,25 +197,55 @@ NAMED = {  # an adapter with something about it -> tensors, metadata, what is sa
         True,
     ),
     "flux": (
-        {f"transformer.single_transformer_blocks.0.attn.to_q.lora_{n}.weight": rand(RANK, RANK) for n in "AB"},
+        ab("transformer.single_transformer_blocks.0.attn.to_q", 3072),
         None,
         "FLUX",
         True,
     ),
     "flux_kohya": (pair("lora_unet_double_blocks_0_img_attn_qkv", 3072, 9216), None, "FLUX", True),
     "flux_bfl": (
-        {f"diffusion_model.double_blocks.0.x.lora_{n}.weight": rand(RANK, RANK) for n in "AB"},
+        ab("diffusion_model.double_blocks.0.img_attn.qkv", 3072),
         None,
         "FLUX",
         True,
     ),
     "sd3": (
-        {
-            f"transformer.transformer_blocks.0.attn.to_q.lora_{n}.weight": rand(*s)
-            for n, s in (("A", (4, 1536)), ("B", (1536, 4)))
-        },
+        ab("transformer.transformer_blocks.0.attn.to_q", 1536),
         None,
         "Stable Diffusion 3",
+        True,
+    ),
+    "flux2": (ab("transformer.single_transformer_blocks.0.attn.to_q", 6144), None, "a diffusion transformer", False),
+    "hunyuan": (ab("transformer.double_blocks.0.img_attn_qkv", 3072), None, "a diffusion transformer", False),
+    "hunyuan_kohya": (pair("lora_unet_single_blocks_38_linear1", 3072), None, "a diffusion transformer", False),
+    "mochi": (
+        ab("transformer.transformer_blocks.0.attn.to_q", 3072)
+        | ab("transformer.transformer_blocks.0.attn.add_q_proj", 1536),
+        None,
+        "a diffusion transformer",
+        False,
+    ),
+    "language_model": (ab("base_model.model.model.layers.0.self_attn.q_proj", 64), None, "base      unknown", False),
+    "text_of_old": (
+        {
+            f"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.{n}.weight": rand(*s)
+            for n, s in (("down", (RANK, 768)), ("up", (768, RANK)))
+        },
+        None,
+        "unknown: diffusers",
+        False,
+    ),
+    "apart": (kohya_with(lora_up=rand(320, 2 * RANK)), None, "do not fit together", False),
+    "flat": (kohya_with(lora_up=rand(320)), None, "do not fit together", False),
+    "whole_numbers": (kohya_with(lora_up=torch.ones(320, RANK, dtype=torch.int8)), None, "hold whole numbers", False),
+    "left_over": (K | {"clip_l": rand(2, 768)}, None, "1 tensors of no known kind", False),
+    "differences": (K | {f"{U}attn2_to_k.diff_b": rand(320)}, None, "LoRA and full differences", True),
+    "other_rank": (AB, {META: json.dumps(SETTINGS | {"unet.r": 64})}, "the settings name rank 64 for unet", False),
+    "no_dora": (AB, {META: json.dumps(SETTINGS | {"unet.use_dora": True})}, "none of its layers has lengths", False),
+    "sgm_sd1": (
+        pair("lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_k"),
+        None,
+        "loads in  ComfyUI, A1111, Forge",
         True,
     ),
     "sdxl": (
@@ -244,6 +280,11 @@ ELSE = {  # a file that is no adapter -> its bytes, what it is called
     "textual_inversion_xl": (save({"clip_l": rand(2, 768), "clip_g": rand(2, 1280)}), "is a textual inversion"),
     "hypernet": (save({"320.0.linear.0.weight": rand(640, 320)}), "is a hypernetwork"),
     "control": (save({"lora_controlnet": rand(1), "input_blocks.1.1.proj_in.up": rand(3, 4)}), "is a Control-LoRA"),
+    "text": (b"Invalid username or password.", 'is a text that begins "Invalid username or password."'),
+    "xlabs": (
+        save({"double_blocks.0.processor.qkv_lora1.down.weight": rand(16, 64)}),
+        "is an adapter for FLUX.1 in the form of XLabs",
+    ),
     "base": (save({"model.diffusion_model.input_blocks.0.0.weight": rand(3, 4)}), "is a base model"),
     "odd_metadata": (
         raw({"__metadata__": {"a": 1}, "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
@@ -273,6 +314,20 @@ def test_a_pickle_is_named_and_never_opened(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
+def test_settings_that_are_not_true_do_not_stop_the_reader(sd1, tmp_path):
+    """A header may name another rank than the matrices have; the matrices count."""
+    text = {f"unet.{key}": value for key, value in {"r": 64, "lora_alpha": ALPHA, "target_modules": ["to_q"]}.items()}
+    name = next(name for name in sd1.zoo.pairs if name.startswith("unet."))
+    down, up = sd1.zoo.pairs[name]
+    tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    save_file(tensors, tmp_path / "x.safetensors", {META: json.dumps(text)})
+    pipe = sd1.fresh()
+    load_lora(pipe, tmp_path / "x.safetensors")
+    fuse(pipe)
+    sd1.zoo.deltas["one"] = {name: sd1.zoo.delta(name, ALPHA / RANK)}
+    assert sd1.is_right("one", sd1.weights(pipe))
+
+
 def test_the_rest_is_used_when_it_is_wanted(sd1, tmp_path, caplog):
     tensors = load_file(sd1.files["kohya"])
     odd = {"lora_unet_x.lora_down.weight": rand(2, 2), "lora_unet_y.w_norm": rand(3), "bundle_emb.w.clip_l": rand(2, 4)}
@@ -283,7 +338,7 @@ def test_the_rest_is_used_when_it_is_wanted(sd1, tmp_path, caplog):
         load_lora(sd1.fresh(), tmp_path / "odd.safetensors")
     pipe = sd1.fresh()
     load_lora(pipe, tmp_path / "odd.safetensors", partial=True)
-    assert "unet.y is no layer" in caplog.text
+    assert "unet.y is norm layers" in caplog.text
     fuse(pipe)
     assert sd1.is_right("kohya", sd1.weights(pipe))
 

@@ -14,13 +14,18 @@ import pytest
 from browser import browse, process, wait_for
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file, save_file
 
 from lora_mvp.cli import main
-from lora_mvp.config import AppConfig
+from lora_mvp.config import AppConfig, load_config
+from lora_mvp.errors import LoraMvpError
 from lora_mvp.eval.ballots import Ballot
 from lora_mvp.eval.booth import hold_vote, open_box
 from lora_mvp.eval.extractors import find_extractor
 from lora_mvp.eval.scores import score
+from lora_mvp.models.base import load_base
+from lora_mvp.models.kohya import write_kohya
+from lora_mvp.models.miniatures import random_lora
 
 N, COLOURS = 9, ("crimson", "royalblue")
 HOSTILE = "<img src=x onerror=\"document.title='run'\">"
@@ -119,3 +124,15 @@ def test_left_with_a_key_and_looked_at_again(finished, tmp_path, capsys):
     for file in other.glob("samples/lora/*.png"):
         Image.new("RGB", (64, 64), "green").save(file)
     assert main(["vote", str(other)]) == 2 and "are of other pictures" in capsys.readouterr().err
+
+
+def test_a_file_that_names_no_base_is_voted_on_with_one(tmp_path):
+    lora = random_lora(load_base("tiny"), lora_targets="attention", text_encoder_learning_rate=None, by=0.3)
+    save_file(load_file(write_kohya(lora, tmp_path / "own.safetensors")), file := tmp_path / "theirs.safetensors")
+    config = load_config(
+        overrides=["evaluation.prompts=[a cat]", "evaluation.num_samples=1", "evaluation.num_inference_steps=2"]
+    )
+    with pytest.raises(LoraMvpError, match="name one with --base"):
+        open_box(config, file, "base", tmp_path / "out")
+    (pair,) = open_box(config, file, "base", tmp_path / "out", base="tiny").ballot.pairs
+    assert pair.pixels[0] != pair.pixels[1]

@@ -9,6 +9,7 @@ __all__ = []
 import secrets
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -332,14 +333,17 @@ def drawn_pairs(
     out: Path,  # pictures go below `samples` in it
     lora_scale: float = 1.0,  # strength of both adapters
     manifest: str | Path | None = None,  # default: the one that each run names
+    base: str | None = None,  # of adapters that do not name theirs, or another one
+    partial: bool = False,  # layers of adapters that do not fit are left out
 ) -> tuple[list[VotePair], tuple[str, str]]:  # the pairs, and the names of the models
     "Draw with two models what `compare` draws; `LoraMvpError` (`vote_folder`) for a folder with other results."
-    columns = ab_columns(a, b, lora_scale, manifest)
+    columns = [replace(column, base=base, partial=partial) for column in ab_columns(a, b, lora_scale, manifest)]
     plan = plan_for(config, [column.data.manifest for column in columns if column.data.manifest])
     there, models = out / "metrics.json", {c.name: {"path": str(c.model), "lora_scale": c.scale} for c in columns}
     if there.exists():
         found = read_record(Metrics, there, "metrics_unreadable", "a metrics.json")
-        if found.plan_sha256 != plan.sha256 or found.settings.get("models") != models:
+        same_base = base is None or found.settings.get("base") == base
+        if found.plan_sha256 != plan.sha256 or found.settings.get("models") != models or not same_base:
             text = f"{out} holds the results of another comparison; choose another folder with --out, or vote on those with `lora-mvp vote {out}`."
             raise LoraMvpError("vote_folder", text)
     make_folder(out, "the output folder", code="output_not_writable")
@@ -402,11 +406,13 @@ def open_box(
     manifest: str | Path | None = None,  # default: the one that each run names
     per_prompt: int = 1,  # pairs of each prompt
     question: str = QUESTION,
+    base: str | None = None,  # as for `compare`
+    partial: bool = False,
 ) -> Box:
     "What is to be voted on, drawn if need be; `LoraMvpError` (`nothing_to_vote`) where there are no results."
     if b is not None:
         out = Path(out)
-        found = drawn_pairs(config, a, b, out, lora_scale, manifest)
+        found = drawn_pairs(config, a, b, out, lora_scale, manifest, base, partial)
     else:
         found = pairs_of(out := results_of(a))
     return box_for(out, *found, per_prompt, config.evaluation.seed, question)

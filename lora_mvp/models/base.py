@@ -217,6 +217,19 @@ def _load_error(name: str, source: str, error: Exception) -> LoraMvpError:
 # %% ../../nbs/2_models/05_base.ipynb #b2a35f67
 LOADING = threading.RLock()  # held while weights are read: the libraries change torch itself meanwhile, for all threads
 
+# %% ../../nbs/2_models/05_base.ipynb #59cdb491
+def _open_vae(pipe: Pipeline, path: Path, name: str) -> AutoencoderKL:
+    "An autoencoder from a file, a folder or the hub."
+    if path.is_file():
+        read_header(path)  # says what a file is that holds no weights
+        with tempfile.TemporaryDirectory() as settings:
+            pipe.vae.save_config(settings)
+            return AutoencoderKL.from_single_file(str(path), config=settings, local_files_only=True)
+    if path.is_dir():
+        check_code(path)
+        return AutoencoderKL.from_pretrained(str(path), use_safetensors=True, local_files_only=True)
+    return AutoencoderKL.from_pretrained(name, use_safetensors=True)
+
 # %% ../../nbs/2_models/05_base.ipynb #63b47103
 def read_vae(
     pipe: Pipeline,
@@ -228,19 +241,19 @@ def read_vae(
         raise LoraMvpError(
             "base_unsafe", f"training.vae: {name} is a pickle, which can run code when it is read. {ONLY_SAFE}"
         )
-    if path.is_file():
-        with tempfile.TemporaryDirectory() as settings:
-            pipe.vae.save_config(settings)
-            vae = AutoencoderKL.from_single_file(str(path), config=settings, local_files_only=True)
-    elif path.is_dir():
-        check_code(path)
-        vae = AutoencoderKL.from_pretrained(str(path), use_safetensors=True, local_files_only=True)
-    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        vae = AutoencoderKL.from_pretrained(name, use_safetensors=True)
-    else:
+    if not path.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise LoraMvpError(
             "base_not_found", f"training.vae: {name} does not exist; name a folder, a .safetensors file or a hub id."
         )
+    try:
+        vae = _open_vae(pipe, path, name)
+        if any(value.is_meta for value in vae.parameters()):
+            raise ValueError("weights are missing")
+    except LoraMvpError as e:
+        raise LoraMvpError(e.code, f"training.vae: {e.message}") from e
+    except Exception as e:  # of many types, and not the base's fault
+        reason = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"
+        raise LoraMvpError("vae_unfit", f"training.vae: {name} is not loaded as an autoencoder ({reason}).") from e
     for key in ("latent_channels", "scaling_factor", "block_out_channels"):
         mine, other = (len(x) if isinstance(x, list | tuple) else x for x in (pipe.vae.config[key], vae.config[key]))
         if mine != other:

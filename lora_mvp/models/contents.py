@@ -9,6 +9,7 @@ __all__ = []
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,19 +35,19 @@ def adapter_file(source: str | Path) -> Path:
     raise LoraMvpError("adapter_not_found", text)
 
 # %% ../../nbs/2_models/01d_contents.ipynb #b963cf03
-def note_beside(file: str | Path) -> dict:
-    "What `adapter_config.json` beside a file says; nothing where there is none or it is damaged."
+def note_beside(file: str | Path) -> dict | None:
+    "What `adapter_config.json` beside a file says; `{}` where there is none, None where it is damaged."
     notes = Path(file).with_name("adapter_config.json")
     try:
         known = json.loads(notes.read_text(encoding="utf-8-sig")) if notes.is_file() else {}
     except (OSError, ValueError, RecursionError):
-        return {}
-    return known if isinstance(known, dict) else {}
+        return None
+    return known if isinstance(known, dict) else None
 
 # %% ../../nbs/2_models/01d_contents.ipynb #b5619a4b
 def recorded_base(file: str | Path) -> str | None:
     "The base that `adapter_config.json` beside the file names."
-    base = note_beside(file).get("base_model_name_or_path")
+    base = (note_beside(file) or {}).get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None
 
 # %% ../../nbs/2_models/01d_contents.ipynb #cf9d16bc
@@ -65,6 +66,14 @@ def _wrong(name: str, value: object) -> bool:
         return not isinstance(value, dict) or not all(map(_is_number, value.values()))
     return name in ("use_rslora", "use_dora") and not isinstance(value, bool)
 
+# %% ../../nbs/2_models/01d_contents.ipynb #e06a328a
+_INSTEAD = {"lora_alpha": "alpha equal to the rank", "alpha_pattern": "no exception"}
+
+
+def _what_instead(name: str, value: object) -> str:
+    "The end of the sentence about a setting that cannot be used."
+    return f"is {shown(json.dumps(value), 40)}; {_INSTEAD.get(name, 'false')} was taken"
+
 # %% ../../nbs/2_models/01d_contents.ipynb #a176d24a
 def peft_settings(
     header: Header,
@@ -75,17 +84,26 @@ def peft_settings(
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        return {}, [f"{_SETTINGS} in the header is damaged; alpha equal to the rank was taken"]
+        return {}, [f"{_SETTINGS} in the header is damaged; {_INSTEAD['lora_alpha']} was taken"]
     settings, wrong = {}, []
     for key, value in found.items():
         part, _, name = key.partition(".")
         if _wrong(name, value):
-            wrong.append(
-                f"{shown(key)} in the header is {shown(json.dumps(value), 40)}; alpha equal to the rank was taken"
-            )
+            wrong.append(f"{shown(key)} in the header {_what_instead(name, value)}")
         else:
             settings.setdefault(part, {})[name] = value
     return settings, wrong
+
+# %% ../../nbs/2_models/01d_contents.ipynb #6d302b0f
+def _settings_beside(file: Path, parts: Iterable[str]) -> tuple[dict[str, dict], list[str]]:
+    "What `adapter_config.json` says, for every part; what is wrong with it."
+    note = note_beside(file)
+    if note is None:
+        return {}, [f"adapter_config.json beside it is damaged; {_INSTEAD['lora_alpha']} was taken"]
+    odd = {name: value for name, value in note.items() if _wrong(name, value)}
+    good = {name: value for name, value in note.items() if name not in odd}
+    wrong = [f"{name} in adapter_config.json {_what_instead(name, value)}" for name, value in odd.items()]
+    return {part: good for part in parts if good}, wrong
 
 # %% ../../nbs/2_models/01d_contents.ipynb #1213a84a
 def _exception(pattern: dict[str, float], layer: str, default: float | None) -> float | None:
@@ -140,12 +158,11 @@ def open_adapter(source: str | Path) -> Contents:
     used = {name for kinds in layers.values() for name in kinds.values()}
     if not any(algorithms_of(kinds) for kinds in layers.values()) or "lora_controlnet" in names:
         why = next((f"; {flaw}" for flaw in header.flaws), "")
-        some = f", such as {shown(names[0], 80)}" if names else ""
+        some = f" (its first tensor: {shown(names[0], 80)})" if names else ""
         raise LoraMvpError("adapter_unknown", f"{shown(file)} {no_adapter(names)}{some}{why}.")
     settings, wrong = peft_settings(header)
     if not settings and not wrong and any(piece.style == "peft" for piece in pieces.values()):
-        note = {key: value for key, value in note_beside(file).items() if not _wrong(key, value)}
-        settings = {part: note for part, _ in layers if note}
+        settings, wrong = _settings_beside(file, {part for part, _ in layers})
     return Contents(file, header, pieces, layers, [name for name in names if name not in used], settings, wrong)
 
 # %% ../../nbs/2_models/01d_contents.ipynb #53924165

@@ -99,6 +99,14 @@ def export_fused(
         _check_written(pipe, stage)
     return Path(folder)
 
+# %% ../../nbs/2_models/11_exports.ipynb #41c18c48
+def _check_name(to: str, out: str | Path) -> None:
+    "`LoraMvpError` (`output_name`) where a file has the name of a folder, or a folder that of a file."
+    if to == "kohya" and Path(out).suffix != ".safetensors":
+        raise LoraMvpError("output_name", f"{out}: a file in kohya's form must end in .safetensors.")
+    if to != "kohya" and Path(out).suffix == ".safetensors":
+        raise LoraMvpError("output_name", f"{out}: the form {to} is a folder, whose name must not end so.")
+
 # %% ../../nbs/2_models/11_exports.ipynb #bf4918df
 def export_adapter(
     source: str | Path,  # a run's adapter folder, or a file of any program
@@ -110,13 +118,12 @@ def export_adapter(
     partial: bool = False,  # layers that do not fit are left out
 ) -> Path:
     "Write an adapter in another form, and compare before it is put in place."
+    _check_name(to, out)
     base, found = base_for(source, base), inspect_adapter(source)
     if to == "fused":
         return export_fused(
             load_base(base, dtype=None if dtype != torch.float32 else dtype), source, out, dtype, partial
         )
-    if to == "kohya" and Path(out).suffix != ".safetensors":
-        raise LoraMvpError("output_name", f"{out}: a file in kohya's form must end in .safetensors.")
     pipe = load_base(base)
     load_lora(pipe, source, partial)
     wanted, _, tolerance = effect_of(pipe)

@@ -45,6 +45,7 @@ _SIGNS = (  # first bytes, in lower case -> what a file is
     (b"gguf", "is a GGUF file, which this package does not read"),
     (b"\x89png", "is a picture"),
     (b"\xff\xd8\xff", "is a picture"),
+    (b"\x1f\x8b", "is an archive; unpack it first"),
     (b"rar!", "is an archive; unpack it first"),
     (b"7z\xbc\xaf", "is an archive; unpack it first"),
     (b"{", "is a JSON text"),
@@ -62,7 +63,9 @@ def sign_of(
         if text.startswith(sign):
             archive = sign == b"pk\x03\x04"
             return _PICKLE if archive and b"data.pkl" in start else what
-    return None
+    words = start[:64].decode("utf-8", "replace").rstrip("\ufffd").split()  # a table has a zero byte in the first eight
+    plain = words and all(word.isprintable() and "\ufffd" not in word for word in words)
+    return f'is a text that begins "{shown(" ".join(words), 60)}"; get the file itself' if plain else None
 
 # %% ../../nbs/2_models/01b_headers.ipynb #a5d23e7e
 class TensorEntry(NamedTuple):
@@ -130,6 +133,8 @@ def _parse(text: bytes, origin: int) -> Header:
 def read_header(file: str | Path) -> Header:
     "The table of a safetensors file; `LoraMvpError` (`adapter_not_found`, `adapter_unreadable`) says what a file is that has none."
     path = Path(file)
+    if path.exists() and not path.is_file():
+        raise LoraMvpError("adapter_unreadable", f"{shown(file)} is a folder, a pipe or a device, and no file.")
     if not path.is_file():
         raise LoraMvpError("adapter_not_found", f"there is no file {shown(file)}; check the path.")
     try:

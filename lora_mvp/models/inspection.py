@@ -32,12 +32,17 @@ _TITLES = {"flux": "FLUX.1", "sd3": "Stable Diffusion 3", "transformer": "a diff
 _CLAIMED = {"sd_1.5": "sd1", "sd_v1": "sd1", "sdxl": "sdxl", "flux1": "flux", "flux-1": "flux", "sd3": "sd3"}
 
 
+_FLUX = re.compile(r"(?:double_blocks|single_blocks|single_transformer_blocks)_(\d+)_")
+_COUSINS = "token_refiner", "distilled_guidance", "to_qkv_mlp", "modulation", "joint_transformer_blocks"
+
+
 def _transformer(names: list[str]) -> str | None:
     "The family of bases without a UNet that layers belong to."
-    text = "\n".join(names)
-    if any(block in text for block in ("double_blocks_", "single_blocks_", "single_transformer_blocks_")):
-        return "flux"
-    return "sd3" if "joint_blocks_" in text else None
+    found = [match for name in names if (match := _FLUX.match(name))]
+    if found:  # FLUX.1 has 19 double and 38 single blocks; FLUX.2, Chroma, Hunyuan and AuraFlow share their names
+        many = any(int(match[1]) >= (19 if match[0].startswith("double") else 38) for match in found)
+        return "transformer" if many or any(word in name for word in _COUSINS for name in names) else "flux"
+    return "sd3" if any(name.startswith("joint_blocks_") for name in names) else None
 
 # %% ../../nbs/2_models/08_inspection.ipynb #635a722c
 def title_of(family: str | None) -> str:
@@ -69,15 +74,28 @@ def _claimed(metadata: dict[str, str]) -> str | None:
             return family.name
     return next((name for start, name in _CLAIMED.items() for text in said if text.startswith(start)), None)
 
+# %% ../../nbs/2_models/08_inspection.ipynb #e30ebd4c
+def _widths(contents: Contents, pattern: str) -> set[int]:
+    "How wide the inputs are of the layers with a name."
+    layers = [layer for layer in contents.layers if re.match(pattern, layer[1])]
+    return {shape[1] for layer in layers if len(shape := contents.shape(layer, "down")) == 2}
+
+
+def _one_of_flux(contents: Contents) -> str:
+    "FLUX.1, or only a diffusion transformer."
+    said = contents.header.metadata.get("modelspec.architecture", "flux-1").lower()
+    alike = said.startswith(("flux-1", "flux.1", "flux1")) and not any(".img_attn_qkv." in x for x in contents.pieces)
+    narrow = _widths(contents, r"\w+blocks_\d+_(?:(?:img|txt)_attn_qkv|linear1|attn_to_[qkv]$)") <= {3072}
+    return "flux" if alike and narrow else "transformer"
+
 # %% ../../nbs/2_models/08_inspection.ipynb #49d726f9
 def _family(contents: Contents) -> str | None:
     "The family of the base, by the names of its blocks and the width of the text it reads, else by what the header claims."
     names = [name for part, name in contents.layers if part in ("unet", "transformer")]
     if known := _transformer(names):
-        return known
+        return _one_of_flux(contents) if known == "flux" else known
     if any(part == "transformer" for part, _ in contents.layers):
-        widths = {shape[1] for layer in contents.layers if len(shape := contents.shape(layer, "down")) == 2}
-        return "sd3" if any("transformer_blocks_" in name for name in names) and 1536 in widths else "transformer"
+        return "sd3" if _widths(contents, r"transformer_blocks_\d+_attn_to_[qkv]") & {1536, 2432} else "transformer"
     widths = {_text_width(contents, layer) for layer in contents.layers if reads_text(layer[1])} - {None}
     known = [family.name for family in FAMILIES.values() if widths == {family.text_width}]
     if known:
@@ -102,6 +120,32 @@ def _is_half(kinds: dict[str, str]) -> bool:
     groups = [group for name in found for group in _NEEDED.get(name, [])]
     return not found or not all(any(set(option) <= set(kinds) for option in group) for group in groups)
 
+# %% ../../nbs/2_models/08_inspection.ipynb #a164f0ef
+_INNER = (  # two kinds of matrices, and the axes of both that are the rank
+    ("up", 1, "down", 0),
+    ("hada_w1_a", 1, "hada_w1_b", 0),
+    ("hada_w2_a", 1, "hada_w2_b", 0),
+    ("lokr_w1_a", 1, "lokr_w1_b", 0),
+    ("lokr_w2_a", 1, "lokr_w2_b", 0),
+)
+
+
+def _does_not_fit(contents: Contents, layer: Layer) -> bool:
+    "Whether the matrices of a layer's product cannot be multiplied; those around a core are not looked at."
+    kinds = contents.layers[layer]
+    if {"mid", "hada_t1", "lokr_t1", "lokr_t2"} & set(kinds):
+        return False
+    pairs = [
+        (contents.shape(layer, a), i, contents.shape(layer, b), k) for a, i, b, k in _INNER if {a, b} <= set(kinds)
+    ]
+    return any(min(len(a), len(b)) < 2 or a[i] != b[k] for a, i, b, k in pairs)
+
+# %% ../../nbs/2_models/08_inspection.ipynb #6f7e1827
+def whole_numbers(contents: Contents, layer: Layer) -> bool:
+    "Whether matrices of a layer are of no floating type."
+    kinds = {kind: name for kind, name in contents.layers[layer].items() if kind not in ("alpha", "ia3")}
+    return any("F" not in contents.header.tensors[name].dtype for name in kinds.values())
+
 # %% ../../nbs/2_models/08_inspection.ipynb #99c03d79
 def _products(contents: Contents) -> list[Layer]:
     "The layers that hold a whole product, which has a strength."
@@ -122,7 +166,9 @@ def broken_layers(contents: Contents) -> list[str]:
     halves = [layer for layer, kinds in contents.layers.items() if _is_half(kinds)]
     flat = [layer for layer in contents.layers if rank_of(contents, layer) == 0]
     odd = [layer for layer in contents.layers if _bad_alpha(contents, layer)]
+    apart = [layer for layer in contents.layers if _does_not_fit(contents, layer)]
     found = [(halves, "without all of their matrices"), (flat, "of rank 0"), (odd, "whose alpha is not one number")]
+    found.append((apart, "whose matrices do not fit together"))
     told = [
         f"{len(bad)} of {len(contents.layers)} layers {what}, such as {shown(bad[0][1], 80)}"
         for bad, what in found
@@ -176,22 +222,50 @@ def _dora(contents: Contents) -> str:
         return ""
     return "columns" if any(len(shape) > 1 and shape[0] == 1 and shape[1] > 1 for shape in shapes) else "rows"
 
+# %% ../../nbs/2_models/08_inspection.ipynb #7d53ea43
+def untrue_settings(contents: Contents) -> list[str]:
+    "A sentence for each part whose settings name a rank that none of its layers has, or DoRA where no layer has lengths."
+    told = []
+    for part, settings in contents.settings.items():
+        layers = [layer for layer in contents.layers if layer[0] == part]
+        ranks = {rank_of(contents, layer) for layer in layers}
+        if ranks and settings.get("r") not in (None, *ranks) and not settings.get("rank_pattern"):
+            told.append(f"the settings name rank {shown(settings['r'], 40)} for {part}, which none of its layers has")
+        if layers and settings.get("use_dora") and not any("magnitude" in contents.layers[layer] for layer in layers):
+            told.append(f"the settings name DoRA for {part}, and none of its layers has lengths")
+    return told
+
+# %% ../../nbs/2_models/08_inspection.ipynb #ea6e2133
+def _refused(contents: Contents, family: str | None, kohya: bool) -> bool:
+    "Whether diffusers ends with an error."
+    sgm = (
+        kohya
+        and family != "sdxl"
+        and any(re.match(r"(?:in|out)put_blocks_|middle_block_", x) for _, x in contents.layers)
+    )
+    left = [name for name in contents.beside if kohya or "lora" not in name]
+    whole = any(whole_numbers(contents, layer) for layer in contents.layers)
+    return bool(contents.wrong or left or untrue_settings(contents)) or sgm or whole
+
 # %% ../../nbs/2_models/08_inspection.ipynb #e6c8395a
 def _question(contents: Contents, family: str | None) -> Question:
     "What the answers for each program depend on."
     kinds = [kind for kinds in contents.layers.values() for kind in kinds]
+    style = style_of(contents.pieces, contents.pieces.values())
+    unheard = "bias" in kinds or "scalar" in kinds or any(whole_numbers(contents, layer) for layer in contents.layers)
+    unheard = unheard or not all(map(is_embedding, contents.beside))
     text = {name for part, name in contents.layers if part.startswith("text_encoder")}
     attention = {name for name in text if "self_attn" in name}
     return Question(
-        algorithms=sorted({found[0] for layer in contents.layers.values() if (found := algorithms_of(layer))}),
-        style=style_of(contents.pieces, contents.pieces.values()),
+        algorithms=sorted({name for layer in contents.layers.values() for name in algorithms_of(layer)}),
+        style=style,
         family=family,
         dora=_dora(contents),
-        alphas=len({alpha_of(contents, layer) for layer in _products(contents)}),
+        alphas=len({alpha_of(contents, layer) for layer in _products(contents) if not _bad_alpha(contents, layer)}),
         text_attention_cut=bool(attention) and not any(name.endswith("out_proj") for name in attention),
         embeddings=any(map(is_embedding, contents.beside)),
-        strange=family not in _TITLES and bool(_strange(contents)) or "bias" in kinds or "scalar" in kinds,
-        diffusers_refuses=bool(contents.wrong),
+        strange=family not in _TITLES and bool(_strange(contents)) or unheard,
+        diffusers_refuses=_refused(contents, family, style == "kohya"),
         broken=broken_layers(contents),
     )
 
@@ -263,7 +337,10 @@ def _claims(contents: Contents) -> dict:
 # %% ../../nbs/2_models/08_inspection.ipynb #80bbf17d
 def _remarks(contents: Contents, q: Question, odd: dict) -> list[str]:
     "What else there is to know."
-    said, beside = list(contents.wrong), [name for name in contents.beside if not is_embedding(name)]
+    said = [*contents.wrong, *untrue_settings(contents)]
+    beside = [name for name in contents.beside if not is_embedding(name)]
+    if any(whole_numbers(contents, layer) for layer in contents.layers):
+        said.append("its matrices hold whole numbers, which mean nothing without a scale")
     if nothing := _changes_nothing(contents, odd):
         said.append(nothing)
     if q.embeddings:
@@ -324,11 +401,12 @@ def describe(facts: AdapterFacts) -> str:
     "The facts as lines for a terminal."
     low, high = facts.strength or (1, 1)
     base = title_of(facts.family)
+    bad_alpha = any("alpha is not one number" in remark for remark in facts.remarks)
     lines = {
         "file": f"{facts.file}, {facts.size / 1e6:.1f} MB, {facts.dtype}",
-        "form": f"{facts.form}, {facts.variant}",
+        "form": facts.form + ("" if facts.variant == "other" else f", {facts.variant}"),
         "rank": _counts(facts.ranks) or "none",
-        "alpha": _counts(facts.alphas) or "not in the file",
+        "alpha": _counts(facts.alphas) or ("no number" if bad_alpha else "not in the file"),
         "strength": f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}",
         "layers": "; ".join(
             f"{part}: " + ", ".join(f"{n} {g}" for g, n in groups.items()) for part, groups in facts.layers.items()

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/2_models/01c_names.ipynb #5a1b89e9
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 # %% ../../nbs/2_models/01c_names.ipynb #18bfd2ca
@@ -56,7 +57,8 @@ _BEGINNINGS = (  # how a name begins, the part it means, whose way of writing it
     (r"base_model\.model\.text_encoder\.", "text_encoder", "peft"),
     (r"base_model\.model\.(?=text_model\.|encoder\.layers\.)", "text_encoder", "peft"),
     (r"base_model\.model\." + _BLOCKS, "unet", "peft"),
-    (r"base_model\.model\.(?:transformer\.)?", "transformer", "peft"),
+    (r"base_model\.model\.(?:transformer\.)?(?=\w*blocks\.\d)", "transformer", "peft"),
+    (r"base_model\.model\.", "other", "peft"),  # of a language model, for example
     (r"(?:model\.)?diffusion_model\.", "unet", "original"),
     (_BLOCKS, "unet", "bare"),
     (r"(?=text_model\.encoder\.)", "text_encoder", "bare"),
@@ -106,12 +108,16 @@ _ALGORITHMS = {  # algorithm -> a kind of tensor that only it has
     "LoRA": r"down$|up$",
 }
 
+# %% ../../nbs/2_models/01c_names.ipynb #0d90a897
+@lru_cache(1000)
+def _algorithms(kinds: frozenset[str]) -> list[str]:
+    found = [name for name, pattern in _ALGORITHMS.items() if any(re.match(pattern, kind) for kind in kinds)]
+    return found[:-1] if "mid" in kinds and found[-1:] == ["LoRA"] else found
+
 # %% ../../nbs/2_models/01c_names.ipynb #63f77808
 def algorithms_of(kinds: Iterable[str]) -> list[str]:
     "The algorithms that kinds of tensors belong to, the rarest first."
-    kinds = set(kinds)
-    found = [name for name, pattern in _ALGORITHMS.items() if any(re.match(pattern, kind) for kind in kinds)]
-    return found[:-1] if "mid" in kinds and found[-1:] == ["LoRA"] else found
+    return list(_algorithms(frozenset(kinds)))
 
 # %% ../../nbs/2_models/01c_names.ipynb #5cce92f9
 def style_of(names: Iterable[str], pieces: Iterable[Piece]) -> str:
@@ -128,7 +134,10 @@ def style_of(names: Iterable[str], pieces: Iterable[Piece]) -> str:
         "a named adapter": r"\.lora_B\.\w+\.",
     }
     for what, ending in endings.items() if styles == {"diffusers"} else ():
-        if any(re.search(ending + "weight$", name) for name in names):
+        found = [name for name in names if re.search(ending + "weight$", name)]
+        if found and what == "lora_linear_layer" and not any(name.startswith("unet.") for name in found):
+            return "old processors"  # which had this in text encoders
+        if found:
             return f"diffusers, {what}"
     return min(styles, default="unknown")
 
@@ -159,6 +168,7 @@ _ELSE = (  # how a name looks -> what the file is
     (r"\d+\.(?:linear\.)?\d+\.(?:weight|bias)$|\d+\.\d+\.linear", "is a hypernetwork"),
     (r"model\.diffusion_model\.", "is a base model; give it with --base or training.pretrained_model"),
     (r"(?:down_blocks|mid_block|up_blocks)\.\d.*(?:weight|bias)$", "is a UNet, a part of a base model"),
+    (r"(?:double|single)_blocks\.\d+\.processor\.\w*lora", "is an adapter for FLUX.1 in the form of XLabs"),
     (
         r"(?:double_blocks|single_blocks|transformer_blocks|single_transformer_blocks|joint_blocks)\.",
         "is a diffusion transformer",

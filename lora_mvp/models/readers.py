@@ -66,8 +66,8 @@ class Question:
     alphas: int = 1  # different ones
     text_attention_cut: bool = False  # kohya's names, and a text encoder's attention without out_proj
     embeddings: bool = False  # textual inversions beside the layers
-    strange: bool = False  # layers that the family does not have
-    diffusers_refuses: bool = False  # settings in the header that are none
+    strange: bool = False  # layers that the family does not have, or tensors that no table knows
+    diffusers_refuses: bool = False  # settings that are none, tensors or names that it does not take
     broken: list[str] = field(default_factory=list)  # what no program can load
 
 # %% ../../nbs/2_models/01e_readers.ipynb #84c10a64
@@ -82,7 +82,7 @@ def _by_form(q: Question) -> list[str]:
         plain = q.algorithms == ["LoRA"] and not q.dora
         return [_TRANSFORMERS.get((q.family, q.style), "????") if plain else "????"]
     if q.algorithms == ["LoRA"]:
-        found = [_STYLES.get(q.style, "????")]
+        found = ["????" if q.strange else _STYLES.get(q.style, "????")]
     elif q.style == "kohya":
         found = [_ALGORITHMS.get(name, "????") for name in q.algorithms]
     else:
@@ -102,9 +102,10 @@ def answers(q: Question) -> tuple[dict[str, bool | None], list[str]]:  # program
     refused = "nyyy" if q.diffusers_refuses else "yyyy"
     letters = _least(*_by_form(q), *spoilt.values(), unknown, refused, "nnnn" if q.broken else "yyyy")
     notes = [_NOTES[why] for why, letter in spoilt.items() if letter != "yyyy"]
-    if q.style == "diffusers" and q.algorithms == ["LoRA"] and q.family not in ("flux", "sd3", "transformer"):
+    ours = not q.strange and q.family not in ("flux", "sd3", "transformer")
+    if q.style == "diffusers" and q.algorithms == ["LoRA"] and ours:
         notes.append(_NOTES["diffusers"])
-    if q.style in _NOWHERE:
+    if q.style in _NOWHERE and ours:
         notes.append(_NOTES["nowhere"])
     if q.dora and kohya:
         notes.append(_NOTES[q.dora])

@@ -22,7 +22,7 @@ from .adapters import adapter_parameters, load_adapter, restore_adapter
 from .contents import Contents, Layer, alpha_of, open_adapter, rank_of, strength_of
 from .families import Pipeline, adaptable_parts
 from .headers import broken_numbers, oddities, shown
-from .inspection import inspect_adapter, title_of
+from .inspection import inspect_adapter, title_of, untrue_settings, whole_numbers
 from .keys import ADAPTER, adaptable_modules, is_block, original_name
 from .names import algorithms_of
 
@@ -128,7 +128,8 @@ def decomposed(
     axes = [axis for axis in range(weight.ndim) if axis != (0 if rows else 1)]
     shape = [1] * weight.ndim
     shape[0 if rows else 1] = -1
-    return total * length.reshape(shape) / total.norm(dim=axes, keepdim=True).clamp_min(1e-12) - weight
+    norm = torch.linalg.vector_norm(total, dim=axes, keepdim=True)
+    return total * length.reshape(shape) / norm.clamp_min(1e-12) - weight
 
 # %% ../../nbs/2_models/09a_reading.ipynb #8672cbb9
 _READ = ("LoRA", "LoCon with Tucker decomposition", "LoHa", "LoKr", "full differences")
@@ -191,12 +192,15 @@ def read_factors(
     found, left = {}, {name: "belongs to no layer" for name in contents.beside}
     for layer, kinds in contents.layers.items():
         told = ".".join(layer)
-        if layer not in names:
+        if layer not in names and algorithms_of(kinds) != ["norm layers"]:
             left[told] = "is no layer of this base"
             continue
         try:
+            _check_kinds(set(kinds))
             if bad & set(kinds.values()):
                 raise _Unfit("holds NaN or infinity")
+            if whole_numbers(contents, layer):
+                raise _Unfit("holds whole numbers, which this package does not read")
             t = {kind: tensors[name].float() for kind, name in kinds.items()}
             found[names[layer]] = factors_of(contents, layer, t, modules[names[layer]].weight)
         except _Unfit as error:
@@ -204,7 +208,7 @@ def read_factors(
     return found, left
 
 # %% ../../nbs/2_models/09a_reading.ipynb #1b3074f5
-def _has_row_lengths(f: Factors) -> bool:
+def has_row_lengths(f: Factors) -> bool:
     "Whether peft can hold the DoRA of a layer."
     m = f.magnitude
     return m is not None and m.numel() == len(f.up) and not (m.ndim > 1 and m.shape[0] == 1)
@@ -229,7 +233,7 @@ def holdable(pipe: Pipeline, factors: dict[str, Factors]) -> dict[str, Factors]:
     done = {}
     for part in adaptable_parts(pipe):
         own = {name: f for name, f in factors.items() if name.startswith(f"{part}.")}
-        done |= own if all(map(_has_row_lengths, own.values())) else without_lengths(pipe, own)
+        done |= own if all(map(has_row_lengths, own.values())) else without_lengths(pipe, own)
     return done
 
 # %% ../../nbs/2_models/09a_reading.ipynb #2db14a12
@@ -268,6 +272,7 @@ def put_factors(
 
 # %% ../../nbs/2_models/09a_reading.ipynb #3d096c4c
 log = logging.getLogger("lora_mvp")
+REST = "--partial (partial=True) uses the rest."
 
 
 def _refuse(contents: Contents, left: dict[str, str], partial: bool, rest: int) -> None:
@@ -280,11 +285,7 @@ def _refuse(contents: Contents, left: dict[str, str], partial: bool, rest: int) 
     if partial and rest:
         log.warning("%s and are left out:\n%s%s", head, some, more)
         return
-    advice = (
-        "--partial (partial=True) uses the rest."
-        if rest
-        else "Is it for another base? `lora-mvp inspect` says for which."
-    )
+    advice = REST if rest else "Is it for another base? `lora-mvp inspect` says for which."
     raise LoraMvpError("adapter_unfit", f"{head}:\n{some}{more}\n{advice}")
 
 # %% ../../nbs/2_models/09a_reading.ipynb #71299005
@@ -294,7 +295,12 @@ def _is_ours(contents: Contents) -> bool:
     plain = {piece.kind for piece in contents.pieces.values()} <= {"down", "up", "magnitude"} and not contents.beside
     parts = {part for part, _ in contents.layers}
     return (
-        styles == {"diffusers"} and plain and "unet" in parts and set(contents.settings) >= parts and not contents.wrong
+        styles == {"diffusers"}
+        and plain
+        and "unet" in parts
+        and set(contents.settings) >= parts
+        and not contents.wrong
+        and not untrue_settings(contents)
     )
 
 # %% ../../nbs/2_models/09a_reading.ipynb #0edeebdc

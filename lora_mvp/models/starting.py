@@ -15,7 +15,7 @@ from ..errors import LoraMvpError
 from .adapters import adapter_layers
 from .families import Pipeline
 from .keys import ADAPTER
-from .reading import Factors, read_lora, without_lengths
+from .reading import REST, Factors, has_row_lengths, read_lora, without_lengths
 
 # %% ../../nbs/2_models/09b_starting.ipynb #f1a20538
 @torch.no_grad()
@@ -39,9 +39,14 @@ def start_from(
     source: str | Path,  # file or folder of an adapter of any program
 ) -> str:  # what was taken over
     "Let a new adapter begin where another one ended; `LoraMvpError` (`init_adapter`) where it does not fit the settings."
-    layers, found = adapter_layers(pipe), read_lora(pipe, source)
-    if not all(ADAPTER in layer.lora_magnitude_vector for layer in layers.values()):
-        found = without_lengths(pipe, found)
+    layers = adapter_layers(pipe)
+    try:
+        found = read_lora(pipe, source)
+    except LoraMvpError as e:
+        rest = "`lora-mvp export --partial` writes the rest as an adapter to begin with."
+        raise LoraMvpError(e.code, f"training.init_adapter: {e.message.replace(REST, rest)}") from e
+    dora = all(ADAPTER in layer.lora_magnitude_vector for layer in layers.values())
+    found |= without_lengths(pipe, {name: f for name, f in found.items() if not (dora and has_row_lengths(f))})
     if lost := [name for name in found if name not in layers]:
         text = f"training.init_adapter: {len(lost)} of its {len(found)} layers are not trained here, such as {lost[0]}."
         raise LoraMvpError(

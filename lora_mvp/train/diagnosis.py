@@ -7,6 +7,7 @@ __all__ = ['doctor_text', 'doctor']
 
 # %% ../../nbs/3_train/15_diagnosis.ipynb #753f3739
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from ..data.steps import MULTIPLE, count_steps, frame_of, is_enlarged
 from ..data.tables import trigger_note
 from ..files import NAME_BYTES
 from ..models.adapters import add_lora
-from ..models.base import find_base
+from ..models.base import find_base, read_vae
 from ..models.families import family_of, granularity, native_size, text_parts
 from ..models.headers import broken_numbers, oddities, read_header
 from ..models.inspection import inspect_adapter, title_of
@@ -180,6 +181,20 @@ def start_findings(training: TrainingConfig) -> Iterator[Finding]:
     bad = "; ".join(facts.not_finite[:3])
     yield Finding("error", "adapter", f"{told} {bad}.") if bad else Finding("ok", "adapter", told)
 
+# %% ../../nbs/3_train/15_diagnosis.ipynb #69e8de61
+def vae_findings(training: TrainingConfig, pipe) -> Iterator[Finding]:
+    "Whether another autoencoder is there and fits the base."
+    if training.vae is None:
+        return
+    if not Path(training.vae).expanduser().exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", training.vae):
+        yield Finding("warn", "vae", f"training.vae: {training.vae} is not here; training takes it from the hub.")
+        return
+    try:
+        read_vae(pipe, training.vae)
+        yield Finding("ok", "vae", f"training.vae: {training.vae} fits the base.")
+    except LoraMvpError as error:
+        yield Finding("error", "vae", error.message)
+
 # %% ../../nbs/3_train/15_diagnosis.ipynb #e01adced
 def weight_findings(folder: Path, pipe) -> Iterator[Finding]:
     "Whether the weights of every part are there, in full."
@@ -234,6 +249,7 @@ def base_findings(training: TrainingConfig) -> Iterator[Finding]:
         yield Finding("error", topic, f"{file}: {bad}. Get the base again.") if bad else Finding("ok", topic, text)
     yield from weights
     yield from start_findings(training)
+    yield from vae_findings(training, pipe)
     for check, part in ((noise_schedule, pipe.scheduler), (add_lora, pipe)):
         try:
             check(part, training)
