@@ -61,7 +61,7 @@ def place_said(
         return Told(printable(numbered[-1][2]), part, int(numbered[-1][1]))
     return Told(printable((*folders, name)[0]), part)
 
-# %% ../../nbs/1_data/12a_layouts.ipynb #2b5514f6
+# %% ../../nbs/1_data/12a_layouts.ipynb #362cfae9
 def class_words(
     picture: Path,  # a regularisation picture
 ) -> str:  # empty: nobody said
@@ -131,7 +131,7 @@ def likely_places(
             found.append((PurePath(*place.parts[:k], *place.parts[k + 1 : -1], stem), None))
     return found
 
-# %% ../../nbs/1_data/12a_layouts.ipynb #9caa1f0f
+# %% ../../nbs/1_data/12a_layouts.ipynb #ed12a165
 def is_drawn(
     path: Path,
 ) -> bool:
@@ -157,7 +157,7 @@ class Apart(NamedTuple):
         "All of them, none of which is learnt."
         return {*self.masks.values(), *self.alone, *self.conditions}
 
-# %% ../../nbs/1_data/12a_layouts.ipynb #ad7e7050
+# %% ../../nbs/1_data/12a_layouts.ipynb #ddb03ec6
 def likely_apart(
     places: dict[Path, PurePath],  # of all pictures, relative to the raw folder
     masks: dict[Path, Path],  # that are known
@@ -180,7 +180,7 @@ def likely_apart(
             more.conditions.append(path)
     return more
 
-# %% ../../nbs/1_data/12a_layouts.ipynb #330de329
+# %% ../../nbs/1_data/12a_layouts.ipynb #c0aada25
 def find_masks(
     raw: Path,
     pictures: list[Path],  # all files below it that are named like pictures
@@ -268,7 +268,7 @@ class Layout(NamedTuple):
     notes: list[str]  # for a person
     flat: bool = False  # whether no picture lies in a folder
 
-# %% ../../nbs/1_data/12a_layouts.ipynb #f2609370
+# %% ../../nbs/1_data/12a_layouts.ipynb #9bc3d886
 def names_pictures(
     file: Path,
     pictures: list[str],  # names of pictures
@@ -347,10 +347,14 @@ def regularisation_note(
     if len(where) > 1:
         return f"{what} in {first_few(where)}; training.regularization_dir uses the pictures of one folder"
     mute = [p for p in pictures if not class_words(p) and not any(map(os.path.exists, sidecars_of(p)))]
-    prompt = f"; {len(mute)} of them have no caption and need training.regularization_prompt" if mute else ""
+    prompt = (
+        f"; training.regularization_prompt says what the {count(len(mute), 'picture')} without a caption show"
+        if mute
+        else ""
+    )
     return f"{what}; training.regularization_dir={where[0]} uses them{prompt}"
 
-# %% ../../nbs/1_data/12a_layouts.ipynb #81934834
+# %% ../../nbs/1_data/12a_layouts.ipynb #51ecc71c
 def apart_notes(
     raw: Path,
     regularisation: list[Path],
@@ -370,7 +374,7 @@ def apart_notes(
         notes.append(f"{what}: {first_few([printable(path.relative_to(raw)) for path in apart.conditions])}")
     return notes
 
-# %% ../../nbs/1_data/12a_layouts.ipynb #dc1862b5
+# %% ../../nbs/1_data/12a_layouts.ipynb #3bfef843
 def with_row(
     about: Told,
     row: Row,  # of a list

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/1_data/08a_lists.ipynb #11845cf6
+# %% ../../nbs/1_data/08a_lists.ipynb #18070a2d
 import csv
 import io
 import json
@@ -22,7 +22,7 @@ from .rows import FILE_KEYS, SPLIT_NAMES
 from ..errors import LoraMvpError
 from ..words import as_words, count, first_few, printable
 
-# %% ../../nbs/1_data/08a_lists.ipynb #9f1fd201
+# %% ../../nbs/1_data/08a_lists.ipynb #ec880a1c
 def table_rows(
     text: str,  # of a .csv or .tsv
 ) -> tuple[list[dict[str, Any]], int]:  # the rows; how many cannot be read
@@ -35,7 +35,7 @@ def table_rows(
         row[last] = mark.join([row[last] or "", *row.pop("", [])])
     return whole, len(rows) - len(whole)
 
-# %% ../../nbs/1_data/08a_lists.ipynb #f9ee678c
+# %% ../../nbs/1_data/08a_lists.ipynb #b86f54aa
 def line_rows(
     text: str,  # of a .jsonl
 ) -> tuple[list[Any], int]:  # the rows; how many cannot be read
@@ -50,7 +50,7 @@ def line_rows(
         raise ValueError("no line is JSON")
     return rows, len(lines) - len(rows)
 
-# %% ../../nbs/1_data/08a_lists.ipynb #570e5f2e
+# %% ../../nbs/1_data/08a_lists.ipynb #7327227b
 LISTS = (".jsonl", ".json", ".csv", ".tsv")
 
 
@@ -70,7 +70,7 @@ def parsed(
     pairs = rows.items()  # kohya's: from picture to row, or to its caption
     return [{"file": name} | (row if isinstance(row, dict) else {"caption": row}) for name, row in pairs], 0
 
-# %% ../../nbs/1_data/08a_lists.ipynb #21c34631
+# %% ../../nbs/1_data/08a_lists.ipynb #49fbf43e
 def rows_in(
     rows: Any,  # of `parsed`
 ) -> Iterator[tuple[str, dict[str, Any]]]:  # what it calls the picture, its row
@@ -80,7 +80,7 @@ def rows_in(
         if names:
             yield names[0], row
 
-# %% ../../nbs/1_data/08a_lists.ipynb #3e1e5b60
+# %% ../../nbs/1_data/08a_lists.ipynb #19b2b6a4
 class PictureNames:
     "The pictures of a folder, by whatever a list may call them; a name never leads out of the folder."
 
@@ -107,7 +107,7 @@ class PictureNames:
         near = {path for path in self.names[place.name] if path.parent == folder} or self.names[place.name]
         return next(iter(near)) if len(near) == 1 else None
 
-# %% ../../nbs/1_data/08a_lists.ipynb #504a80e9
+# %% ../../nbs/1_data/08a_lists.ipynb #cbcd36e9
 class Row(NamedTuple):
     "What a list says about one picture."
 
@@ -130,7 +130,7 @@ def row_said(
         int(repeats) if repeats.isdecimal() and int(repeats) else before.repeats,
     )
 
-# %% ../../nbs/1_data/08a_lists.ipynb #2de104af
+# %% ../../nbs/1_data/08a_lists.ipynb #fb18d26a
 class Listed(NamedTuple):
     "What one list of captions says."
 
@@ -164,7 +164,7 @@ def caption_list(
         return None  # settings of some program
     return Listed(said, strays, broken, len(silent - said.keys()), columns)
 
-# %% ../../nbs/1_data/08a_lists.ipynb #52b61b89
+# %% ../../nbs/1_data/08a_lists.ipynb #c6e6759d
 def list_note(
     file: str,  # POSIX, relative to the raw folder
     listed: Listed,
