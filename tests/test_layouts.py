@@ -251,31 +251,35 @@ def test_a_lone_train_folder_and_masks_in_a_tree_of_their_own(tmp_path):
     assert [row.source for row in manifest.images if row.mask] == ["train/cat/0.png"]
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "captions", "said"),
-    [
-        ("m.jsonl", '{"file_name": "a.png", "text": "one"}\n{"file_name": "b.png", "te\n', "one", "1 row that cannot"),
-        ("m.csv", "file_name;Text;text\na.png;x;one, two\n", "one, two", "of 1 picture"),
-        ("m.csv", "file_name,text\na.png,one, two\nb.png,\n", "one, two", "1 picture without a caption"),
-        ("m.csv", "file_name,text,label\na.png,one, two,cat\nb.png,x,cat\n", None, "1 row that cannot"),
-        ("m.jsonl", '{"filename": "a.png", "captions": ["one"]}', "one", "of 1 picture"),
-        ("m.jsonl", '{"file_name": "a.png", "text": "one"}\n{"file_name": "a.png", "text": "two"}', "one|two", "of 1"),
-        ("m.csv", "file_name,Beschreibung\na.png,one\n", None, "without a caption; its columns are file_name, Besch"),
-        ("m.json", '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}', None, "unread_list (1)"),
-        ("captions.txt", "a.png|one\n", None, "unread_list (1)"),
-        ("a.tags", "one", None, "unread_text (1)"),
-        ("a.TXT", "one", "one", "1 from files beside the images"),
-        ("a.txt", "one\0two", None, "a.txt cannot be read"),
-        ("config.json", '{"LoRA_type": "Standard", "epoch": 1}', None, "1 .json"),
-    ],
-)
-def test_words_in_odd_places_are_used_or_named(tmp_path, name, text, captions, said):
-    raw = pictures(tmp_path / "raw", "a.png", "b.png")
-    (raw / name).write_bytes(text.encode())
+ODD = [  # a file, what is in it, the captions of a.png, what the screen says of the file
+    ("m.jsonl", '{"file_name": "a.png", "text": "one"}\n{"file_name": "b.png", "te\n', "one", "1 row that cannot"),
+    ("m.csv", "file_name;Text;text\na.png;x;one, two\n", "one, two", "labels of 1 picture"),
+    ("m.csv", "file_name,text\na.png,one, two\nb.png,\n", "one, two", "1 picture without a caption"),
+    ("m.csv", "file_name,text,label\na.png,one, two,cat\nb.png,x,\n", None, "1 row that cannot"),
+    ("m.jsonl", '{"filename": "a.png", "captions": ["one"]}', "one", "labels of 1 picture"),
+    ("m.jsonl", '{"file_name": "a.png", "text": "one"}\n{"file_name": "a.png", "text": "two"}', "one|two", "of 1"),
+    ("m.csv", "file_name,Beschreibung\na.png,one\n", None, "without a caption; its columns are file_name, Besch"),
+    ("m.json", '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}', None, "unread_list"),
+    ("captions.txt", "a.png|one\n", None, "unread_list"),
+    ("a.tags", "one", None, "unread_text"),
+    ("a.TXT", "one", "one", ""),
+    ("a.txt", "one\0two", None, "a.txt cannot be read"),
+    ("config.json", '{"LoRA_type": "Standard", "epoch": 1}', None, ""),
+]
+
+
+def test_words_in_odd_places_are_used_or_named(tmp_path):
+    raw = pictures(tmp_path / "raw", *(f"k{k}/{name}.png" for k in range(len(ODD)) for name in "ab"))
+    for k, (name, text, *_) in enumerate(ODD):
+        (raw / f"k{k}" / name).write_bytes(text.encode())
     manifest, screen = prepare(raw)
-    row = next(row for row in manifest.images if row.source == "a.png")
-    assert "|".join([row.caption, *row.other_captions]) == (captions or "A photo of raw")
-    assert said in screen and "LoRA_type" not in screen
+    rows = {row.source: "|".join([row.caption, *row.other_captions]) for row in manifest.images}
+    for k, (name, _, captions, said) in enumerate(ODD):
+        assert rows[f"k{k}/a.png"] == (captions or f"A photo of k{k}"), name
+        place = f"k{k}/{name if 'cannot be read' not in said else 'a.png'}"
+        lines = [line for line in screen.splitlines() if place in line]
+        assert any(said in line for line in lines) if said else not lines, (name, lines)
+    assert "1 .json" in screen and "LoRA_type" not in screen
 
 
 def test_lists_that_disagree_are_named(tmp_path):

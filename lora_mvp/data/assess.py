@@ -252,7 +252,7 @@ def repeats_of(
     factor = {label: round(most / n) if data.balance else 1 for label, n in weight.items()}
     return {path: repeats[path] * factor[label] for path, (label, _) in learnt.items()}
 
-# %% ../../nbs/1_data/15_assess.ipynb #52a7c1c9
+# %% ../../nbs/1_data/15_assess.ipynb #fba47b77
 def drawing_trouble(
     mask: Image.Image,  # RGB
     notes: list[str],  # of `decode`

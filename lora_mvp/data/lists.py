@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/1_data/08a_lists.ipynb #18070a2d
+# %% ../../nbs/1_data/08a_lists.ipynb #3b5919fb
 import csv
 import io
 import json
@@ -22,8 +22,8 @@ from .rows import FILE_KEYS, SPLIT_NAMES
 from ..errors import LoraMvpError
 from ..words import as_words, count, first_few, printable
 
-# %% ../../nbs/1_data/08a_lists.ipynb #ec880a1c
-def table_rows(
+# %% ../../nbs/1_data/08a_lists.ipynb #e8ea8cba
+def split_table(
     text: str,  # of a .csv or .tsv
 ) -> tuple[list[dict[str, Any]], int]:  # the rows; how many cannot be read
     "The rows of a table."
@@ -35,7 +35,7 @@ def table_rows(
         row[last] = mark.join([row[last] or "", *row.pop("", [])])
     return whole, len(rows) - len(whole)
 
-# %% ../../nbs/1_data/08a_lists.ipynb #b86f54aa
+# %% ../../nbs/1_data/08a_lists.ipynb #a8ba3a80
 def line_rows(
     text: str,  # of a .jsonl
 ) -> tuple[list[Any], int]:  # the rows; how many cannot be read
@@ -50,7 +50,7 @@ def line_rows(
         raise ValueError("no line is JSON")
     return rows, len(lines) - len(rows)
 
-# %% ../../nbs/1_data/08a_lists.ipynb #7327227b
+# %% ../../nbs/1_data/08a_lists.ipynb #003f79f2
 LISTS = (".jsonl", ".json", ".csv", ".tsv")
 
 
@@ -61,7 +61,7 @@ def parsed(
     "The rows of a list; raises `ValueError` or `RecursionError` where it is none."
     kind = file.suffix.lower()
     if kind in (".csv", ".tsv"):
-        return table_rows(text)
+        return split_table(text)
     if kind == ".jsonl":
         return line_rows(text)
     rows = json.loads(text)
@@ -70,7 +70,7 @@ def parsed(
     pairs = rows.items()  # kohya's: from picture to row, or to its caption
     return [{"file": name} | (row if isinstance(row, dict) else {"caption": row}) for name, row in pairs], 0
 
-# %% ../../nbs/1_data/08a_lists.ipynb #49fbf43e
+# %% ../../nbs/1_data/08a_lists.ipynb #37b9c6b6
 def rows_in(
     rows: Any,  # of `parsed`
 ) -> Iterator[tuple[str, dict[str, Any]]]:  # what it calls the picture, its row
@@ -80,7 +80,7 @@ def rows_in(
         if names:
             yield names[0], row
 
-# %% ../../nbs/1_data/08a_lists.ipynb #19b2b6a4
+# %% ../../nbs/1_data/08a_lists.ipynb #c799b442
 class PictureNames:
     "The pictures of a folder, by whatever a list may call them; a name never leads out of the folder."
 
@@ -107,7 +107,7 @@ class PictureNames:
         near = {path for path in self.names[place.name] if path.parent == folder} or self.names[place.name]
         return next(iter(near)) if len(near) == 1 else None
 
-# %% ../../nbs/1_data/08a_lists.ipynb #cbcd36e9
+# %% ../../nbs/1_data/08a_lists.ipynb #e4f790ac
 class Row(NamedTuple):
     "What a list says about one picture."
 
@@ -116,7 +116,7 @@ class Row(NamedTuple):
     split: str | None = None  # `train` or `val`
     repeats: int | None = None
 
-
+# %% ../../nbs/1_data/08a_lists.ipynb #52a3ba9b
 def row_said(
     row: dict[str, Any],
     before: Row,  # what an earlier row said about the same picture
@@ -130,7 +130,7 @@ def row_said(
         int(repeats) if repeats.isdecimal() and int(repeats) else before.repeats,
     )
 
-# %% ../../nbs/1_data/08a_lists.ipynb #fb18d26a
+# %% ../../nbs/1_data/08a_lists.ipynb #beb81eec
 class Listed(NamedTuple):
     "What one list of captions says."
 
@@ -140,7 +140,7 @@ class Listed(NamedTuple):
     silent: int = 0  # pictures that it names without a caption or a label
     columns: tuple[str, ...] = ()  # of a silent row
 
-
+# %% ../../nbs/1_data/08a_lists.ipynb #dd0edba8
 def caption_list(
     file: Path,
     pictures: PictureNames,
@@ -164,7 +164,7 @@ def caption_list(
         return None  # settings of some program
     return Listed(said, strays, broken, len(silent - said.keys()), columns)
 
-# %% ../../nbs/1_data/08a_lists.ipynb #c6e6759d
+# %% ../../nbs/1_data/08a_lists.ipynb #9bc733a5
 def list_note(
     file: str,  # POSIX, relative to the raw folder
     listed: Listed,
