@@ -9,7 +9,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import Forked, fork, words
 from PIL import Image, ImageDraw
 
 from lora_mvp.cli import main
@@ -47,19 +47,11 @@ evaluation: {{prompts: [A photo of a disc, A photo of a square], num_inference_s
 """
 TRAIN = "lora-mvp train --config config.yaml --manifest processed/manifest.json"
 DRAW = "--prompt 'A photo of a disc' --seed 7"
-TEXTS = {"encoding": "utf-8", "env": ENV}
-
-
-def words(command: str) -> list[str]:
-    """A command as one writes it in a terminal, ready to start: `lora-mvp ...`, or a Python file with its arguments."""
-    program, *arguments = shlex.split(command)
-    start = ["-m", "lora_mvp.cli"] if program == "lora-mvp" else [str(ROOT / program)]
-    return [sys.executable, *start, *arguments]
 
 
 def run(command: str, cwd: Path) -> subprocess.CompletedProcess:
-    """Run a command to its end."""
-    return subprocess.run(words(command), cwd=cwd, capture_output=True, timeout=300, **TEXTS)
+    """Run a command to its end, in a process that is started anew."""
+    return subprocess.run(words(command), cwd=cwd, capture_output=True, timeout=300, encoding="utf-8", env=ENV)
 
 
 def printed(done: subprocess.CompletedProcess) -> str:
@@ -112,7 +104,7 @@ def prepared(home):
 @pytest.fixture(scope="module")
 def trained(home, prepared):
     """`train`, finished."""
-    done = run(TRAIN, home)
+    done = fork(TRAIN, home, ENV)
     assert printed(done)
     return done
 
@@ -144,7 +136,7 @@ def used(home, trained, interrupted, pool):
     """Everything that one does with a trained run; name -> finished process. (`interrupted` goes on meanwhile.)."""
     (home / "plain.py").write_text(PLAIN)
     commands = [command.replace("{home}", shlex.quote(str(home))) for command in USES.values()]
-    return dict(zip(USES, pool.map(lambda command: run(command, home), commands)))
+    return dict(zip(USES, pool.map(lambda command: fork(command, home, ENV), commands)))
 
 
 def test_prepare_says_what_it_found(home, prepared):
@@ -250,7 +242,7 @@ MISTAKES = {  # name -> command, what its sentence must hold
 }
 
 
-REAL = ("no such folder", "no manifest", "no path", "base of the hub")  # in processes; the others run in this one
+REAL = ("no such folder", "no path")  # in processes; the others run in this one
 
 
 def run_here(command: str) -> subprocess.CompletedProcess:
@@ -303,7 +295,7 @@ def test_a_mistake_is_answered_with_one_sentence(mistaken, name):
 
 def stop(command: str, folder: Path, number: int, after: int) -> tuple[int, str]:
     """Send a signal to a training once `after` steps are written; its exit code and the last line it said."""
-    process = subprocess.Popen(words(command), cwd=folder, stderr=subprocess.PIPE, **TEXTS)
+    process = Forked(command, folder, ENV)
     history, end = folder / "lora" / "loss_history.csv", time.monotonic() + 200
     while not history.is_file() or len(history.read_bytes().splitlines()) <= after:
         assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
@@ -321,7 +313,7 @@ def stop_again_and_again(folder: Path, manifest: Path) -> list:
         stop(train, folder, signal.SIGINT, after=3),
         stop(f"{train} --resume", folder, signal.SIGTERM, after=8),
         stop(f"{train} --resume", folder, signal.SIGKILL, after=13),
-        run(f"{train} --resume", folder),
+        fork(f"{train} --resume", folder, ENV),
     ]
 
 

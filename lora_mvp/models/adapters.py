@@ -8,6 +8,7 @@ __all__ = ['add_lora', 'save_adapter']
 # %% ../../nbs/2_models/07_adapters.ipynb #6fb8560a
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -184,7 +185,9 @@ def load_public(pipe: Pipeline, file: str | Path) -> None:
     diffusers_logging.set_verbosity_error()
     try:
         with no_bars():
-            pipe.load_lora_weights(Path(file).parent, weight_name=Path(file).name, adapter_name=ADAPTER)
+            # without random numbers to begin with, and in the file's own precision, also in a base of half precision
+            where = {"weight_name": Path(file).name, "adapter_name": ADAPTER, "low_cpu_mem_usage": True}
+            pipe.load_lora_weights(Path(file).parent, **where)
     finally:
         diffusers_logging.set_verbosity(level)
 
@@ -217,6 +220,29 @@ def set_scale(pipe: Pipeline, scale: float) -> None:
     for layer in adapter_layers(pipe).values():
         layer.enable_adapters(scale != 0)
         layer.set_scale(ADAPTER, scale)
+
+# %% ../../nbs/2_models/07_adapters.ipynb #fa676f60
+@contextmanager
+def lifted(pipe: Pipeline):
+    "The base without its adapter for a while; an adapter that is loaded meanwhile is removed at the end."
+    parts = [part for part in adaptable_parts(pipe).values() if hasattr(part, "peft_config")]
+    held = [(part, part.peft_config) for part in parts]
+    layers = [
+        (p, n, m) for part in parts for p in part.modules() for n, m in p.named_children() if isinstance(m, LoraLayer)
+    ]
+    for part in parts:
+        part._hf_peft_config_loaded = False
+        del part.peft_config
+    for parent, name, layer in layers:
+        setattr(parent, name, layer.get_base_layer())
+    try:
+        yield
+    finally:
+        pipe.unload_lora_weights()
+        for parent, name, layer in layers:
+            setattr(parent, name, layer)
+        for part, config in held:
+            part.peft_config, part._hf_peft_config_loaded = config, True
 
 # %% ../../nbs/2_models/07_adapters.ipynb #20dc49db
 def fuse(pipe: Pipeline, scale: float = 1.0) -> None:

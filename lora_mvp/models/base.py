@@ -8,8 +8,10 @@ __all__ = ['load_base']
 # %% ../../nbs/2_models/05_base.ipynb #fe88b8fd
 import hashlib
 import logging
+import math
 import tempfile
 import threading
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from ..config import resolve_model_name
 from ..errors import LoraMvpError
 from ..files import asset, no_bars
 from .families import FAMILIES, Pipeline, family_of, networks, text_parts
+from .headers import read_header
 from .keys import base_name
 from .layouts import check_file, check_index, check_whole, config_folder
 from .safety import ONLY_SAFE, PICKLES, check_code
@@ -70,14 +73,28 @@ def _come_from(pipe: Pipeline, folder: Path) -> None:
         else:
             part.config._name_or_path = str(folder / name)
 
+# %% ../../nbs/2_models/05_base.ipynb #b39965e2
+def stored_dtype(part: Path) -> torch.dtype:
+    "The precision in which most of the weights in a part's folder are kept."
+    sizes = Counter()
+    for file in part.glob("*.safetensors"):
+        for entry in read_header(file).tensors.values():
+            sizes[entry.dtype] += math.prod(entry.shape)
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(max(sizes, key=sizes.get, default=""), torch.float32)
+
 # %% ../../nbs/2_models/05_base.ipynb #e084b7ba
-def read_folder(folder: Path) -> Pipeline:
-    "A pipeline from a folder in diffusers' layout."
+def read_folder(
+    folder: Path,
+    dtype: torch.dtype | None = None,  # None: as the UNet is kept
+) -> Pipeline:
+    "A pipeline from a folder in diffusers' layout, read in the precision that is wanted."
     kind = check_whole(folder)
-    options = next(family.options for family in FAMILIES.values() if family.pipeline is kind)
+    family = next(family for family in FAMILIES.values() if family.pipeline is kind)
     with tidy(folder) as seen:
+        dtype = dtype or stored_dtype(seen / "unet")
+        how = {"dtype": {"default": dtype, "vae": family.vae_dtype or dtype}, **family.options}
         with no_bars():
-            pipe = kind.from_pretrained(str(seen), use_safetensors=True, local_files_only=True, **options)
+            pipe = kind.from_pretrained(str(seen), use_safetensors=True, local_files_only=True, **how)
         for part, module in text_parts(pipe).items():  # transformers fills holes with random numbers and only warns
             files = (seen / part).glob("*.safetensors")
             held = {name.removeprefix("text_model.") for file in files for name in safe_open(file, "pt").keys()}
@@ -127,47 +144,43 @@ def _snapshot(hub_id: str, revision: str | None, here: bool) -> Path:
 def read_pipeline(
     source: str,  # path of a folder or file, or a hub id
     revision: str | None = None,  # branch, tag or commit of a hub id
+    dtype: torch.dtype | None = None,  # None: as it is kept; a file is read so in any case
 ) -> Pipeline:
     "A pipeline from its folder, its file or the cache, else from the hub, which is asked once."
     if Path(source).is_file():
         return read_file(Path(source))
     if Path(source).is_dir():
-        return read_folder(Path(source))
+        return read_folder(Path(source), dtype)
     try:
         with no_bars():
-            return read_folder(_snapshot(source, revision, here=True))
+            return read_folder(_snapshot(source, revision, here=True), dtype)
     except LoraMvpError:
         raise
     except Exception:  # many types for one fact: it is not there in full
         HfApi().model_info(source, revision=revision, timeout=10)
-    return read_folder(_snapshot(source, revision, here=False))
+    return read_folder(_snapshot(source, revision, here=False), dtype)
 
 # %% ../../nbs/2_models/05_base.ipynb #d4f4768a
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of `training.mixed_precision`
 
 # %% ../../nbs/2_models/05_base.ipynb #0850a55f
-def _check_numbers(source: str, name: str, part: torch.nn.Module, where: str) -> None:
-    "Refuse weights that hold NaN or infinity (`base_not_finite`)."
-    for key, value in part.named_parameters():
-        bad = 0 if value.isfinite().all() else int((~value.isfinite()).sum())
-        if bad:
-            text = f"{source}: {bad} of the {value.numel():,} numbers of {name}.{key} are NaN or infinite{where}."
-            advice = (
-                "They are too large for that type; use mixed_precision: no or bf16."
-                if where
-                else "Every picture would be black; get the base model again."
-            )
-            raise LoraMvpError("base_not_finite", f"{text} {advice}")
+def _bad_numbers(pipe: Pipeline) -> str:
+    "Which weights hold NaN or infinity, and how many; empty when none does."
+    for name, part in networks(pipe).items():
+        for key, value in part.named_parameters():
+            if not value.isfinite().all():
+                bad = int((~value.isfinite()).sum())
+                return f"{bad} of the {value.numel():,} numbers of {name}.{key} are NaN or infinite"
+    return ""
 
 # %% ../../nbs/2_models/05_base.ipynb #8b45b2f4
-def _settle(pipe: Pipeline, source: str, dtype: torch.dtype) -> None:
+def _settle(pipe: Pipeline, source: str, dtype: torch.dtype | None) -> None:
     "Complete, of the wanted type, frozen, in evaluation mode."
+    dtype = dtype or pipe.unet.dtype
     for name, part in networks(pipe).items():
         _complete(source, [name for name, value in part.named_parameters() if value.is_meta])
         wanted = family_of(pipe).vae_dtype or dtype if name == "vae" else dtype
-        _check_numbers(source, name, part, "")
         torch.nn.Module.to(part, wanted)  # diffusers' own `to` warns about an empty list of exceptions
-        _check_numbers(source, name, part, f" in {wanted}")
         part.requires_grad_(False).eval()
 
 # %% ../../nbs/2_models/05_base.ipynb #e8685396
@@ -226,25 +239,43 @@ def read_vae(
             )
     return vae
 
-# %% ../../nbs/2_models/05_base.ipynb #fa572653
-def load_base(
-    name: str,  # `tiny`, a folder, a .safetensors file or a hub id
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,  # the autoencoder has its own in some families
-    revision: str | None = None,  # branch, tag or commit of a hub id
-    vae: str | None = None,  # another autoencoder: a folder, a .safetensors file or a hub id
-) -> Pipeline:
-    "The base as a frozen pipeline; `LoraMvpError` (`base_unsafe`, `base_unsupported`, `base_unreachable`, `base_unreadable`)."
+# %% ../../nbs/2_models/05_base.ipynb #6984acd3
+def _read_safely(name: str, dtype: torch.dtype | None, revision: str | None, vae: str | None) -> Pipeline:
+    "A base from wherever it is, settled; errors say what is the matter with it."
     source = find_base(name)
     try:
         with LOADING:
-            pipe = read_pipeline(source, revision)
+            pipe = read_pipeline(source, revision, dtype)
             pipe.vae = read_vae(pipe, vae) if vae else pipe.vae
     except LoraMvpError:
         raise
     except Exception as e:  # diffusers, transformers and the hub client raise many types for one fact: it did not load
         raise _load_error(name, source, e) from e
     _settle(pipe, source, dtype)
+    return pipe
+
+
+def _refuse_numbers(source: str, bad: str, dtype: torch.dtype | None, kept: str) -> None:
+    "Raise `LoraMvpError` (`base_not_finite`): the base is broken as it is kept, or too large for a type."
+    if kept:
+        text = f"{source}: {kept}. Every picture would be black; get the base model again."
+    else:
+        text = f"{source}: {bad} in {dtype}. They are too large for that type; use mixed_precision: no or bf16."
+    raise LoraMvpError("base_not_finite", text)
+
+# %% ../../nbs/2_models/05_base.ipynb #fa572653
+def load_base(
+    name: str,  # `tiny`, a folder, a .safetensors file or a hub id
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.float32,  # None: as it is kept; the autoencoder has its own in some families
+    revision: str | None = None,  # branch, tag or commit of a hub id
+    vae: str | None = None,  # another autoencoder: a folder, a .safetensors file or a hub id
+) -> Pipeline:
+    "The base as a frozen pipeline; `LoraMvpError` (`base_unsafe`, `base_unsupported`, `base_unreachable`, `base_unreadable`)."
+    pipe = _read_safely(name, dtype, revision, vae)
+    if bad := _bad_numbers(pipe):
+        pipe = pipe if dtype is None else _read_safely(name, None, revision, vae)
+        _refuse_numbers(find_base(name), bad, dtype, _bad_numbers(pipe))
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     _align(pipe)
@@ -269,16 +300,25 @@ def base_revision(
     return folder.name if folder.parent.name == "snapshots" else None
 
 # %% ../../nbs/2_models/05_base.ipynb #585a6adb
-def weights_hash(module: torch.nn.Module) -> str:
+def weights_hash(
+    module: torch.nn.Module,
+    dtype: torch.dtype | None = None,  # what the weights would be in; None: what they are in
+) -> str:
     "sha256 over names, dtypes, shapes and bytes of a module's weights; an adapter in it does not count."
     digest = hashlib.sha256()
     state = {base_name(name): value for name, value in module.state_dict().items() if base_name(name)}
     for name, value in sorted(state.items()):
+        value = value.to(dtype) if dtype and value.is_floating_point() else value
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 # %% ../../nbs/2_models/05_base.ipynb #5eda540b
-def base_hash(pipe: Pipeline) -> str:
+def base_hash(
+    pipe: Pipeline,
+    dtype: torch.dtype | None = None,  # of `load_base`, if it had been loaded in another precision
+) -> str:
     "sha256 over the hashes of a base's networks; an adapter in it does not count."
-    return hashlib.sha256("".join(map(weights_hash, networks(pipe).values())).encode()).hexdigest()
+    kinds = {"vae": family_of(pipe).vae_dtype or dtype}
+    hashes = [weights_hash(part, kinds.get(name, dtype)) for name, part in networks(pipe).items()]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()

@@ -115,11 +115,11 @@ def _written(pipe: Pipeline, place: Path, base: str, dtype: torch.dtype, title: 
 
 # %% ../../nbs/2_models/11a_merging.ipynb #f3a22404
 def made_of(
-    base: str,
+    pipe: Pipeline,  # a base without an adapter; afterwards with the new one
     some: list[dict[str, Factors]],  # of each source
     weights: list[float],
     rank: int | None,  # None: the exact sum
-) -> tuple[Pipeline, float]:  # the base with the new adapter in it, and the share of the squared size that is kept
+) -> float:  # the share of the squared size that is kept
     "Put the sum of adapters into a base."
     sums = {name: summed(group) for name, group in _weighed(some, weights).items()}
     total, kept = sum(float(f.delta().square().sum()) for f in sums.values()), 1.0
@@ -127,9 +127,8 @@ def made_of(
         found = {name: reduced(f, rank) for name, f in sums.items()}
         inside = sum(share * float(sums[name].delta().square().sum()) for name, (_, share) in found.items())
         sums, kept = {name: f for name, (f, _) in found.items()}, inside / total if total else 1.0
-    pipe = load_base(base)
     put_factors(pipe, sums)
-    return pipe, kept
+    return kept
 
 # %% ../../nbs/2_models/11a_merging.ipynb #67f408c7
 def _noted(out: Path, record: MergeRecord) -> MergeRecord:
@@ -154,16 +153,16 @@ def merge_adapters(
     "Make one adapter of several, or one of a smaller rank, and compare it with them; `LoraMvpError` (`export_unfaithful`)."
     files, weights, out = [adapter_file(source) for source, _ in sources], [weight for _, weight in sources], Path(out)
     base = base_for(sources[0][0], base)
-    fresh = load_base(base)
-    some, bare = [without_lengths(fresh, read_lora(fresh, file, partial)) for file in files], probe(fresh)
-    pipe, kept = made_of(base, some, weights, rank)
+    pipe = load_base(base)
+    some, bare = [without_lengths(pipe, read_lora(pipe, file, partial)) for file in files], probe(pipe)
+    kept = made_of(pipe, some, weights, rank)
     mine, _, tolerance = effect_of(pipe)
     wanted = _one_by_one(base, some, weights)
     if rank is None:
         demand(differences(wanted, mine), tolerance, "the sum")
     with staged(out) as stage:
         written = _written(pipe, stage, base, _dtype_of(files), out.stem)
-        prove(pipe, written, mine, tolerance, fresh, str(out))
+        prove(pipe, written, mine, tolerance, str(out))
         digest = file_sha256(written)
     origins = [MergeSource(file=f.name, sha256=file_sha256(f), weight=w) for f, w in zip(files, weights, strict=True)]
     facts = {"sources": origins, "base": base, "file": out.name, "sha256": digest, "rank": rank, "kept": kept}

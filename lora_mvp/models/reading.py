@@ -258,6 +258,8 @@ def put_factors(
         network = getattr(pipe, part)
         network.add_adapter(_settings(own), ADAPTER)
         network.train(network.training)
+    for parameter in adapter_parameters(pipe).values():
+        parameter.data = parameter.data.float()  # as they are in the file, also in a base of half precision
     for name, f in factors.items():
         state |= {f"{name}.lora_A.weight": f.down, f"{name}.lora_B.weight": f.up}
         state |= {} if f.magnitude is None else {f"{name}.lora_magnitude_vector": f.magnitude}

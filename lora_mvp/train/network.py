@@ -56,17 +56,12 @@ class Network:
     def __init__(self, t: TrainingConfig, accelerator: Accelerator):
         self.settings, self.accelerator = t, accelerator
         self.device, self.dtype = accelerator.device, DTYPES[t.mixed_precision]
-        self.pipe = self.fresh()
+        self.pipe = load_base(t.pretrained_model, self.device, self.dtype, t.revision, t.vae)
         self.base_hash = base_hash(self.pipe)
         self.noise = noise_schedule(self.pipe.scheduler, t)
         self.pipe.scheduler = sampling_scheduler(self.pipe.scheduler, t.zero_terminal_snr)
         self.texts: TextTable | None = None  # None: captions are encoded each time
         self.parked: list[torch.nn.Module] = []  # parts that wait on the CPU
-
-    def fresh(self):
-        "The base anew, as it was before training."
-        t = self.settings
-        return load_base(t.pretrained_model, self.device, self.dtype, t.revision, t.vae)
 
     def park(self, texts: TextTable | None) -> None:
         "Take the captions' table, and let the parts wait that training does not need from now on."
@@ -74,6 +69,10 @@ class Network:
         self.parked = [self.pipe.vae, *(text_parts(self.pipe).values() if texts else [])]
         for module in self.parked:
             module.to("cpu")
+
+    def release(self) -> None:
+        "Let the base go, for another to take its place in memory; the network can do nothing any more."
+        self.pipe, self.parked, self.texts = None, [], None
 
     def economize(self) -> None:
         "Memory layout and gradient checkpointing, once the adapter is part of the network."

@@ -25,7 +25,7 @@ from ..data.steps import Plan
 from ..errors import LoraMvpError
 from ..files import atomic_write, file_sha256, read_record
 from ..models.adapters import WEIGHTS, save_adapter
-from ..models.base import base_revision, load_base
+from ..models.base import DTYPES, base_hash, base_revision, load_base
 from ..models.exports import export_fused
 from ..models.kohya import write_kohya
 from ..models.proof import Certificate, certify
@@ -41,6 +41,7 @@ from lora_mvp.train.curves import (
     validation_rows,
 )
 from .network import Network, visit
+from .objectives import sampling_scheduler
 from .runs import RunFolder, RunRecord, dataset_hash, read_run, remove_all, sample_files, sample_sheet
 from .streams import TrainingData
 
@@ -186,23 +187,27 @@ def training_facts(ending: FinishedRun) -> dict:
 
 # %% ../../nbs/3_train/12_results.ipynb #6f73fda9
 def save_exchange(ending: FinishedRun) -> None:
-    "The adapter's other form, and the certificate that says what public loaders make of both."
+    "The adapter's other form, and the certificate that says what public loaders make of both; the network is let go."
     network, folder = ending.network(), ending.folder
     network.set_mode(False)
     dtype = getattr(torch, ending.config.training.save_dtype)
     write_kohya(network.pipe, folder.kohya, training_facts(ending), dtype)
     with visit(network.parked, network.device):
-        certify(network.pipe, folder.adapter, folder.kohya, network.fresh)
+        certify(network.pipe, folder.adapter, folder.kohya)
+    network.release()
 
 # %% ../../nbs/3_train/12_results.ipynb #88da3273
 def save_pipeline(ending: FinishedRun) -> None:
-    "The base with the adapter fused in, as a pipeline in the run's folder; `model_index.json` comes last."
-    network, folder = ending.network(), ending.folder
-    t, staged = network.settings, folder.root / ".pipeline"
+    "The base in its own precision with the adapter fused in; `model_index.json` comes last. `LoraMvpError` (`base_has_changed`)."
+    t, folder = ending.config.training, ending.folder
+    staged = folder.root / ".pipeline"
     shutil.rmtree(staged, ignore_errors=True)
-    fresh = load_base(t.pretrained_model, revision=t.revision, vae=t.vae)
-    fresh.scheduler = network.pipe.scheduler
-    export_fused(fresh, folder.adapter, staged)
+    pipe = load_base(t.pretrained_model, dtype=None, revision=t.revision, vae=t.vae)
+    if base_hash(pipe, DTYPES[t.mixed_precision]) != ending.record.base_sha256:
+        text = f"{t.pretrained_model} is not the base of {folder.record} any more: its weights have changed."
+        raise LoraMvpError("base_has_changed", text)
+    pipe.scheduler = sampling_scheduler(pipe.scheduler, t.zero_terminal_snr)
+    export_fused(pipe, folder.adapter, staged)
     for part in sorted(staged.iterdir(), key=lambda path: path.name == folder.pipeline.name):
         if part.is_dir():
             shutil.rmtree(folder.root / part.name, ignore_errors=True)
