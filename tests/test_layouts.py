@@ -24,6 +24,11 @@ def pictures(root: Path, *names: str) -> Path:
     return root
 
 
+def drawn_mask(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.uint8([[0] * 40 + [255] * 40] * 64)).save(path)
+
+
 def prepare(raw: Path, **data):
     """The manifest of a folder, and what the screen says."""
     keys = {"raw_data_dir": raw, "processed_dir": raw.with_name("out"), "image_size": 64, "min_resolution": 32} | data
@@ -167,18 +172,19 @@ def test_words_of_every_program_and_every_encoding(tmp_path):
 
 @pytest.mark.parametrize("to", ["hf", "kohya"])
 def test_what_export_writes_is_read_back(tmp_path, to):
-    raw = pictures(tmp_path / "raw", *(f"{label}/{k}.png" for label in ("cat", "dog") for k in range(5)))
+    raw = pictures(tmp_path / "raw", *(f"{label}/{k}.png" for label in ("cat", "con") for k in range(5)))
     (raw / "cat/0.txt").write_text("Mia, asleep\nMia")
     (raw / "repeats").mkdir()
-    first, _ = prepare(raw, repeats={"dog": 4})
+    first, _ = prepare(raw, repeats={"con": 4})  # a label that Windows cannot call a folder
     export_data(first, to, tmp_path / "exported" / "raw")
-    second, screen = prepare(tmp_path / "exported" / "raw", repeats={} if to == "kohya" else {"dog": 4})
+    second, screen = prepare(tmp_path / "exported" / "raw")
 
     def stored(manifest):
         names = ("sha256", "label", "caption", "other_captions", "split", "repeats")
         return sorted(tuple(getattr(row, name) for name in names) for row in manifest.images)
 
     assert stored(first) == stored(second)
+    assert "in no label folder" not in screen
     assert "split by folders: 8 to train on, 2 to validate with" in screen
 
 
@@ -236,9 +242,99 @@ def test_masks_captions_and_repeats_reach_the_training(tmp_path, small_run):
 
 
 def test_a_lone_train_folder_and_masks_in_a_tree_of_their_own(tmp_path):
-    raw = pictures(tmp_path / "raw", *(f"train/cat/{k}.png" for k in range(5)), "train/masks/cat/0.png")
+    raw = pictures(tmp_path / "raw", *(f"train/cat/{k}.png" for k in range(5)))
+    drawn_mask(raw / "train/masks/cat/0.png")
     (raw / "train" / "metadata.jsonl").write_text('{"file_name": "cat/0.png", "text": "Mia"}\n')
     manifest, screen = prepare(raw)
     assert {row.label for row in manifest.images} == {"cat"} and len(manifest.images) == 5
     assert {row.split for row in manifest.images} == {"train", "val"} and "split by folders" not in screen
     assert [row.source for row in manifest.images if row.mask] == ["train/cat/0.png"]
+
+
+ODD = [  # a file, what is in it, the captions of a.png, what the screen says of the file
+    ("m.jsonl", '{"file_name": "a.png", "text": "one"}\n{"file_name": "b.png", "te\n', "one", "1 row that cannot"),
+    ("m.csv", "file_name;Text;text\na.png;x;one, two\n", "one, two", "labels of 1 picture"),
+    ("m.csv", "file_name,text\na.png,one, two\nb.png,\n", "one, two", "1 picture without a caption"),
+    ("m.csv", "file_name,text,label\na.png,one, two,cat\nb.png,x,\n", None, "1 row that cannot"),
+    ("m.jsonl", '{"filename": "a.png", "captions": ["one"]}', "one", "labels of 1 picture"),
+    ("m.jsonl", '{"file_name": "a.png", "text": "one"}\n{"file_name": "a.png", "text": "two"}', "one|two", "of 1"),
+    ("m.csv", "file_name,Beschreibung\na.png,one\n", None, "without a caption; its columns are file_name, Besch"),
+    ("m.json", '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}', None, "unread_list"),
+    ("captions.txt", "a.png|one\n", None, "unread_list"),
+    ("a.tags", "one", None, "unread_text"),
+    ("a.TXT", "one", "one", ""),
+    ("a.txt", "one\0two", None, "a.txt cannot be read"),
+    ("config.json", '{"LoRA_type": "Standard", "epoch": 1}', None, ""),
+]
+
+
+def test_words_in_odd_places_are_used_or_named(tmp_path):
+    raw = pictures(tmp_path / "raw", *(f"k{k}/{name}.png" for k in range(len(ODD)) for name in "ab"))
+    for k, (name, text, *_) in enumerate(ODD):
+        (raw / f"k{k}" / name).write_bytes(text.encode())
+    manifest, screen = prepare(raw)
+    rows = {row.source: "|".join([row.caption, *row.other_captions]) for row in manifest.images}
+    for k, (name, _, captions, said) in enumerate(ODD):
+        assert rows[f"k{k}/a.png"] == (captions or f"A photo of k{k}"), name
+        place = f"k{k}/{name if 'cannot be read' not in said else 'a.png'}"
+        lines = [line for line in screen.splitlines() if place in line]
+        assert any(said in line for line in lines) if said else not lines, (name, lines)
+    assert "1 .json" in screen and "LoRA_type" not in screen
+
+
+def test_lists_that_disagree_are_named(tmp_path):
+    raw = pictures(tmp_path / "raw", "a.png", "b.png")
+    (raw / "1.csv").write_text("file_name,text\na.png,one\nb.png,same\n")
+    (raw / "2.csv").write_text("file_name,text\na.png,two\nb.png,same\n")
+    manifest, screen = prepare(raw)
+    assert rows_of(manifest, "caption") == {"a.png": ("one",), "b.png": ("same",)}
+    assert "2.csv: read, captions or labels of 2 pictures; 1 caption not used, another list has others" in screen
+
+
+def test_a_picture_without_ending_is_one_of_its_folder(tmp_path):
+    raw = pictures(tmp_path / "raw", "3_cat/a.png", "3_cat/b.png")
+    (raw / "3_cat/b.png").rename(raw / "3_cat/b")
+    (raw / "3_cat/b.txt").write_text("Mia")
+    manifest, screen = prepare(raw, train_ratio=0.99)
+    assert rows_of(manifest, "label", "caption")["3_cat/b"] == ("cat", "Mia") and "lone_caption" not in screen
+
+
+def test_masks_of_other_names_are_no_photographs(tmp_path):
+    names = ("cat/a", "cat/b", "cat/c", "cat/d", "hat/e", "hat/f", "hat/g", "masks/e")
+    raw = pictures(tmp_path / "raw", *(f"{name}.png" for name in names), "cat/d-condlabel.png")
+    masks = {
+        "cat/a": "cat/a.mask.png",
+        "cat/b": "cat/mask_b.png",
+        "cat/c": "cat_masks/c.png",
+        "hat/f": "mask/hat/f.png",
+    }
+    for mask in masks.values():
+        drawn_mask(raw / mask)
+    Image.new("RGB", (80, 64), "red").save(raw / "cat/d_mask.png")
+    Image.new("L", (80, 64), 1).save(raw / "hat/g-masklabel.png")
+    manifest, screen = prepare(raw)
+    found = rows_of(manifest, "mask")
+    assert {name[:-4] for name, (mask,) in found.items() if mask} == set(masks)
+    assert set(found) == {f"{name}.png" for name in names}  # photographs of masks are a label
+    assert "d_mask.png: it is in colours" in screen and "g-masklabel.png: its brightest pixel is 1 of 255" in screen
+    assert "1 picture that other programs condition on, not learnt: cat/d-condlabel.png" in screen
+
+
+def test_the_advice_for_regularisation_pictures_can_be_followed(tmp_path):
+    from lora_mvp.train.pictures import regularization_sources
+
+    raw = pictures(tmp_path / "raw", "cat/a.png", "reg/1_big cat/b.png")
+    _, screen = prepare(raw)
+    assert f"training.regularization_dir={raw / 'reg'} uses them\n" in screen
+    assert [source.caption for source in regularization_sources(raw / "reg", None)] == ["big cat"]
+    pictures(raw, "dog_reg/c.png")
+    _, screen = prepare(raw)
+    assert "uses the pictures of one folder" in screen
+
+
+def test_a_label_of_a_list_is_a_label_without_a_folder(tmp_path):
+    raw = pictures(tmp_path / "raw", "cat/a.png", "b.png", "c.png")
+    (raw / "m.csv").write_text("file_name,text,label\nb.png,Rex,dog\n")
+    manifest, screen = prepare(raw)
+    assert rows_of(manifest, "label") == {"b.png": ("dog",), "cat/a.png": ("cat",)}
+    assert [record.reason for record in manifest.rejected] == ["no_label"] and "in no label folder" not in screen

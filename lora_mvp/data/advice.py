@@ -149,7 +149,7 @@ def on_words(
     manifest: Manifest,
 ) -> list[str]:  # sentences
     "What was said about the pictures: what the folder was taken for, words that nobody reads, the trigger word."
-    unread = [r.path for r in manifest.ignored if r.reason in ("lone_caption", "unread_list")]
+    unread = [r.path for r in manifest.ignored if r.reason in ("lone_caption", "unread_text", "unread_list")]
     found = [f"{note}." for note in [*manifest.notes, trigger_note(manifest)] if note]
     if unread:
         found.append(f"Words that may be captions and are not read: {first_few(unread)}.")

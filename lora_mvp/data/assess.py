@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageChops
+
 from ..config import AppConfig, DataConfig, TrainingConfig
 from .captioners import AutoCaptioner, AutoCaptions, unchanged
 from .captions import Caption, caption_of, caption_tokenizer, length_warnings, with_trigger
@@ -250,6 +252,22 @@ def repeats_of(
     factor = {label: round(most / n) if data.balance else 1 for label, n in weight.items()}
     return {path: repeats[path] * factor[label] for path, (label, _) in learnt.items()}
 
+# %% ../../nbs/1_data/15_assess.ipynb #fba47b77
+def drawing_trouble(
+    mask: Image.Image,  # RGB
+    notes: list[str],  # of `decode`
+) -> str | None:  # None: it says where the loss counts
+    "Why a picture is no mask."
+    channels = ImageChops.difference(*mask.split()[:2]), ImageChops.difference(*mask.split()[1:])
+    if max(channel.getextrema()[1] for channel in channels) > 64:
+        return "it is in colours; a mask is white where the loss counts, and black elsewhere"
+    darkest, brightest = mask.convert("L").getextrema()
+    if brightest < 128:
+        return f"its brightest pixel is {brightest} of 255: nothing in it counts; draw white what does"
+    if "had_alpha" in notes and darkest >= 128:
+        return "only its transparency differs; a mask is white where the loss counts, and black elsewhere"
+    return None
+
 # %% ../../nbs/1_data/15_assess.ipynb #e85bde16
 def mask_trouble(
     mask: Path,
@@ -258,9 +276,11 @@ def mask_trouble(
 ) -> str | None:  # None: it can be used
     "Why a mask cannot be used."
     try:
-        im, _ = decode(read_regular(mask), data.max_pixels)
+        im, notes = decode(read_regular(mask), data.max_pixels)
     except LoraMvpError as e:
         return f"{printable(mask.name)}: {e}"
+    if wrong := drawing_trouble(im, notes):
+        return f"{printable(mask.name)}: {wrong}"
     w, h, width, height = *im.size, record.facts.width, record.facts.height
     if abs(w * height - h * width) <= max(w, h, width, height):  # a pixel of rounding
         return None
@@ -324,9 +344,10 @@ def assess(
 
     groups = group_images([record for _, record in accepted(files)], past, data.near_duplicate_bits)
     files = overrule(note_alike(files, groups, data.checks["near_duplicate"]), overrides)
-    given = {r.sha256: layout.said[p].split for p, r in accepted(files) if layout.said[p].split}
+    said = defaultdict(Told, layout.said)  # a picture that was only known when it was read has nothing said of it
+    given = {r.sha256: said[p].split for p, r in accepted(files) if said[p].split}
     splits, history = deal([record for _, record in accepted(files)], groups, past, data, given)
-    learnt = {p: (r.label, layout.said[p].repeats) for p, r in accepted(files) if splits[r.sha256] == "train"}
+    learnt = {p: (r.label, said[p].repeats) for p, r in accepted(files) if splits[r.sha256] == "train"}
     repeats = repeats_of(learnt, data)
 
     taken = [

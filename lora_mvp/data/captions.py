@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/1_data/04_captions.ipynb #42948169
+import contextlib
 import json
 import os
 import re
@@ -52,6 +53,7 @@ CAPTION_KEYS = (
     "text",
     "prompt",
     "tags",
+    "captions",
 )  # the names that other programs give it, in lists and in JSON files
 
 
@@ -116,7 +118,8 @@ def sidecar_names(
     name: str,  # of an image file
 ) -> list[str]:
     "What a file with its caption may be called, the first first."
-    return [f"{stem}{ending}" for ending in SIDECARS for stem in (Path(name).stem, name)]
+    endings = [form for ending in SIDECARS for form in (ending, ending.upper())]
+    return [f"{stem}{ending}" for ending in endings for stem in (Path(name).stem, name)]
 
 # %% ../../nbs/1_data/04_captions.ipynb #d19a0d12
 class Caption(NamedTuple):
@@ -132,7 +135,12 @@ def beside(
     path: Path,  # the raw image
 ) -> tuple[list[str], list[str]]:  # captions, what a person should know
     "The captions in files beside an image."
-    found = [path.with_name(name) for name in sidecar_names(path.name) if os.path.lexists(path.with_name(name))]
+    found, seen = [], set()
+    for name in sidecar_names(path.name):
+        with contextlib.suppress(OSError):  # on many systems `a.txt` is `a.TXT`
+            info = os.lstat(path.with_name(name))
+            found += [] if (info.st_dev, info.st_ino) in seen else [path.with_name(name)]
+            seen.add((info.st_dev, info.st_ino))
     warnings = []
     for k, file in enumerate(found):
         texts, wrong = read_sidecar(file)

@@ -23,6 +23,8 @@ def wide_encoding(
     for mark, name in MARKS:
         if data.startswith(mark):
             return name
+    if data.count(0) * 4 < len(data) and re.fullmatch(rb"[\0\t\r\n -~]*", data):
+        return None  # plain letters with a stray zero
     zeros = [data[k::4].count(0) for k in range(4)]
     if min(zeros[1:]) > zeros[0] or min(zeros[:3]) > zeros[3]:
         return "utf-32-le" if zeros[3] > zeros[0] else "utf-32-be"

@@ -70,7 +70,7 @@ def place_of(
     "Where a picture goes."
     stem, folder = PurePosixPath(row.file).stem, row.split
     if to == "kohya":
-        folder += f"/{row.repeats}_{portable_name(row.label or 'unlabelled')}"
+        folder += "/" + portable_name(f"{row.repeats}_{row.label or 'unlabelled'}")
     elif row.label:
         stem = f"{row.label}-{stem}"
     key = hashlib.sha256(row.file.encode()).hexdigest()
@@ -87,6 +87,7 @@ def write_pictures(
     extra = [
         name for name in ("source", "group", "other_captions") if any(getattr(row, name, "") for row in manifest.images)
     ]
+    extra += ["repeats"] if any(row.repeats > 1 for row in manifest.images) else []
     for row in manifest.images:
         data, ending = readable_bytes(verified_bytes(manifest.path_of(row), row.sha256))
         file, words = place_of(row, to, taken) + ending, [as_words(w) for w in (row.caption, *row.other_captions)]
@@ -151,7 +152,7 @@ def export_data(
             "nothing_to_export", "the manifest has no pictures; see what `lora-mvp prepare-data` refused"
         )
     if masks := sum(bool(row.mask) for row in manifest.images):
-        log.warning("%s of pictures left out: neither form has a place for masks", count(masks, "mask"))
+        log.warning("%s of pictures left out: they are not exported", count(masks, "mask"))
     out = Path(os.path.realpath(out))
     temp = out.with_name(f".{secrets.token_hex(4)}.tmp")
     try:

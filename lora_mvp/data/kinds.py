@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/1_data/00a_kinds.ipynb #5e17d210
 import os
 import re
+import stat
 import struct
 from functools import cache
 from pathlib import Path
@@ -168,6 +169,26 @@ def claimed_format(
 ) -> str | None:  # `PNG`, `JPEG`, `HEIF`, `camera raw` ...; None when the ending is not one of a picture
     "The format a file name claims."
     return endings().get(Path(os.fsdecode(path)).suffix.lower())
+
+# %% ../../nbs/1_data/00a_kinds.ipynb #4207f544
+STARTS = re.compile(
+    rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|RIFF.{4}WEBP|.{4}ftyp(avi|hei|hev|mif1)|II\*\0|MM\0\*", re.DOTALL
+)
+
+
+def is_picture(
+    path: str | os.PathLike,  # a file
+) -> bool:
+    "Whether a file is called like a picture, or begins like one."
+    if claimed_format(path):
+        return True
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return False
+        with open(path, "rb") as file:
+            return STARTS.match(file.read(16)) is not None
+    except OSError:
+        return False
 
 # %% ../../nbs/1_data/00a_kinds.ipynb #a5c16b08
 def claimed_kind(

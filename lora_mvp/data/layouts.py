@@ -6,21 +6,23 @@
 __all__ = []
 
 # %% ../../nbs/1_data/12a_layouts.ipynb #129aab1c
-import csv
-import io
 import json
+import os
 import re
+import shlex
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, NamedTuple
 
-from .captions import captions_in, sidecar_names
+import numpy as np
+
+from .captions import sidecar_names
 from .encodings import decode_text
-from .images import read_regular
-from .kinds import claimed_format
-from .rows import FILE_KEYS, SPLIT_NAMES
+from .images import decode, read_regular
+from .kinds import is_picture
+from .lists import LISTS, PictureNames, Row, caption_list, list_note
+from .rows import SPLIT_NAMES
 from ..errors import LoraMvpError
 from ..words import as_words, count, first_few, printable
 
@@ -59,6 +61,21 @@ def place_said(
         return Told(printable(numbered[-1][2]), part, int(numbered[-1][1]))
     return Told(printable((*folders, name)[0]), part)
 
+# %% ../../nbs/1_data/12a_layouts.ipynb #362cfae9
+def class_words(
+    picture: Path,  # a regularisation picture
+) -> str:  # empty: nobody said
+    "What kohya's scripts call the pictures of a folder such as `1_dog`."
+    found = REPEATS.fullmatch(picture.parent.name)
+    return "" if not found or REGULARISATION.fullmatch(found[2]) else as_words(printable(found[2]))
+
+
+def sidecars_of(
+    picture: Path,
+) -> list[Path]:
+    "Where the caption of a picture may lie."
+    return [picture.with_name(name) for name in sidecar_names(picture.name)]
+
 # %% ../../nbs/1_data/12a_layouts.ipynb #1636f829
 def split_said(
     said: dict[Path, Told | None],
@@ -93,11 +110,81 @@ def masked_places(
             folders.append(PurePath(*place.parts[:k], *place.parts[k + 1 : -1]))
     return [folder / name for folder in folders for name in stems if folder / name != place.with_suffix("")]
 
+
+ABOUT = re.compile(r"(?:mask[ ._-])?(.+?)(?:[ ._-](?:masks?|masked|condlabel))?", re.IGNORECASE)
+CONDITIONS = {"conditioning", "conditioning_image", "conditioning_images"}  # names of folders
+
+
+def likely_places(
+    place: PurePath,
+) -> list[tuple[PurePath, int | None]]:  # without ending; a folder that may have any name, by its number
+    "Where the picture may lie that this is about, where the name alone is no proof."
+    stem, found = ABOUT.fullmatch(place.stem)[1], []
+    if stem != place.stem:
+        found.append((place.with_name(stem), None))
+    for k, part in enumerate(place.parts[:-1]):
+        about = ABOUT.fullmatch(part)[1]
+        if about != part:
+            found.append((PurePath(*place.parts[:k], about, *place.parts[k + 1 : -1], stem), None))
+        if part.lower() in MASKS | CONDITIONS:
+            found.append((PurePath(*place.parts[:k], "*", *place.parts[k + 1 : -1], stem), k))
+            found.append((PurePath(*place.parts[:k], *place.parts[k + 1 : -1], stem), None))
+    return found
+
+# %% ../../nbs/1_data/12a_layouts.ipynb #ed12a165
+def is_drawn(
+    path: Path,
+) -> bool:
+    "Whether a picture is without colours and nearly all black and white, as masks are and photographs are not."
+    try:
+        im = decode(read_regular(path, max_bytes=2**26))[0]
+    except LoraMvpError:
+        return False
+    im.thumbnail((128, 128))
+    pixels = np.asarray(im, dtype=np.int16)
+    ends = (pixels.max(axis=2) < 32) | (pixels.min(axis=2) > 223)
+    return bool((pixels.max(axis=2) - pixels.min(axis=2)).max() <= 16 and ends.mean() > 0.8)
+
 # %% ../../nbs/1_data/12a_layouts.ipynb #5d4e9213
+class Apart(NamedTuple):
+    "Pictures that belong to another picture."
+
+    masks: dict[Path, Path]  # picture to mask
+    alone: list[Path]  # masks whose picture is not there
+    conditions: list[Path]  # what other programs condition on
+
+    def files(self) -> set[Path]:
+        "All of them, none of which is learnt."
+        return {*self.masks.values(), *self.alone, *self.conditions}
+
+# %% ../../nbs/1_data/12a_layouts.ipynb #ddb03ec6
+def likely_apart(
+    places: dict[Path, PurePath],  # of all pictures, relative to the raw folder
+    masks: dict[Path, Path],  # that are known
+) -> Apart:
+    "More of them, whose names are no proof: the pixels decide."
+    used, stems, more = {*masks, *masks.values()}, defaultdict(list), Apart({}, [], [])
+    for path, place in places.items():
+        for k in (None, *range(len(place.parts) - 1)):
+            parts = [("*" if n == k else part) for n, part in enumerate(place.with_suffix("").parts)]
+            stems[PurePath(*parts), k].append(path)
+    for path, place in places.items():
+        keys = likely_places(place) if path not in used else []
+        near = [p for key in keys for p in stems.get(key, []) if p != path]
+        if near and is_drawn(path):
+            if len({p.parent for p in near}) == 1 and near[0] not in masks | more.masks:
+                more.masks[near[0]] = path
+            else:
+                more.alone.append(path)
+        elif near and (place.stem.lower().endswith("-condlabel") or CONDITIONS & set(map(str.lower, place.parts[:-1]))):
+            more.conditions.append(path)
+    return more
+
+# %% ../../nbs/1_data/12a_layouts.ipynb #c0aada25
 def find_masks(
     raw: Path,
     pictures: list[Path],  # all files below it that are named like pictures
-) -> tuple[dict[Path, Path], list[Path]]:  # picture to mask; masks whose picture is not there
+) -> Apart:
     "The masks among the pictures. A folder `masks` that fits no picture is a label."
     places = {path: PurePath(path.relative_to(raw)) for path in pictures}
     stems = {place.with_suffix(""): path for path, place in places.items()}
@@ -106,7 +193,9 @@ def find_masks(
         of = next((stems[p] for p in masked_places(place) if p in stems and stems[p] not in masks), None)
         if of:
             masks[of] = path
-    used, folders = set(masks.values()), {mask.parent for mask in masks.values()}
+    likely = likely_apart(places, masks)
+    masks |= likely.masks
+    used, folders = {*likely.files(), *masks.values()}, {mask.parent for mask in masks.values()}
     apart = [path for path in pictures if path not in used and path not in masks]
     alone = [
         p
@@ -114,102 +203,7 @@ def find_masks(
         if p.stem.lower().endswith("-masklabel")
         or (p.parent in folders and MASKS & set(map(str.lower, places[p].parts[:-1])))
     ]
-    return masks, alone
-
-# %% ../../nbs/1_data/12a_layouts.ipynb #b8ca7b78
-LISTS = (".jsonl", ".json", ".csv", ".tsv")
-
-
-def parsed(
-    file: Path,
-    text: str,  # its content
-) -> Any:
-    "The rows of a list; raises `ValueError` or `RecursionError` where it is none."
-    kind = file.suffix.lower()
-    if kind in (".csv", ".tsv"):
-        return list(csv.DictReader(io.StringIO(text), delimiter="\t" if kind == ".tsv" else ","))
-    if kind == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    rows = json.loads(text)
-    if not isinstance(rows, dict):
-        return rows
-    pairs = rows.items()  # kohya's: from picture to row, or to its caption
-    return [{"file": name} | (row if isinstance(row, dict) else {"caption": row}) for name, row in pairs]
-
-# %% ../../nbs/1_data/12a_layouts.ipynb #329eb087
-def rows_in(
-    rows: Any,  # of `parsed`
-) -> Iterator[tuple[str, dict[str, Any]]]:  # what it calls the picture, its row
-    "The rows that name a file."
-    for row in rows if isinstance(rows, list) else []:
-        names = [row[key] for key in FILE_KEYS if isinstance(row.get(key), str)] if isinstance(row, dict) else []
-        if names:
-            yield names[0], row
-
-# %% ../../nbs/1_data/12a_layouts.ipynb #c76b7fda
-class PictureNames:
-    "The pictures of a folder, by whatever a list may call them; a name never leads out of the folder."
-
-    def __init__(
-        self,
-        raw: Path,
-        pictures: list[Path],
-    ):
-        self.raw, self.all, self.names = raw, set(pictures), defaultdict(set)
-        for path in pictures:
-            for name in (path.name, path.stem):
-                self.names[name].add(path)
-
-    def find(
-        self,
-        name: str,  # as a list has it
-        folder: Path,  # of the list
-    ) -> Path | None:
-        "The one picture that is meant."
-        place = PurePosixPath(name.replace("\\", "/"))
-        for path in (folder / place, self.raw / place):
-            if path in self.all:
-                return path
-        near = {path for path in self.names[place.name] if path.parent == folder} or self.names[place.name]
-        return next(iter(near)) if len(near) == 1 else None
-
-# %% ../../nbs/1_data/12a_layouts.ipynb #4a9742c6
-class Listed(NamedTuple):
-    "What one list of captions says."
-
-    rows: dict[Path, dict[str, Any]]  # picture to row
-    strays: list[str]  # names of pictures that are not here
-
-
-def caption_list(
-    file: Path,
-    pictures: PictureNames,
-) -> Listed | None:  # None: it is no list of captions
-    "The rows of a list that have something to say."
-    try:
-        text, _ = decode_text(read_regular(file, max_bytes=2**28))
-        rows = list(rows_in(parsed(file, text or "")))
-    except (LoraMvpError, ValueError, RecursionError, csv.Error):
-        return None
-    rows = [(name, row) for name, row in rows if captions_in(row) or isinstance(row.get("label"), str)]
-    found = [(pictures.find(name, file.parent), name, row) for name, row in rows]
-    return Listed({p: row for p, _, row in found if p}, [name for p, name, _ in found if not p]) if rows else None
-
-# %% ../../nbs/1_data/12a_layouts.ipynb #e36288b5
-def list_note(
-    file: str,  # POSIX, relative to the raw folder
-    listed: Listed,
-    pictures: int,  # in the list's folder and below
-) -> str:
-    "What a list said, and what it did not."
-    if not listed.rows:
-        return f"{file}: not used: it has captions, but names no picture that is here ({first_few([*map(printable, listed.strays)])})"
-    text = f"{file}: read, captions or labels of {count(len(listed.rows), 'picture')}"
-    if pictures > len(listed.rows):
-        text += f", none of {count(pictures - len(listed.rows), 'other')} beside it"
-    if listed.strays:
-        text += f"; {count(len(listed.strays), 'row')} for pictures that are not here: {first_few([*map(printable, listed.strays)])}"
-    return text
+    return Apart(masks, likely.alone + alone, likely.conditions)
 
 # %% ../../nbs/1_data/12a_layouts.ipynb #2f3edda4
 SETTINGS = {  # of kohya's dataset file
@@ -262,6 +256,7 @@ def with_subsets(
 # %% ../../nbs/1_data/12a_layouts.ipynb #8615523a
 CACHES = {".npz", ".npy", ".pt", ".pth", ".ckpt", ".safetensors"}  # encoded pictures and models of another program
 TABLES = {".parquet", ".arrow", ".xlsx", ".ods"}  # which may hold captions, and are not read
+TEXTS = ".tag .tags .cap .captions .text .wd14 .md .rtf .doc .docx .odt .html .xml .xmp .yaml .yml"  # these may, too
 
 
 class Layout(NamedTuple):
@@ -271,15 +266,39 @@ class Layout(NamedTuple):
     reasons: dict[Path, str]  # why a file is no picture to learn: a key of `REASONS`
     used: set[Path]  # files that were read for what they say
     notes: list[str]  # for a person
+    flat: bool = False  # whether no picture lies in a folder
+
+# %% ../../nbs/1_data/12a_layouts.ipynb #9bc3d886
+def names_pictures(
+    file: Path,
+    pictures: list[str],  # names of pictures
+) -> bool:
+    "Whether a text speaks of pictures that are here, in whatever form."
+    try:
+        text, _ = decode_text(read_regular(file, max_bytes=2**24))
+    except LoraMvpError:
+        return False
+    return any(name in (text or "") for name in pictures[:100])
 
 # %% ../../nbs/1_data/12a_layouts.ipynb #245429ad
 def other_reasons(
-    files: list[Path],  # that are not named like pictures
-    used: set[Path],
+    files: list[Path],  # that are no pictures, nor the captions of some
+    pictures: list[Path],
 ) -> dict[Path, str]:
     "The kinds of files that another program left, or that hold captions nobody reads."
     kinds = dict.fromkeys(CACHES, "cache") | dict.fromkeys(TABLES, "unread_list")
-    return {path: kinds[path.suffix.lower()] for path in files if path.suffix.lower() in kinds and path not in used}
+    names = [path.name for path in pictures]
+    beside, texts = {path.with_name(n) for path in pictures for n in (path.stem, path.name)}, set(TEXTS.split())
+    reasons = {}
+    for path in files:
+        ending = path.suffix.lower()
+        if ending in kinds:
+            reasons[path] = kinds[ending]
+        elif ending in texts and path.with_suffix("") in beside:
+            reasons[path] = "unread_text"
+        elif ending in texts | {*LISTS, ".txt"} and names_pictures(path, names):
+            reasons[path] = "unread_list"
+    return reasons
 
 # %% ../../nbs/1_data/12a_layouts.ipynb #ef02a550
 def place_notes(
@@ -290,7 +309,9 @@ def place_notes(
     "What the names of folders were taken for."
     folders = {(part, about) for path, about in said.items() for part in path.parent.parts if REPEATS.fullmatch(part)}
     numbered = {
-        f"{part} is {told.label}, {told.repeats} times" for part, told in folders if part.endswith(f"_{told.label}")
+        f"{part} is {told.label}, {count(told.repeats, 'time')}"
+        for part, told in folders
+        if part.endswith(f"_{told.label}")
     }
     notes = (
         [
@@ -303,43 +324,68 @@ def place_notes(
     if split and parts["val"]:
         counts = f"{parts['train']} to train on, {parts['val']} to validate with"
         notes.append(f"split by folders: {counts}; data.train_ratio is not used")
-    bare = [path for path in said if not path.relative_to(raw).parts[int(split) : -1]]
-    if bare:
-        what = f"{count(len(bare), 'picture')} in no label folder"
-        notes.append(f"{what}; the label is the name of the whole folder, {said[bare[0]].label!r}")
+    name = printable(raw.resolve().name)
+    bare = sum(len(path.relative_to(raw).parts) == 1 + split and about.label == name for path, about in said.items())
+    if bare and (split or all(path.parent == raw for path in said)):
+        notes.append(
+            f"{count(bare, 'picture')} in no label folder; the label is the name of the whole folder, {name!r}"
+        )
     return notes
 
 # %% ../../nbs/1_data/12a_layouts.ipynb #4581cf5e
+def regularisation_note(
+    raw: Path,
+    pictures: list[Path],  # not empty
+) -> str:
+    "What to do with regularisation pictures."
+    tops = set()
+    for path in pictures:
+        folders = [p for p in path.parents if p != raw and p.is_relative_to(raw)]
+        tops.add(next((p for p in reversed(folders) if REGULARISATION.fullmatch(p.name)), path.parent))
+    where = [shlex.quote(printable(top)) for top in sorted(tops)]
+    what = f"{count(len(pictures), 'regularisation picture')} left aside"
+    if len(where) > 1:
+        return f"{what} in {first_few(where)}; training.regularization_dir uses the pictures of one folder"
+    mute = [p for p in pictures if not class_words(p) and not any(map(os.path.exists, sidecars_of(p)))]
+    prompt = (
+        f"; training.regularization_prompt says what the {count(len(mute), 'picture')} without a caption show"
+        if mute
+        else ""
+    )
+    return f"{what}; training.regularization_dir={where[0]} uses them{prompt}"
+
+# %% ../../nbs/1_data/12a_layouts.ipynb #51ecc71c
 def apart_notes(
     raw: Path,
     regularisation: list[Path],
-    masks: dict[Path, Path],
-    alone: list[Path],
+    apart: Apart,
 ) -> list[str]:
-    "PictureNames that are not learnt, and what to do with them."
-    notes = []
-    if regularisation:
-        tops = {path.parent for path in regularisation}
-        tops = {
-            max(
-                (p for p in (top, *top.parents) if REGULARISATION.fullmatch(p.name)),
-                key=lambda p: -len(p.parts),
-                default=top,
-            )
-            for top in tops
-        }
-        where = first_few(sorted(map(printable, tops)))
-        what = count(len(regularisation), "regularisation picture")
-        notes.append(f"{what} left aside; training.regularization_dir={where} uses them")
+    "Pictures that are not learnt, and what to do with them."
+    notes, masks = [regularisation_note(raw, regularisation)] if regularisation else [], list(apart.masks.values())
     if masks:
-        notes.append(
-            f"{count(len(masks), 'mask')} of pictures; training.masked_loss=0.1 uses them, with a tenth of the weight outside"
-        )
-    if alone:
-        notes.append(
-            f"{count(len(alone), 'mask')} without a picture: {first_few([printable(path.name) for path in alone])}"
-        )
+        names = first_few([printable(path.relative_to(raw)) for path in masks], 1)
+        use = "training.masked_loss=0.1 uses them, with a tenth of the weight outside"
+        notes.append(f"{count(len(masks), 'mask')} of pictures; {use} ({names})")
+    if apart.alone:
+        names = first_few([printable(path.name) for path in apart.alone])
+        notes.append(f"{count(len(apart.alone), 'mask')} without a picture: {names}")
+    if apart.conditions:
+        what = f"{count(len(apart.conditions), 'picture')} that other programs condition on, not learnt"
+        notes.append(f"{what}: {first_few([printable(path.relative_to(raw)) for path in apart.conditions])}")
     return notes
+
+# %% ../../nbs/1_data/12a_layouts.ipynb #3bfef843
+def with_row(
+    about: Told,
+    row: Row,  # of a list
+) -> Told:
+    "What is said of a picture, with what a list adds; the captions of the first list count."
+    return about._replace(
+        label=row.label or about.label,
+        captions=about.captions or row.captions,
+        split=row.split or about.split,
+        repeats=row.repeats or about.repeats,
+    )
 
 # %% ../../nbs/1_data/12a_layouts.ipynb #96a91d4d
 def read_lists(
@@ -353,17 +399,14 @@ def read_lists(
         listed = caption_list(file, known)
         if listed is None:
             continue
-        near = sum(path.is_relative_to(file.parent) and said[path] is not None for path in said)
-        notes.append(list_note(file.relative_to(raw).as_posix(), listed, near))
-        used |= {file} if listed.rows else set()
+        overruled = 0
         for path, row in listed.rows.items():
-            about, label, part = said[path], row.get("label"), str(row.get("split", "")).lower()
-            if about is not None:
-                label = printable(as_words(label)) if isinstance(label, str) else ""
-                captions = about.captions or tuple(captions_in(row))
-                said[path] = about._replace(
-                    label=label or about.label, captions=captions, split=SPLIT_NAMES.get(part, about.split)
-                )
+            if about := said[path]:
+                overruled += bool(about.captions and row.captions and about.captions != row.captions)
+                said[path] = with_row(about, row)
+        near = sum(path.is_relative_to(file.parent) and said[path] is not None for path in said)
+        notes.append(list_note(file.relative_to(raw).as_posix(), listed, near, overruled))
+        used |= {file} if listed.rows else set()
     return said, used, notes
 
 # %% ../../nbs/1_data/12a_layouts.ipynb #45316461
@@ -390,21 +433,22 @@ def read_layout(
     raw: Path,
     files: list[Path],  # below it, by path; no hidden ones
 ) -> Layout:
-    "What the names and the lists of a folder say about each picture; opens no picture."
-    pictures = [path for path in files if claimed_format(path)]
-    others = [path for path in files if not claimed_format(path)]
-    masks, alone = find_masks(raw, pictures)
-    apart = {*masks.values(), *alone}
-    pictures = [path for path in pictures if path not in apart]
+    "What the names and the lists of a folder say about each picture; of pictures it opens only what may be a mask."
+    everything = [path for path in files if is_picture(path)]
+    apart = find_masks(raw, everything)
+    pictures = [path for path in everything if path not in apart.files()]
     places = {path: path.relative_to(raw).parts[:-1] for path in pictures}
     split = is_split({parts[0] if parts else "" for parts in places.values()})
     said = {path: place_said(parts, split, raw.resolve().name) for path, parts in places.items()}
-    sidecars = {path.with_name(name) for path in pictures for name in sidecar_names(path.name)}
-    said, lists, notes = read_lists(raw, [path for path in others if path not in sidecars], said)
+    beside = {file for path in pictures for file in sidecars_of(path)}
+    others = [path for path in files if path not in {*everything, *beside}]
+    said, lists, notes = read_lists(raw, others, said)
     said, subset_files, more = read_subset_files(others, split_said(said))
-    kept = {path: about._replace(mask=masks.get(path)) for path, about in said.items() if about is not None}
+    kept = {path: about._replace(mask=apart.masks.get(path)) for path, about in said.items() if about is not None}
     regularisation = [path for path in pictures if path not in kept]
-    notes = place_notes(raw, kept, split) + notes + more + apart_notes(raw, regularisation, masks, alone)
-    used = lists | subset_files | set(masks.values())
-    reasons = dict.fromkeys(regularisation, "regularisation") | dict.fromkeys(alone, "lone_mask")
-    return Layout(kept, reasons | other_reasons(others, used), used, notes)
+    notes = place_notes(raw, kept, split) + notes + more + apart_notes(raw, regularisation, apart)
+    used = lists | subset_files | set(apart.masks.values())
+    reasons = dict.fromkeys(regularisation, "regularisation") | dict.fromkeys(apart.alone, "lone_mask")
+    reasons |= dict.fromkeys(apart.conditions, "conditioning")
+    reasons |= other_reasons([path for path in others if path not in used], pictures)
+    return Layout(kept, reasons, used, notes, all(path.parent == raw for path in kept))

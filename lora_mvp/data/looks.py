@@ -189,6 +189,8 @@ IGNORED = {
     "lone_mask",
     "cache",
     "unread_list",
+    "unread_text",
+    "conditioning",
 }  # no pictures to learn
 
 

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from .captions import SIDECARS, sidecar_names
-from .kinds import claimed_format
+from .kinds import is_picture
 from .layouts import Layout, read_layout
 from .looks import ImageRecord
 from ..errors import LoraMvpError
@@ -42,7 +42,7 @@ def walk(
         entries = list(os.scandir(folder))
     except OSError:
         return [(folder, "unreadable")]
-    sidecars = {name for e in entries if claimed_format(e.name) for name in sidecar_names(e.name)}
+    sidecars = {name for e in entries if is_picture(e.path) for name in sidecar_names(e.name)}
     found = []
     for entry in entries:
         path = Path(entry.path)
@@ -78,9 +78,10 @@ def label_of(
 ) -> tuple[str, str | None]:  # the label; why the file is none to learn
     "What the place of a file decides."
     parts, reason = path.relative_to(raw).parts, layout.reasons.get(path)
-    flat = all(len(picture.relative_to(raw).parts) == 1 for picture in layout.said)
     if path in layout.said:
-        return (layout.said[path].label, reason) if flat or len(parts) > 1 else ("", "no_label")
+        label = layout.said[path].label  # of a picture in no folder: the raw folder's name, or what a list says
+        placed = layout.flat or len(parts) > 1 or label != printable(raw.resolve().name)
+        return (label, reason) if placed else ("", "no_label")
     if len(parts) > 1 or path.is_dir():
         return printable(parts[0]), reason
     return "", reason or "not_an_image"
@@ -106,11 +107,12 @@ def scan(
     "Every file below the raw folder with its label."
     pairs = []
     found = sorted(walk(raw), key=lambda pair: os.fsencode(pair[0].relative_to(raw).as_posix()))
-    layout = read_layout(raw, [path for path, reason in found if reason is None])
+    layout = read_layout(raw, [path for path, reason in found if reason in (None, "lone_caption")])
     for path, reason in found:
         if path not in layout.used:
             label, other = label_of(path, raw, layout)
             record = ImageRecord(path=printable(path.relative_to(raw)), label=label)
-            pairs.append((path, record.with_reason(reason or other, "reject") if reason or other else record))
+            why = layout.reasons.get(path) or reason or other  # what the layout knows says more
+            pairs.append((path, record.with_reason(why, "reject") if why else record))
     empty = empty_labels(raw, [path for path, reason in found if reason != "hidden"])
     return pairs, layout._replace(notes=[*layout.notes, *empty])

@@ -9,7 +9,7 @@ __all__ = []
 import json
 
 # %% ../../nbs/1_data/08_rows.ipynb #a674a0b3
-FILE_KEYS = ("file", "image", "image_path", "path", "file_name")
+FILE_KEYS = ("file", "image", "image_path", "path", "file_name", "filename", "file_path")
 SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "val"}
 
 # %% ../../nbs/1_data/08_rows.ipynb #4724ac15

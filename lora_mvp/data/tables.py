@@ -55,6 +55,9 @@ def lines_of_groups(
     return ["", head, *(f"  {', '.join(names)}" for names in alike[:most]), *more]
 
 # %% ../../nbs/1_data/10_tables.ipynb #3bf8d97a
+SAYS_MORE = ("caption_file", "mask_file")  # somebody's words, or work: with the reason
+
+
 def lines_of_warnings(
     manifest: Manifest,
     most: int,  # images named
@@ -65,10 +68,16 @@ def lines_of_warnings(
         for reason in row.reasons:
             if reason.code != "near_duplicate":  # these have lines of their own
                 tokens = f" ({reason.value:g} tokens)" if reason.code == "caption_too_long" else ""
-                found[reason.code].append(f"{row.source}{tokens}")
+                detail = f" ({reason.detail})" if reason.code in SAYS_MORE else tokens
+                found[reason.code].append((row.caption_source in ("sidecar", "list", "curated"), row.source + detail))
     lines = []
     for code, names in sorted(found.items(), key=lambda pair: (-len(pair[1]), pair[0])):
-        lines.append(f"  {code} ({len(names)}): {REASONS[code]}: {first_few(names, most)}")
+        mark, names = f"  {code} ({len(names)}): {REASONS[code]}:", [name for _, name in sorted(names)]
+        if code in SAYS_MORE:  # what was lost comes first
+            rest = [f"    and {len(names) - most} more"] if len(names) > most else []
+            lines += [mark, *(f"    {name}" for name in names[:most]), *rest]
+        else:
+            lines.append(f"{mark} {first_few(names, most)}")
     return ["", "accepted, but look at:", *lines] if lines else []
 
 # %% ../../nbs/1_data/10_tables.ipynb #b52c5412
@@ -91,13 +100,14 @@ def lines_of_ignored(
     for r in manifest.ignored:
         paths[r.reason].append(r.path)
     lines = []
-    for reason in ("lone_caption", "unread_list", "lone_mask"):  # somebody's words, or work
+    for reason in ("lone_caption", "unread_text", "unread_list", "lone_mask"):  # somebody's words, or work
         if names := paths.pop(reason, []):
             lines.append(f"{reason} ({len(names)}): {REASONS[reason]}: {first_few(names, most)}")
     named = {
         "not_an_image": "files that are no images",
         "cache": REASONS["cache"],
         "regularisation": REASONS["regularisation"],
+        "conditioning": REASONS["conditioning"],
     }
     lines += [f"ignored ({len(names)}): {named[r]}: {by_ending(names)}" for r, names in paths.items() if r in named]
     hidden = [f"ignored ({len(paths['hidden'])}): hidden files"] if paths["hidden"] else []

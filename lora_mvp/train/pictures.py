@@ -18,7 +18,7 @@ from ..data.arrays import augment
 from ..data.captions import caption_of
 from ..data.images import decode, read_regular
 from ..data.kinds import claimed_format
-from ..data.layouts import find_masks
+from ..data.layouts import class_words, find_masks
 from ..data.looks import plain_share
 from ..data.manifest import Manifest
 from ..data.raw import walk
@@ -92,7 +92,7 @@ def checked_bytes(path: Path, sha256: str) -> bytes:
 def _regularization_source(path: Path, folder: Path, prompt: str | None) -> Source:
     "One picture of the class, decoded now, so that a bad file is named before anything is encoded."
     words = caption_of(path, "", "")
-    caption = words.text or prompt
+    caption = words.text or prompt or class_words(path)
     if not caption:
         text = f"{path} has no caption; write {path.with_suffix('.txt').name} beside it, or set training.regularization_prompt"
         raise LoraMvpError("regularization_caption", text)
@@ -112,8 +112,8 @@ def regularization_sources(
     if not folder.is_dir():
         raise LoraMvpError("regularization_missing", f"{where} is not a folder; make it, or set it to null")
     found = [path for path, reason in walk(folder) if reason is None and claimed_format(path)]
-    masks, alone = find_masks(folder, found)
-    found = [path for path in found if path not in {*masks.values(), *alone}]
+    apart = find_masks(folder, found).files()
+    found = [path for path in found if path not in apart]
     if not found:
         raise LoraMvpError("regularization_empty", f"{where} holds no images; put some in, or set it to null")
     return [_regularization_source(path, folder, prompt) for path in sorted(found, key=os.fsencode)]
