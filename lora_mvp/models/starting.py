@@ -49,15 +49,13 @@ def start_from(
     found |= without_lengths(pipe, {name: f for name, f in found.items() if not (dora and has_row_lengths(f))})
     if lost := [name for name in found if name not in layers]:
         text = f"training.init_adapter: {len(lost)} of its {len(found)} layers are not trained here, such as {lost[0]}."
-        raise LoraMvpError(
-            "init_adapter", f"{text} Widen training.lora_targets, or set text_encoder_learning_rate for a text encoder."
-        )
+        advice = "Widen training.lora_targets, or set text_encoder_learning_rate for a text encoder."
+        raise LoraMvpError("init_adapter", f"{text} {advice}")
     highest = max(f.rank for f in found.values())
     if large := [name for name, f in found.items() if f.rank > layers[name].r[ADAPTER]]:
         text = f"training.init_adapter: {large[0]} has rank {found[large[0]].rank}, more than training.lora_rank."
-        raise LoraMvpError(
-            "init_adapter", f"{text} Set lora_rank to {highest}, or make it smaller with `lora-mvp resize`."
-        )
+        advice = f"Set lora_rank to {highest}, or make it smaller with `lora-mvp resize`."
+        raise LoraMvpError("init_adapter", f"{text} {advice}")
     for name, f in found.items():
         take_over(layers[name], f)
     return f"{len(found)} of {len(layers)} layers begin with {Path(source).name or source}"
