@@ -112,6 +112,9 @@ def take_folder(root: Path) -> int | None:  # of `lock_folder`
     try:
         handle = lock_folder(root)
     except BlockingIOError:
+        end = time.monotonic() + 2.0
+        while read_owner(root) is None and time.monotonic() < end:
+            time.sleep(0.05)  # who has the lock writes its name next
         raise busy(root, read_owner(root)) from None
     try:
         before = read_owner(root)
