@@ -73,6 +73,20 @@ def _beside(path: Path) -> Path:
     name = f".{path.name}.{token}"
     return path.with_name(name if len(os.fsencode(name)) <= NAME_BYTES else f".{token}")
 
+# %% ../nbs/02_files.ipynb #315978cb
+WINDOWS = os.name == "nt"
+
+
+def sync(path: Path) -> None:
+    "Ask the system to put a file, or the names in a folder, on the disk."
+    if WINDOWS and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
 # %% ../nbs/02_files.ipynb #7debf34d
 def atomic_write(
     path: str | os.PathLike,  # where the file goes; missing folders are made

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_mvp import files
 from lora_mvp.files import LoraMvpError, atomic_write, folder_lock, make_folder
 
 HOLD = """
@@ -77,3 +78,20 @@ def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(LoraMvpError, match="Cannot write .*: No space left on device"):
         atomic_write(tmp_path / "a.txt", "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_not_synced_where_the_system_forbids_it(tmp_path, monkeypatch):
+    """Windows opens no folder, and syncs no file that is open for reading only."""
+    opened = os.open
+
+    def on_windows(path, flags, *args, **kwargs):
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied", str(path))
+        assert flags & (os.O_RDWR | os.O_WRONLY), "Bad file descriptor"
+        return opened(path, flags, *args, **kwargs)
+
+    file = atomic_write(tmp_path / "file", "kept")
+    monkeypatch.setattr(files, "WINDOWS", True)
+    monkeypatch.setattr(files.os, "open", on_windows)
+    files.sync(file)
+    files.sync(tmp_path)

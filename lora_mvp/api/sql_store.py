@@ -19,7 +19,6 @@ import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from .jobs import Job
-from .state_file import sync_folder
 from lora_mvp.api.store_rules import (
     SCHEMA,
     Rebuild,
@@ -36,6 +35,7 @@ from lora_mvp.api.store_rules import (
     store_in_use,
 )
 from ..errors import LoraMvpError
+from ..files import sync
 
 _logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def _new_file(path: Path, jobs: list[Job]) -> None:
     finally:
         engine.dispose()
     os.replace(temp, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 # %% ../../nbs/6_api/05_sql_store.ipynb #777cb97c
 def ready_file(path: Path, rebuild: Rebuild) -> str | None:  # what was recovered, if anything was

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .jobs import Job
 from .store_rules import SCHEMA, Rebuild, recover, store_failed
+from ..files import sync
 
 # %% ../../nbs/6_api/03_state_file.ipynb #a2822308
 _MARK = b', "jobs": [\n'
@@ -45,15 +46,6 @@ def unpack_jobs(raw: bytes) -> tuple[int, list[Job]]:  # generation, jobs
     if facts.get("sha256") != sha256(body).hexdigest():
         raise ValueError("its checksum does not match: it was cut off or changed")
     return facts["generation"], [Job.model_validate_json(line) for line in body.split(b",\n") if line]
-
-# %% ../../nbs/6_api/03_state_file.ipynb #62644cf4
-def sync_folder(folder: Path) -> None:
-    "See to it that the names in a folder are on the disk."
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 # %% ../../nbs/6_api/03_state_file.ipynb #3cf4d16a
 def write_synced(path: Path, content: bytes) -> None:
@@ -96,7 +88,7 @@ class StateFile:
             write_synced(self.temp, pack_jobs(self.generation + 1, lines))
             replaced = keep_old(self.path, self.backup, self.link)
             os.replace(self.temp, self.path)
-            sync_folder(self.path.parent)
+            sync(self.path.parent)
         except OSError:
             if replaced:
                 os.replace(self.backup, self.path)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ..config import MOVED, TrainingConfig
 from ..errors import LoraMvpError
+from ..files import sync
 
 # %% ../../nbs/3_train/07_checkpoints.ipynb #85827002
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -35,15 +36,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-# %% ../../nbs/3_train/07_checkpoints.ipynb #16018c39
-def _sync(path: Path) -> None:
-    "Ask the system to put a file or folder on the disk."
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 # %% ../../nbs/3_train/07_checkpoints.ipynb #99756415
 def _digest(path: Path) -> dict:
@@ -73,7 +65,7 @@ def _write_files(staging: Path, step: int, tensors: dict, state: dict, identity:
     record = {"schema_version": 1, "step": step, "identity": identity, "files": files}
     (staging / MANIFEST).write_text(json.dumps(record, indent=2))
     for path in [*staging.iterdir(), staging]:
-        _sync(path)
+        sync(path)
 
 # %% ../../nbs/3_train/07_checkpoints.ipynb #2754ada4
 def identity_of(folder: Path) -> dict[str, str] | None:
@@ -109,7 +101,7 @@ def save_checkpoint(
         _write_files(staging, step, tensors, state, identity)
         _discard(final)  # there is one of the same step only when a run goes on from before a damaged one
         os.replace(staging, final)
-        _sync(output_dir)
+        sync(output_dir)
         problem = damage(final)
         if problem:
             _discard(final)
