@@ -161,7 +161,8 @@ def cmd_train(args: argparse.Namespace) -> None:
     for step, loss in record.validation_loss.items():
         print(f"validation loss at step {step}: {loss:.4f}{'  (best)' if step == record.best_step else ''}")
     out = config.training.output_dir
-    print(f"in {out}: lora_adapter/, {Path(out).name}.safetensors, samples.png, loss_curve.png, run.json")
+    left = ("lora_adapter", f"{Path(out).name}.safetensors", "samples.png", "loss_curve.png", "run.json")
+    print(f"in {out}: {', '.join(name for name in left if (Path(out) / name).exists())}")
 
 # %% ../nbs/7_doors/03_cli.ipynb #2844fe09
 def cmd_doctor(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from .captions import with_trigger
 from .images import REASONS
 from .manifest import Manifest
 from ..sheets import text_table
-from ..words import as_words, first_few
+from ..words import as_words, count, first_few
 
 # %% ../../nbs/1_data/10_tables.ipynb #c59f2e0c
 NO_LABEL = "(no label)"
@@ -161,7 +161,8 @@ def lines_of_captions(
     counts = Counter(row.caption_source for row in manifest.images)
     several = sum(bool(row.other_captions) for row in manifest.images)
     parts = [f"{counts[source]} {words}" for source, words in SOURCES.items() if counts[source]]
-    turns = f"; {several} images have several, and training takes turns with them" if several else ""
+    has = f"; {count(several, 'image')} {'has' if several == 1 else 'have'} several"
+    turns = f"{has}, and training takes turns with them" if several else ""
     lines = [f"captions: {', '.join(parts)}{turns}"] if parts else []
     note = trigger_note(manifest)
     return lines + ([f"trigger: {note}"] if note else [])
