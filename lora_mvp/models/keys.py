@@ -91,3 +91,8 @@ def kohya_name(pipe: Pipeline, layer: str) -> str:
 def is_block(module: str) -> bool:
     "Whether a UNet's layer has a name in Stability's code."
     return module in _TOP or bool(_LAYER.fullmatch(module))
+
+# %% ../../nbs/2_models/03_keys.ipynb #95e84213
+def beside_blocks(module: str) -> bool:
+    "Whether a UNet's layer lies outside all blocks, such as its first and last convolution and the embedding of time."
+    return module in _TOP

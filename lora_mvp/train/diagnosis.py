@@ -28,11 +28,12 @@ from ..data.manifest import Manifest, ManifestImage, read_manifest
 from ..data.steps import MULTIPLE, count_steps, frame_of, is_enlarged
 from ..data.tables import trigger_note
 from ..files import NAME_BYTES
-from ..models.adapters import add_lora
+from ..models.adapters import adapter_layers, add_lora
 from ..models.base import find_base, read_vae
 from ..models.families import family_of, granularity, native_size, text_parts
 from ..models.headers import broken_numbers, oddities, read_header
 from ..models.inspection import inspect_adapter, title_of
+from ..models.keys import beside_blocks
 from ..models.layouts import check_file, check_tokenizers, config_folder
 from ..models.views import tidy
 from .foresight import amount, disk_need
@@ -40,7 +41,7 @@ from .memory import MemoryEstimate, advice, largest, skeleton
 from .objectives import noise_schedule
 from .pictures import photo_warning, picture_variants, regularization_sources, sources
 from .runs import RunFolder
-from ..words import count
+from ..words import count, first_few
 
 # %% ../../nbs/3_train/15_diagnosis.ipynb #136ede46
 @dataclass(frozen=True)
@@ -409,6 +410,18 @@ def memory_findings(estimate: MemoryEstimate, t: TrainingConfig, memory: float |
         )
         yield Finding("warn" if short else "ok", topic, text)
 
+# %% ../../nbs/3_train/15_diagnosis.ipynb #9d864d70
+def target_findings(estimate: MemoryEstimate, t: TrainingConfig) -> Iterator[Finding]:
+    "Whether all programs will read the layers that get an adapter."
+    names = [name.removeprefix("unet.") for name in adapter_layers(estimate.pipe(t)[0])]
+    if beside := [name for name in names if beside_blocks(name)]:
+        text = (
+            f"training.lora_targets: {count(len(beside), 'layer')} outside the UNet's blocks ({first_few(beside, 3)})"
+        )
+        yield Finding(
+            "warn", "settings", f"{text}. diffusers and ComfyUI read them, kohya's sd-scripts leave them out."
+        )
+
 # %% ../../nbs/3_train/15_diagnosis.ipynb #83b3b367
 def disk_findings(estimate: MemoryEstimate, training: TrainingConfig, free: float | None = None) -> Iterator[Finding]:
     "Whether the output folder's disk holds the checkpoints and the results."
@@ -472,6 +485,7 @@ def doctor(
     look("data", manifest_findings, config, manifest_path, granularity(estimate.pipe(t)[0]) if estimate else MULTIPLE)
     look("settings", settings_findings, t)
     if estimate:
+        look("settings", target_findings, estimate, t)
         look("memory", memory_findings, estimate, t, free_memory(device) if memory is None else memory)
         look("disk", disk_findings, estimate, t)
     return findings

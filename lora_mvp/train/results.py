@@ -28,7 +28,7 @@ from ..data.steps import Plan
 from ..errors import LoraMvpError
 from ..files import atomic_write, file_sha256, read_record, save_png
 from ..models.adapters import WEIGHTS, save_adapter
-from ..models.base import DTYPES, base_hash, base_revision, load_base
+from ..models.base import DTYPES, base_hash, base_revision, load_base, with_precision
 from ..models.exports import export_fused
 from ..models.kohya import write_kohya
 from ..models.proof import Certificate, certify
@@ -208,7 +208,8 @@ def save_pipeline(ending: FinishedRun) -> None:
     staged = folder.root / ".pipeline"
     shutil.rmtree(staged, ignore_errors=True)
     pipe = load_base(t.pretrained_model, dtype=None, revision=t.revision, vae=t.vae)
-    if base_hash(pipe, DTYPES[t.mixed_precision]) != ending.record.base_sha256:
+    precision = with_precision(t, "cuda" if torch.cuda.is_available() else "cpu").mixed_precision
+    if base_hash(pipe, DTYPES[precision]) != ending.record.base_sha256:
         text = f"{t.pretrained_model} is not the base of {folder.record} any more: its weights have changed."
         raise LoraMvpError("base_has_changed", text)
     pipe.scheduler = sampling_scheduler(pipe.scheduler, t.zero_terminal_snr)
