@@ -43,6 +43,8 @@ def _inside(command: list[str], cwd: str, env: dict, files: tuple[str, str]) -> 
                 write_through=stream == 2,
             ),
         )
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lora_mvp"]:
+        del sys.modules[name]  # another test's server may have imported them
     try:
         if command[1] == "-m":
             sys.argv = [command[2], *command[3:]]
