@@ -112,7 +112,7 @@ def real_warnings(
     "What to know about the real pictures."
     shared = len(trained_on(real, train)) if train else 0
     lossy = sum(Path(file).suffix.lower() in (".jpg", ".jpeg") for file in real.files)
-    refused = f"{len(real.refused)} of the real files are no pictures, the first: {(real.refused or [''])[0]}"
+    refused = f"{len(real.refused)} of the real files are left out, the first: {(real.refused or [''])[0]}"
     copies = f"{real.copies} of the real files hold a picture that is there already; each counts once."
     learnt = f"{shared} of {len(real.images)} real pictures were trained on, so likeness to them also rises by learning them by heart. "
     found = {

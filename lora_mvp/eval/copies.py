@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/5_eval/06_copies.ipynb #7a2344da
 import glob
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from scipy.stats import t as student
 
 from ..data.images import open_rgb
 from ..data.kinds import claimed_format
+from ..data.layouts import find_masks
 from ..data.looks import perceptual_hashes, pixel_hash
 from ..data.manifest import Manifest
 from ..data.splits import group, hash_signs, near_duplicates
@@ -88,7 +90,11 @@ def find_real(
         names = sorted(str(file) for file in place.rglob("*") if claimed_format(file))
     else:
         names = sorted(glob.glob(str(place), recursive=True))
-    found = read_pictures([name for name in names if Path(name).is_file()])
+    files = [Path(name) for name in names if Path(name).is_file()]
+    root = place if place.is_dir() else Path(os.path.commonpath([f.parent for f in files] or [place]))
+    masks = find_masks(root, files).files()
+    found = read_pictures([str(file) for file in files if file not in masks])
+    found = found._replace(refused=found.refused + [f"{mask}: the mask of a picture" for mask in sorted(masks)])
     if not found.images:
         other = f" ({len(found.refused)} files match but are no pictures)" if found.refused else ""
         text = f"no picture matches {pattern!r} below {Path.cwd()}{other}. Quote the pattern, so that the shell leaves it alone."
