@@ -21,8 +21,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 STEPS = {}
-# Side by side, each in its order, once the other steps have passed: each waits a lot for files and processes.
-LANES = [("tests",), ("notebooks", "outputs", "wheel", "readme")]
+TOGETHER = [("tests", "wheel"), ("outputs", "readme")]  # side by side: each waits a lot for files and processes
 IN_A_KERNEL = ("tutorials/*.ipynb", "index.ipynb")  # every chapter runs in the `notebooks` step
 
 
@@ -88,7 +87,7 @@ def notebooks():
 
 @step
 def tests():
-    """Plain pytest: what a notebook cannot show. Three workers, since many tests wait for processes."""
+    """Plain pytest: what a notebook cannot show. Three workers for two cores, since many tests wait for processes."""
     python(
         "-m", "pytest", "-q", "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder", "tests", OMP_NUM_THREADS="1"
     )
@@ -172,11 +171,6 @@ def attempt(name: str) -> bool:
     return True
 
 
-def attempt_all(names: list[str]) -> bool:
-    """Run steps in order, up to the first that fails."""
-    return all(attempt(name) for name in names)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*", metavar="step", help="of: " + ", ".join(STEPS))
@@ -185,11 +179,12 @@ def main() -> int:
     if unknown:
         parser.error(f"no step named {', '.join(unknown)}; there are: {', '.join(STEPS)}")
     begin = time.monotonic()
-    first = [name for name in chosen if not any(name in lane for lane in LANES)]
-    lanes = [[name for name in lane if name in chosen] for lane in LANES]
-    with ThreadPoolExecutor(len(LANES)) as pool:
-        if not (attempt_all(first) and all(list(pool.map(attempt_all, lanes)))):
-            return 1
+    groups = [next((group for group in TOGETHER if name in group), (name,)) for name in chosen]
+    for group in dict.fromkeys(groups):
+        names = [name for name in chosen if name in group]
+        with ThreadPoolExecutor(len(names)) as pool:
+            if not all(list(pool.map(attempt, names))):
+                return 1
     print(f"all {len(chosen)} checks passed in {time.monotonic() - begin:.0f} s")
     return 0
 
