@@ -469,7 +469,7 @@ def doctor(
     device: str | None = None,  # cpu or cuda; None: cuda where there is one
     memory: float | None = None,  # bytes of the device; None: what is free
 ) -> list[Finding]:
-    "Look at everything that can be known before a run begins; no weights are read and nothing is written."
+    "Look at everything that can be known before a run begins; no weights of the base are read and nothing is written."
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     findings, t = [], config.training
 

@@ -20,7 +20,7 @@ from ..models.adapters import WEIGHTS, adapter_parameters, add_lora, restore_ada
 from ..models.keys import public_name
 from .network import Network, start_accelerator
 from .owner import claimed
-from .results import FinishedRun, missing_forms, write_forms
+from .results import FinishedRun, missing_forms, refuse_other_base, write_forms
 from .runs import REWRITE, RunFolder, RunRecord, config_of, dataset_hash, read_run
 
 # %% ../../nbs/3_train/12a_endings.ipynb #08128c64
@@ -31,9 +31,7 @@ def trained_network(folder: RunFolder, record: RunRecord, t: TrainingConfig) -> 
         text = f"{weights} is not the adapter that {folder.record} is about. To have it back, {REWRITE}"
         raise LoraMvpError("adapter_has_changed", text)
     network = Network(t, start_accelerator("no"))
-    if network.base_hash != record.base_sha256:
-        text = f"{t.pretrained_model} is not the base of {folder.record} any more: its weights have changed."
-        raise LoraMvpError("base_has_changed", text)
+    refuse_other_base(folder, record, network.base_hash)
     add_lora(network.pipe, t)
     network.economize()
     stored = load_file(weights)

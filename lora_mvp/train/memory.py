@@ -128,6 +128,11 @@ def _configured_parts(folder: Path) -> dict:
                 read[name.replace("text_encoder", "tokenizer")] = _Tokenizer(config.max_position_embeddings)
     return read
 
+# %% ../../nbs/3_train/14_memory.ipynb #881a6eb1
+def _dtype(training: TrainingConfig, cuda: bool = False) -> torch.dtype:
+    "What a run computes in on a device."
+    return DTYPES[with_precision(training, "cuda" if cuda else "cpu").mixed_precision]
+
 # %% ../../nbs/3_train/14_memory.ipynb #37254c8e
 def skeleton(
     folder: Path,  # a pipeline in diffusers' layout; its weights are not needed
@@ -143,7 +148,7 @@ def skeleton(
         raise LoraMvpError(
             "base_unreadable", f"the configs in {folder} make no model: {reason}. Get the base again."
         ) from error
-    pipe, dtype = kind(**parts, **options), DTYPES[with_precision(training, "cpu").mixed_precision]
+    pipe, dtype = kind(**parts, **options), _dtype(training)
     for part in (pipe.unet, pipe.vae, *text_parts(pipe).values()):
         torch.nn.Module.to(part, family_of(pipe).vae_dtype or dtype if part is pipe.vae else dtype)
         part.requires_grad_(False).eval()
@@ -154,8 +159,7 @@ def skeleton(
 def counted(pipe, training: TrainingConfig, cuda: bool) -> Iterator[LiveBytes]:
     "Count what is made inside, beside the weights, as if on the device."
     modules = (pipe.unet, pipe.vae, *text_parts(pipe).values())
-    dtype = DTYPES[with_precision(training, "cuda" if cuda else "cpu").mixed_precision]
-    with torch.device("meta"), OnDevice(dtype, cuda), LiveBytes(*modules) as live:
+    with torch.device("meta"), OnDevice(_dtype(training, cuda), cuda), LiveBytes(*modules) as live:
         yield live
 
 # %% ../../nbs/3_train/14_memory.ipynb #bdbdd395
@@ -175,7 +179,7 @@ def unet_inputs(
 def _set_checkpointing(unet: UNet2DConditionModel, training: TrainingConfig, cuda: bool) -> None:
     "As training does; the backward pass computes checkpointed blocks once more, on the same made-up device."
     if training.gradient_checkpointing:
-        again = OnDevice(DTYPES[with_precision(training, "cuda" if cuda else "cpu").mixed_precision], cuda)
+        again = OnDevice(_dtype(training, cuda), cuda)
         contexts = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
         unet.enable_gradient_checkpointing(contexts)
     else:

@@ -28,7 +28,7 @@ from ..data.steps import Plan
 from ..errors import LoraMvpError
 from ..files import atomic_write, file_sha256, read_record, save_png
 from ..models.adapters import WEIGHTS, save_adapter
-from ..models.base import DTYPES, base_hash, base_revision, load_base, with_precision
+from ..models.base import DTYPES, base_hash, base_revision, load_base
 from ..models.exports import export_fused
 from ..models.kohya import write_kohya
 from ..models.proof import Certificate, certify
@@ -201,6 +201,13 @@ def save_exchange(ending: FinishedRun) -> None:
         certify(network.pipe, folder.adapter, folder.kohya)
     network.release()
 
+# %% ../../nbs/3_train/12_results.ipynb #e1424b7e
+def refuse_other_base(folder: RunFolder, record: RunRecord, found: str) -> None:
+    "Raise `LoraMvpError` (`base_has_changed`) unless a base of this hash is the one that the run was trained on."
+    if found != record.base_sha256:
+        text = f"{record.base} is not the base of {folder.record} any more: its weights have changed."
+        raise LoraMvpError("base_has_changed", text)
+
 # %% ../../nbs/3_train/12_results.ipynb #88da3273
 def save_pipeline(ending: FinishedRun) -> None:
     "The base in its own precision with the adapter fused in; `model_index.json` comes last. `LoraMvpError` (`base_has_changed`)."
@@ -208,10 +215,7 @@ def save_pipeline(ending: FinishedRun) -> None:
     staged = folder.root / ".pipeline"
     shutil.rmtree(staged, ignore_errors=True)
     pipe = load_base(t.pretrained_model, dtype=None, revision=t.revision, vae=t.vae)
-    precision = with_precision(t, "cuda" if torch.cuda.is_available() else "cpu").mixed_precision
-    if base_hash(pipe, DTYPES[precision]) != ending.record.base_sha256:
-        text = f"{t.pretrained_model} is not the base of {folder.record} any more: its weights have changed."
-        raise LoraMvpError("base_has_changed", text)
+    refuse_other_base(folder, ending.record, base_hash(pipe, DTYPES[t.mixed_precision]))
     pipe.scheduler = sampling_scheduler(pipe.scheduler, t.zero_terminal_snr)
     export_fused(pipe, folder.adapter, staged)
     for part in sorted(staged.iterdir(), key=lambda path: path.name == folder.pipeline.name):
@@ -277,6 +281,7 @@ def finish_run(
     seconds: float,  # in the steps of this process
 ) -> None:
     "Write everything that a finished run leaves: what it is first, then what is made from that."
+    config = config.model_copy(update={"training": network.settings})  # with the precision that was computed in
     record, folder = save_result(config, manifest, network, data, state, seconds), RunFolder(config.training.output_dir)
     write_forms(
         FinishedRun(folder, record, config, lambda: manifest, lambda: network), missing_forms(folder, config.training)
