@@ -235,7 +235,7 @@ def test_masks_captions_and_repeats_reach_the_training(tmp_path, small_run):
     assert batch.masks.shape == (4, 1, 16, 16) and set(batch.masks.unique().tolist()) <= {0.25, 1.0}
     assert {"one", "two"} <= set(trainer.data.texts.rows)
     error = trainer.micro_losses(stream, 0, 0)
-    stream.images.masks = None
+    stream.images.least = None
     assert error.isfinite().all() and not error.equal(trainer.micro_losses(stream, 0, 0))
 
 

@@ -163,6 +163,6 @@ def fixed_noise_losses(
         noisy, target = noisy_and_target(network.noise, latents, noise, timesteps)
         ids = None if time_ids is None else time_ids.expand(grid, -1)
         prediction = network.predict(noisy, timesteps, [caption] * grid, ids)
-        masks = data.masks[i][:1].expand(grid, -1, -1, -1).to(network.device) if data.masks else None
+        masks = None if data.least is None else data.mask(i, 0).expand(grid, -1, -1, -1).to(network.device)
         losses.append(float(image_losses(prediction, target.to(network.device), masks=masks).mean()))
     return losses

@@ -95,9 +95,9 @@ def text_facts(pipe: DiffusionPipeline) -> dict:
 @torch.no_grad()
 def embed_caption(
     pipe: DiffusionPipeline, caption: str
-) -> dict[str, torch.Tensor]:  # float32, without the batch dimension
+) -> dict[str, torch.Tensor]:  # as the encoders compute, without the batch dimension
     "The embeddings of one caption."
-    return {name: tensor[0].float().cpu() for name, tensor in encode_text(pipe, [caption]).items()}
+    return {name: tensor[0].cpu() for name, tensor in encode_text(pipe, [caption]).items()}
 
 # %% ../../nbs/3_train/03_texts.ipynb #84fe67c6
 log = logging.getLogger("lora_mvp")
