@@ -9,17 +9,19 @@ __all__ = []
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, save
 
 from ..config import TrainingConfig
 from ..data.manifest import Manifest
 from ..errors import LoraMvpError
 from ..files import atomic_write
+from ..models.headers import read_header
+from .known import KnownFiles, state_of
 
 # %% ../../nbs/3_train/02_cache.ipynb #58ef3ecb
 def checksum(
@@ -50,33 +52,44 @@ def unpack_tensors(
     return tensors
 
 # %% ../../nbs/3_train/02_cache.ipynb #db22f1ea
-class OnDisk:
-    "An entry that is opened each time it is used; raises `LoraMvpError` (`cache_lost`) when it is not there any more."
+KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+KINDS |= {"I64": torch.int64, "U8": torch.uint8}
+
+
+class OnDisk(Mapping):
+    "An entry that is mapped while it is used; raises `LoraMvpError` (`cache_lost`) when its file is not what it was."
 
     def __init__(
         self,
-        path: Path,
-        names: tuple[str, ...],  # of its tensors
+        path: Path,  # of a file in safetensors' layout
     ):
-        self.path, self.names = path, names
+        self.path, self.tensors = str(path), read_header(path).tensors
+        self.size = max(entry.end for entry in self.tensors.values())
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        entry = self.tensors[name]
         try:
-            return load_file(self.path)[name]
-        except (OSError, SafetensorError) as e:
-            text = f"{self.path} was there when training began and cannot be read any more ({e}). Go on with --resume: it is encoded again."
+            if os.stat(self.path).st_size != self.size:
+                raise OSError("it has another size")
+            storage = torch.UntypedStorage.from_file(self.path, False, self.size)
+        except (OSError, RuntimeError) as e:
+            text = f"{self.path} was there when training began and cannot be read now ({e}). Go on with --resume: it is encoded again."
             raise LoraMvpError("cache_lost", text) from e
+        content = torch.empty(0, dtype=torch.uint8).set_(storage, entry.start, (entry.end - entry.start,))
+        return content.view(KINDS[entry.dtype]).reshape(entry.shape)
 
 
-Entry = dict[str, torch.Tensor] | OnDisk
+Encoded = Mapping[str, torch.Tensor]  # in memory, or on the disk
 
 # %% ../../nbs/3_train/02_cache.ipynb #ea4f7e67
 log = logging.getLogger("lora_mvp")
 CACHE_FORMAT = 2  # raise it when this chapter encodes in another way: entries of before are then not found
-MAPPED = 10_000  # entries of a set that stay mapped
 
 
 class TensorCache:
@@ -85,8 +98,9 @@ class TensorCache:
     def __init__(
         self,
         folder: Path | None,  # None: nothing is kept
+        known: KnownFiles | None = None,
     ):
-        self.folder, self.writable = folder, True
+        self.folder, self.writable, self.known = folder, True, known or KnownFiles()
         self.found, self.made = 0, 0  # how many entries were there, how many were computed
 
     def get(
@@ -94,15 +108,38 @@ class TensorCache:
         facts: dict,  # ready for JSON: all that the tensors follow from
         make: Callable[..., dict[str, torch.Tensor]],  # computes them
         *args,  # of `make`
-    ) -> Entry:  # in memory only where nothing can be kept
+    ) -> Encoded:  # in memory only where nothing can be kept
         "The tensors for these facts, from the folder if they are there and whole, else from `make`."
-        key = hashlib.sha256(json.dumps({"format": CACHE_FORMAT, **facts}, sort_keys=True).encode()).hexdigest()
-        if self.is_whole(key):
-            self.found += 1
-            return self.open(key)
-        tensors = {name: tensor.contiguous() for name, tensor in make(*args).items()}
+        found = self.find(facts)
+        return self.keep(facts, make(*args)) if found is None else found
+
+    def find(
+        self,
+        facts: dict,
+    ) -> Encoded | None:
+        "The tensors for these facts, if they are in the folder and whole."
+        key = self.key(facts)
+        if not self.is_whole(key):
+            return None
+        self.found += 1
+        return OnDisk(self.path(key))
+
+    def keep(
+        self,
+        facts: dict,
+        tensors: dict[str, torch.Tensor],  # on the CPU
+    ) -> Encoded:
+        "What was computed, from now on in the folder."
+        key, tensors = self.key(facts), {name: tensor.contiguous() for name, tensor in tensors.items()}
         self.made += 1
-        return self.open(key) if self.write(key, tensors) else tensors
+        return OnDisk(self.path(key)) if self.write(key, tensors) else tensors
+
+    def key(
+        self,
+        facts: dict,
+    ) -> str:
+        "The name of an entry."
+        return hashlib.sha256(json.dumps({"format": CACHE_FORMAT, **facts}, sort_keys=True).encode()).hexdigest()
 
     def path(
         self,
@@ -119,21 +156,13 @@ class TensorCache:
         if self.folder is None:
             return False
         try:
-            unpack_tensors(self.path(key).read_bytes(), key)
+            path = self.path(key)
+            return self.known.ask("whole", [path], lambda: bool(unpack_tensors(path.read_bytes(), key)))
         except OSError:  # mostly: not there yet
             return False
         except ValueError as e:
             log.warning("the cache entry %s is damaged (%s): it is made again.", self.path(key), e)
             return False
-        return True
-
-    def open(
-        self,
-        key: str,
-    ) -> Entry:
-        "A whole entry, mapped."
-        tensors = load_file(self.path(key))
-        return tensors if self.found + self.made <= MAPPED else OnDisk(self.path(key), tuple(tensors))
 
     def write(
         self,
@@ -144,7 +173,8 @@ class TensorCache:
         if self.folder is None or not self.writable:
             return False
         try:
-            atomic_write(self.path(key), save(tensors, {"sha256": checksum(tensors, key)}))
+            path = atomic_write(self.path(key), save(tensors, {"sha256": checksum(tensors, key)}))
+            self.known.tell("whole", [path], state_of([path], written=True), True)
         except LoraMvpError as e:
             self.writable = False
             log.warning("encoded data cannot be kept in training.cache_dir, training goes on without: %s", e)
@@ -157,6 +187,14 @@ def cache_folder(
 ) -> Path:
     "Where encoded pictures and captions are kept: training.cache_dir, else beside the manifest."
     return Path(training.cache_dir) if training.cache_dir else manifest.folder / "cache"
+
+# %% ../../nbs/3_train/02_cache.ipynb #414cb243
+def known_files(
+    training: TrainingConfig,
+    manifest: Manifest,
+) -> KnownFiles:
+    "What earlier runs found out about files; it is kept with what they encoded."
+    return KnownFiles(cache_folder(training, manifest) / "known.json")
 
 # %% ../../nbs/3_train/02_cache.ipynb #fc5a5dd8
 def plain_config(config: dict) -> dict[str, str]:

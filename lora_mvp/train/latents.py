@@ -23,8 +23,9 @@ from ..data.storage import crop_box, crop_to
 from ..errors import LoraMvpError
 from ..models.base import weights_hash
 from ..models.families import family_of, granularity, time_ids
-from .cache import Entry, TensorCache, plain_config
-from .pictures import Source, checked_bytes, decode_picture, is_random, picture_variants
+from .cache import Encoded, TensorCache, plain_config
+from .known import KnownFiles
+from .pictures import Source, check_bytes, checked_bytes, decode_picture, is_random, picture_variants
 from .texts import draw_caption
 
 # %% ../../nbs/3_train/04_latents.ipynb #4fff9e80
@@ -45,7 +46,7 @@ class LatentSet:
 
     ids: list[str]
     captions: list[str]
-    entries: list[Entry]  # per picture, of `encode_one`
+    entries: list[Encoded]  # per picture, of `encode_one`
     scale: float = 1.0  # from the autoencoder's numbers to the UNet's
     time_ids: list[torch.Tensor] | None = None  # per picture (6,), for SDXL
     others: list[tuple[str, ...]] | None = None  # per picture, more captions
@@ -108,18 +109,19 @@ class LatentSet:
 def encode_one(
     pipe: DiffusionPipeline,
     source: Source,
-    data: bytes,  # of the source's file
     training: TrainingConfig,
     augmentations: list[str],
+    known: KnownFiles | None = None,
 ) -> dict[
     str, torch.Tensor
 ]:  # mean, std: (variants, channels, height, width), mask: one channel, 0 to 1; size: height, width of the picture
     "What is kept of one picture; `LoraMvpError` (`latent_not_finite`) where the autoencoder fails."
-    im, vae = decode_picture(data, source.path), pipe.vae
+    data, vae = checked_bytes(source.path, source.sha256, known), pipe.vae
+    im = decode_picture(data, source.path)
     height, width = frame_of(*im.size, training, granularity(pipe))
     image = as_array(crop_to(im, width, height))
     if training.masked_loss is not None and source.mask:
-        mask = decode_picture(checked_bytes(source.mask, source.mask_sha256), source.mask)
+        mask = decode_picture(checked_bytes(source.mask, source.mask_sha256, known), source.mask)
         image = np.concatenate([image, as_array(crop_to(mask, width, height))[:1]])
     variants = torch.from_numpy(picture_variants(image, augmentations, training.seed, source.sha256))
     posterior = vae.encode(variants[:, :3].to(vae.device, vae.dtype)).latent_dist
@@ -134,10 +136,13 @@ def encode_one(
     return found | masks
 
 # %% ../../nbs/3_train/04_latents.ipynb #4f00ed7a
-def vae_facts(pipe: DiffusionPipeline) -> dict:
+def vae_facts(
+    pipe: DiffusionPipeline,
+    parts: dict[str, str] | None = None,  # `part_hashes` of the base, where they are known
+) -> dict:
     "What a latent follows from on the side of the base."
     return {
-        "vae": weights_hash(pipe.vae),
+        "vae": parts["vae"] if parts else weights_hash(pipe.vae),
         "config": plain_config(pipe.vae.config),
         "dtype": str(pipe.vae.dtype),
         "device": pipe.vae.device.type,
@@ -178,6 +183,25 @@ def warn_of_squares(
         hint = "to keep their shapes, run `lora-mvp prepare-data --no-copy`"
         log.warning("training.aspect_buckets has no effect: all %d pictures are square; %s", len(sizes), hint)
 
+# %% ../../nbs/3_train/04_latents.ipynb #6cae464c
+def encoded(
+    store: TensorCache,
+    common: dict,  # `vae_facts`
+    pipe: DiffusionPipeline,
+    source: Source,
+    training: TrainingConfig,
+    augmentations: list[str],
+) -> Encoded:
+    "A picture's entry, found or made; `LoraMvpError` (`image_changed`) when picture or mask are not the manifest's."
+    facts = common | image_facts(source, training, augmentations)
+    entry = store.find(facts)
+    if entry is None:
+        return store.keep(facts, encode_one(pipe, source, training, augmentations, store.known))
+    check_bytes(source.path, source.sha256, store.known)
+    if "mask" in facts:
+        check_bytes(source.mask, source.mask_sha256, store.known)
+    return entry
+
 # %% ../../nbs/3_train/04_latents.ipynb #1ea65be0
 def encode_images(
     pipe: DiffusionPipeline,
@@ -185,15 +209,14 @@ def encode_images(
     training: TrainingConfig,
     augmentations: list[str],  # [] for validation
     cache: Path | None,  # from `cache_folder`; None: nothing is kept
+    known: KnownFiles | None = None,
+    parts: dict[str, str] | None = None,  # `part_hashes` of the base, where they are known
 ) -> LatentSet:
     "Encode pictures with the base's autoencoder, or read them back."
-    store = TensorCache(cache / "latents" if cache else None)
-    common = vae_facts(pipe) if cache else {}
-    entries = []
-    for source in tqdm(sources, desc="encode", unit="image", leave=False, disable=None):
-        data = checked_bytes(source.path, source.sha256)
-        facts = common | image_facts(source, training, augmentations)
-        entries.append(store.get(facts, encode_one, pipe, source, data, training, augmentations))
+    store = TensorCache(cache / "latents" if cache else None, known)
+    common = vae_facts(pipe, parts) if cache else {}
+    seen = tqdm(sources, desc="encode", unit="image", leave=False, disable=None)
+    entries = [encoded(store, common, pipe, source, training, augmentations) for source in seen]
     log.info("latents: %d pictures encoded, %d read from the cache", store.made, store.found)
     sizes = [tuple(e["size"].tolist()) for e in entries]
     if training.aspect_buckets:

@@ -26,6 +26,7 @@ from ..files import atomic_write, save_png
 from ..models.base import find_base, with_precision
 from ..models.families import text_parts
 from ..screen import Progress
+from .cache import known_files
 from .checkpoints import checkpoints, disk_trouble, find_resume, load_checkpoint, save_checkpoint, step_of
 from .curves import StepReport, ValidationRow, append_row, best_step, table_csv, validation_rows
 from .endings import finish_forms
@@ -126,9 +127,10 @@ class Trainer:
         identity = checked_identity(config, manifest) if identity is None else identity
         self.config, self.manifest, self.folder = config, manifest, RunFolder(config.training.output_dir)
         self.accelerator = start_accelerator(config.training.mixed_precision)
-        self.network = Network(config.training, self.accelerator)
+        self.network = Network(config.training, self.accelerator, known_files(config.training, manifest))
         with visit([self.network.pipe.vae, *text_parts(self.network.pipe).values()], self.network.device):
-            self.data = load_data(self.network.pipe, config, manifest)
+            self.data = load_data(self.network.pipe, config, manifest, self.network.known, self.network.parts)
+        self.network.known.save()
         self.network.park(self.data.texts)
         self.marks = marks_of(self.network, self.data, config, manifest)
         self.updates, self.state = Updates(self.network), RunState()

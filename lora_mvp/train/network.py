@@ -6,8 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/3_train/10_network.ipynb #5ede647b
+import json
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
+from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -15,11 +18,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from .. import __version__
 from ..config import EvaluationConfig, TrainingConfig, derive_seed
-from ..models.base import DTYPES, base_hash, load_base, with_precision
+from ..models.base import DTYPES, base_files, joint_hash, load_base, part_hashes, with_precision
 from ..models.drawing import sample
-from ..models.families import encode_text, text_parts, unet_arguments
+from ..models.families import Pipeline, encode_text, text_parts, unet_arguments
 from ..models.kernels import lean
+from .known import KnownFiles, state_of
 from .latents import Batch, LatentSet
 from lora_mvp.train.objectives import (
     draw_noise,
@@ -50,16 +55,33 @@ def visit(modules: list[torch.nn.Module], device: torch.device):
         for module in modules:
             module.to("cpu")
 
+# %% ../../nbs/3_train/10_network.ipynb #b1eb6b86
+def known_base(
+    known: KnownFiles,
+    t: TrainingConfig,  # its mixed_precision is decided
+    load: Callable[[], Pipeline],  # the base of these settings, in any precision
+) -> tuple[Pipeline, dict[str, str]]:  # the base, and `part_hashes` in the precision of the run
+    "Load a base; its weights are hashed only where its files are not known."
+    place = (t.pretrained_model, t.revision, t.vae)
+    files = base_files(*place)
+    before, pipe = state_of(files), load()
+    if base_files(*place) != files:  # some were fetched, or have appeared
+        before = None
+    programs = [__version__, *(version(name) for name in ("torch", "diffusers", "transformers"))]
+    question = json.dumps(["weights", t.mixed_precision, *programs])
+    return pipe, known.ask(question, files, lambda: part_hashes(pipe, DTYPES[t.mixed_precision]), before)
+
 # %% ../../nbs/3_train/10_network.ipynb #be144c01
 class Network:
     "A base, later with its adapter, whose parts are on the device of a run while they are used."
 
-    def __init__(self, t: TrainingConfig, accelerator: Accelerator):
+    def __init__(self, t: TrainingConfig, accelerator: Accelerator, known: KnownFiles | None = None):
         t = with_precision(t, accelerator.device.type)
         self.settings, self.accelerator = t, accelerator
         self.device, self.dtype = accelerator.device, DTYPES[t.mixed_precision]
-        self.pipe = load_base(t.pretrained_model, dtype=self.dtype, revision=t.revision, vae=t.vae)  # on the CPU
-        self.base_hash = base_hash(self.pipe)
+        self.known, how = known or KnownFiles(), {"dtype": self.dtype, "revision": t.revision, "vae": t.vae}
+        self.pipe, self.parts = known_base(self.known, t, lambda: load_base(t.pretrained_model, **how))  # on the CPU
+        self.base_hash = joint_hash(self.parts)
         self.noise = noise_schedule(self.pipe.scheduler, t)
         self.pipe.scheduler = sampling_scheduler(self.pipe.scheduler, t.zero_terminal_snr)
         self.texts: TextTable | None = None  # None: captions are encoded each time

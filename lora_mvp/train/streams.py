@@ -15,6 +15,7 @@ from ..config import AppConfig, TrainingConfig, derive_seed
 from ..data.manifest import Manifest
 from ..data.steps import Plan
 from .cache import cache_folder
+from .known import KnownFiles
 from .latents import LatentSet, encode_images
 from .pictures import photo_warning, regularization_sources, sources, with_masks
 from .texts import TextTable, caption_variants
@@ -49,22 +50,27 @@ class TrainingData:
 log = logging.getLogger("lora_mvp")
 
 
-def load_data(pipe: DiffusionPipeline, config: AppConfig, manifest: Manifest) -> TrainingData:
+def load_data(
+    pipe: DiffusionPipeline,
+    config: AppConfig,
+    manifest: Manifest,
+    known: KnownFiles | None = None,  # gets what is found out on the way
+    parts: dict[str, str] | None = None,  # `part_hashes` of the base, where they are known
+) -> TrainingData:
     "Encode the images of all streams and of validation, and every caption that may be drawn."
-    t, cache = config.training, cache_folder(config.training, manifest)
+    t, known = config.training, known or KnownFiles()
+    how = (cache_folder(t, manifest), known, parts)
     train, val = (with_masks(sources(manifest, split), manifest) for split in ("train", "val"))
-    photos = photo_warning(train, t.pretrained_model)
-    if photos:
+    if photos := photo_warning(train, t.pretrained_model, known):
         log.warning("%s", photos)
-    prior = regularization_sources(t.regularization_dir, t.regularization_prompt) if t.regularization_dir else []
-    train_set = encode_images(pipe, train, t, config.data.augmentations, cache)
+    folder, prompt = t.regularization_dir, t.regularization_prompt
+    prior = regularization_sources(folder, prompt, known) if folder else []
+    train_set = encode_images(pipe, train, t, config.data.augmentations, *how)
     plan = Plan(train_set.shapes, t.batch_size, t.seed, [s.repeats for s in train])
     streams = [Stream(train_set, plan, 1.0, t.seed)]
-    if prior:
-        streams.append(prior_stream(encode_images(pipe, prior, t, [], cache), t))
-    val_set = encode_images(pipe, val, t, [], cache) if val else None
-    texts = None
+    streams += [prior_stream(encode_images(pipe, prior, t, [], *how), t)] if prior else []
+    val_set, texts = encode_images(pipe, val, t, [], *how) if val else None, None
     if t.text_encoder_learning_rate is None:
         drawn = [variant for s in train + prior for variant in caption_variants([s.caption, *s.others], t)]
-        texts = TextTable(pipe, [*drawn, *(s.caption for s in val)], cache)
+        texts = TextTable(pipe, [*drawn, *(s.caption for s in val)], *how)
     return TrainingData(streams, val_set, texts, [[s.sha256, s.caption] for s in prior])
