@@ -69,10 +69,10 @@ def begun(drawings, small_run, tmp_path, monkeypatch):
         "regularization_dir": tmp_path / "class",
         "max_train_steps": 5,
     }
-    settings |= {"regularization_prompt": "square", "sample_every": 0, "save_pipeline": True}
+    settings |= {"regularization_prompt": "square", "sample_every": 0}
 
-    def go(name="run", **how):
-        config = load_config(overrides=small_run(tmp_path / name, **settings))
+    def go(name="run", pipeline=False, **how):
+        config = load_config(overrides=small_run(tmp_path / name, save_pipeline=pipeline, **settings))
         return train(config, tmp_path / "data" / "manifest.json", progress=False, **how)
 
     with pytest.raises(KeyboardInterrupt):
@@ -106,7 +106,7 @@ def test_a_resumed_run_reads_and_hashes_nothing_that_has_not_changed(begun, hash
 
     (begun.root / "data" / "cache" / "known.json").unlink()
     hashed.clear()
-    fresh = begun("fresh")
+    fresh = begun("fresh", pipeline=True)
     assert (begun.root / "fresh" / "model_index.json").is_file()  # for which the base was loaded again
     whole = hashed.pop("models.base")
     part_hashes(load_base("tiny"))
