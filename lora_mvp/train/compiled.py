@@ -15,7 +15,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 
 from ..errors import LoraMvpError
-from .network import Network, Question, answer_losses
+from .network import Asked, Network, answer_losses
 
 # %% ../../nbs/3_train/10a_compiled.ipynb #9744e4d3
 def switched(block: torch.nn.Module, plain, compiled, *args, **kwargs):
@@ -49,7 +49,7 @@ def stir(params: list[torch.nn.Parameter]) -> None:
         parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 # %% ../../nbs/3_train/10a_compiled.ipynb #d7dc96bf
-def gradients(network: Network, params: list[torch.nn.Parameter], question: Question) -> list[torch.Tensor]:
+def gradients(network: Network, params: list[torch.nn.Parameter], question: Asked) -> list[torch.Tensor]:
     "What a question teaches each parameter; gradients are left empty."
     network.set_mode(True)
     (1024 * answer_losses(network, question).mean()).backward()  # larger, so that half precision loses none
@@ -74,7 +74,7 @@ log = logging.getLogger("lora_mvp")
 ROUNDING = {"no": 1e-3, "bf16": 0.2, "fp16": 0.2}  # how far gradients may be apart; a wrong block is at 1
 
 
-def compare_compiled(network: Network, params: list[torch.nn.Parameter], question: Question, backend) -> float:
+def compare_compiled(network: Network, params: list[torch.nn.Parameter], question: Asked, backend) -> float:
     "How far compiled gradients are from plain ones; `LoraMvpError` (`compile_failed`) where there are none."
     with torch.compiler.set_stance("force_eager"):
         plain = gradients(network, params, question)
@@ -93,7 +93,7 @@ def compare_compiled(network: Network, params: list[torch.nn.Parameter], questio
 def compile_checked(
     network: Network,
     params: list[torch.nn.Parameter],  # of the adapter; as they were, afterwards
-    question: Question,
+    question: Asked,
     backend="inductor",  # of torch.compile
 ) -> float:  # how far the gradients are apart
     "Compile the denoiser's blocks; `LoraMvpError` where that fails (`compile_failed`) or they learn something else (`compile_wrong`)."

@@ -34,7 +34,7 @@ from .curves import StepReport, ValidationRow, append_row, best_step, table_csv,
 from .endings import finish_forms
 from .foresight import check_disk, check_names, disk_need, held_bytes
 from .marks import is_due, mark_losses, mark_pictures, marks_of
-from .network import Network, Question, answer_losses, pose, start_accelerator, visit
+from .network import Asked, Network, answer_losses, pose, start_accelerator, visit
 from .owner import Claim, claimed
 from .results import RunState, finish_run, finished_run
 from lora_mvp.train.runs import (
@@ -146,7 +146,7 @@ class Trainer:
         self.claim: Claim | None = None  # on the folder, where there is one
         self.again = "--resume"  # how the command goes on
         self.saved, self.whole = 0, True  # the step of the newest checkpoint; whether no step is half done
-        self.ahead: dict[tuple[int, int, int], Question] = {}  # the next one, by its place
+        self.ahead: dict[tuple[int, int, int], Asked] = {}  # the next one, by its place
         self.stop, self.asked = threading.Event(), False  # to stop: this process; as the last step knew it, any
         processes, regularization = self.accelerator.num_processes, self.data.regularization
         self.identity = identity | base_identity(self.network.base_hash, regularization, processes)
@@ -167,14 +167,14 @@ class Trainer:
         own = range(self.accelerator.process_index, self.window, self.accelerator.num_processes)
         return [(number, step, micro) for number in range(len(self.data.streams)) for micro in own]
 
-    def question(self, number: int, step: int, micro: int) -> Question:
+    def question(self, number: int, step: int, micro: int) -> Asked:
         "What is asked about a stream's batch, the micro-batch `micro` of a step."
         stream = self.data.streams[number]
         indices = stream.plan.batch(step * self.window + micro)
         batch = stream.images.draw(indices, stream.seed, step, micro, self.config.training)
         return pose(self.network, batch, stream.seed, step, micro)
 
-    def learn(self) -> tuple[torch.Tensor, list[tuple[Question, torch.Tensor]]]:  # the loss; each batch and its losses
+    def learn(self) -> tuple[torch.Tensor, list[tuple[Asked, torch.Tensor]]]:  # the loss; each batch and its losses
         "The gradients of a step, each batch prepared while the device is at work on the one before."
         step, first, answered = self.state.step, self.state.step * self.window, []
         total = torch.zeros((), device=self.network.device)
@@ -191,7 +191,7 @@ class Trainer:
             self.ahead = {following: self.question(*following)}
         return total, answered
 
-    def refuse_loss(self, loss: float, answered: list[tuple[Question, torch.Tensor]]) -> None:
+    def refuse_loss(self, loss: float, answered: list[tuple[Asked, torch.Tensor]]) -> None:
         "Raise `LoraMvpError` (`loss_not_finite`) for NaN or infinity, with the images that gave it."
         if isfinite(loss):
             return

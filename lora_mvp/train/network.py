@@ -59,7 +59,9 @@ def sent(value: torch.Tensor | None, device: torch.device, dtype: torch.dtype | 
     value = value.to(dtype or value.dtype)
     if value.device.type == device.type:
         return value
-    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+    if device.type != "cuda":
+        return value.to(device)
+    return value.contiguous().pin_memory().to(device, non_blocking=True)  # an expanded one cannot be pinned
 
 # %% ../../nbs/3_train/10_network.ipynb #a95e3213
 def channels_last(t: TrainingConfig, device: str) -> bool:
@@ -144,7 +146,7 @@ class Network:
 
 # %% ../../nbs/3_train/10_network.ipynb #38ebd0f4
 @dataclass
-class Question:
+class Asked:
     "What the network is asked about a micro-batch: all that does not follow from the adapter, on the device of the run."
 
     ids: list[str]  # of the images
@@ -166,13 +168,13 @@ def pose(
     seed: int,  # of the stream
     step: int,  # optimizer steps done
     micro: int,  # the micro-batch within the step
-) -> Question:
+) -> Asked:
     "The question about a batch, at noise and timesteps that follow from (seed, step, micro)."
     t, device, T = network.settings, network.device, len(network.noise.alphas_cumprod)
     noise, timesteps = draw_noise(seed, step, micro, batch.latents.shape, T, t.noise_offset)
     noisy, target = noisy_and_target(network.noise, batch.latents, noise, timesteps)
     weights = min_snr_weights(network.noise, timesteps, t.snr_gamma) if t.snr_gamma else None
-    return Question(
+    return Asked(
         ids=batch.ids,
         timesteps=timesteps,
         times=sent(timesteps, device),
@@ -187,7 +189,7 @@ def pose(
     )
 
 # %% ../../nbs/3_train/10_network.ipynb #a8512d76
-def answer_losses(network: Network, question: Question) -> torch.Tensor:  # (images,), on the device
+def answer_losses(network: Network, question: Asked) -> torch.Tensor:  # (images,), on the device
     "The loss of each image; nothing here waits for the device."
     torch.manual_seed(question.dropout)
     embeds = question.embeds or network.embed(question.captions)
