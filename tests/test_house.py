@@ -232,7 +232,6 @@ LONG_CELLS = {
     "6_api/tokens",
     "1_data/steps",
     "1_data/curator",
-    "3_train/network",
     "6_api/backend",
     "5_eval/selection",
 }  # chapters around a class that is longer than a screen; the list may only become shorter

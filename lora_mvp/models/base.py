@@ -163,6 +163,11 @@ def read_pipeline(
 # %% ../../nbs/2_models/05_base.ipynb #d4f4768a
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of `training.mixed_precision`
 
+# %% ../../nbs/2_models/05_base.ipynb #458d5552
+def usual_device() -> str:  # cuda, mps or cpu
+    "Where this machine computes when nothing else is said: on its GPU, Apple's too, else on its CPU."
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
 # %% ../../nbs/2_models/05_base.ipynb #7e5483ee
 def with_precision(
     t: TrainingConfig,

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from importlib.metadata import version
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -71,6 +72,23 @@ def known_base(
     question = json.dumps(["weights", t.mixed_precision, *programs])
     return pipe, known.ask(question, files, lambda: part_hashes(pipe, DTYPES[t.mixed_precision]), before)
 
+# %% ../../nbs/3_train/10_network.ipynb #65b256c6
+def sent(value: torch.Tensor | None, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+    "A tensor on its way to the device, in `dtype` if given; on CUDA the host does not wait for it."
+    if value is None:
+        return None
+    value = value.to(dtype or value.dtype)
+    if value.device.type == device.type:
+        return value
+    if device.type != "cuda":
+        return value.to(device)
+    return value.contiguous().pin_memory().to(device, non_blocking=True)  # an expanded one cannot be pinned
+
+# %% ../../nbs/3_train/10_network.ipynb #a95e3213
+def channels_last(t: TrainingConfig, device: str) -> bool:
+    "Whether the UNet's weights lie with the channels last; `device`: cpu, cuda or mps."
+    return device == "cuda" or t.compile or (device == "cpu" and t.batch_size == 1)
+
 # %% ../../nbs/3_train/10_network.ipynb #be144c01
 class Network:
     "A base, later with its adapter, whose parts are on the device of a run while they are used."
@@ -109,7 +127,7 @@ class Network:
         "Kernels, memory layout and gradient checkpointing, once the adapter is part of the network."
         t, pipe = self.settings, self.pipe
         lean(pipe)
-        if self.device.type == "cpu" and t.batch_size == 1:  # oneDNN's convolutions: 5 % faster, slower from 4 on
+        if channels_last(t, self.device.type):
             pipe.unet.to(memory_format=torch.channels_last)
         if t.gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
@@ -123,18 +141,23 @@ class Network:
                 module.train(training)
 
     def embed(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        "Caption embeddings: from the table, or from the text encoders while these are trained."
-        embeds = self.texts[captions] if self.texts else encode_text(self.pipe, captions)
-        return {name: value.to(self.device, self.dtype) for name, value in embeds.items()}
+        "Caption embeddings on the device: from the table, or from the text encoders while these are trained."
+        with self.accelerator.autocast():
+            embeds = self.texts[captions] if self.texts else encode_text(self.pipe, captions)
+        return {name: sent(value, self.device, self.dtype) for name, value in embeds.items()}
 
     def predict(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, captions: list[str], time_ids: torch.Tensor | None
+        self,
+        noisy: torch.Tensor,  # (batch, channels, height, width)
+        timesteps: torch.Tensor,  # (batch,)
+        embeds: dict[str, torch.Tensor],  # of `embed`
+        time_ids: torch.Tensor | None,  # (batch, 6) for SDXL
     ) -> torch.Tensor:  # like `noisy`
         "What the network answers."
+        arguments = unet_arguments(self.pipe, embeds, sent(time_ids, self.device))
+        noisy, timesteps = sent(noisy, self.device, self.dtype), sent(timesteps, self.device)
         with self.accelerator.autocast():
-            ids = None if time_ids is None else time_ids.to(self.device)
-            arguments = unet_arguments(self.pipe, self.embed(captions), ids)
-            return self.pipe.unet(noisy.to(self.device, self.dtype), timesteps.to(self.device), **arguments).sample
+            return self.pipe.unet(noisy, timesteps, **arguments).sample
 
     def draw(self, prompts: list[str], e: EvaluationConfig) -> list[Image.Image]:
         "A picture per prompt, all from the same seed."
@@ -142,6 +165,58 @@ class Network:
         with visit(self.parked, self.device), self.accelerator.autocast():
             seeds, size = [e.seed] * len(prompts), self.settings.resolution
             return sample(self.pipe, prompts, seeds, e.num_inference_steps, e.guidance_scale, size)
+
+# %% ../../nbs/3_train/10_network.ipynb #38ebd0f4
+@dataclass
+class Asked:
+    "What the network is asked about a micro-batch: all that does not follow from the adapter, on the device of the run."
+
+    ids: list[str]  # of the images
+    timesteps: torch.Tensor  # (images,), on the CPU
+    times: torch.Tensor  # the same
+    noisy: torch.Tensor  # (images, channels, height, width)
+    target: torch.Tensor  # like `noisy`, float32
+    captions: list[str]
+    embeds: dict[str, torch.Tensor] | None  # None: the text encoders are trained, and must be asked as well
+    time_ids: torch.Tensor | None  # (images, 6) for SDXL
+    weights: torch.Tensor | None  # (images,), of min-SNR
+    masks: torch.Tensor | None  # (images, 1, height, width)
+    dropout: int  # seed of the LoRA dropout
+
+# %% ../../nbs/3_train/10_network.ipynb #99febde6
+def pose(
+    network: Network,
+    batch: Batch,
+    seed: int,  # of the stream
+    step: int,  # optimizer steps done
+    micro: int,  # the micro-batch within the step
+) -> Asked:
+    "The question about a batch, at noise and timesteps that follow from (seed, step, micro)."
+    t, device, T = network.settings, network.device, len(network.noise.alphas_cumprod)
+    noise, timesteps = draw_noise(seed, step, micro, batch.latents.shape, T, t.noise_offset)
+    noisy, target = noisy_and_target(network.noise, batch.latents, noise, timesteps)
+    weights = min_snr_weights(network.noise, timesteps, t.snr_gamma) if t.snr_gamma else None
+    return Asked(
+        ids=batch.ids,
+        timesteps=timesteps,
+        times=sent(timesteps, device),
+        noisy=sent(noisy, device, network.dtype),
+        target=sent(target, device),
+        captions=batch.captions,
+        embeds=network.embed(batch.captions) if network.texts else None,
+        time_ids=sent(batch.time_ids, device),
+        weights=sent(weights, device),
+        masks=sent(batch.masks, device),
+        dropout=derive_seed(seed, "dropout", step, micro),
+    )
+
+# %% ../../nbs/3_train/10_network.ipynb #a8512d76
+def answer_losses(network: Network, question: Asked) -> torch.Tensor:  # (images,), on the device
+    "The loss of each image; nothing here waits for the device."
+    torch.manual_seed(question.dropout)
+    embeds = question.embeds or network.embed(question.captions)
+    prediction = network.predict(question.noisy, question.times, embeds, question.time_ids)
+    return image_losses(prediction, question.target, question.weights, question.masks)
 
 # %% ../../nbs/3_train/10_network.ipynb #9ec2379e
 def batch_losses(
@@ -151,15 +226,9 @@ def batch_losses(
     step: int,  # optimizer steps done
     micro: int,  # the micro-batch within the step
 ) -> tuple[torch.Tensor, torch.Tensor]:  # losses and timesteps, (images,)
-    "The loss of each image of a micro-batch, at noise and timesteps that follow from (seed, step, micro)."
-    t, T = network.settings, len(network.noise.alphas_cumprod)
-    noise, timesteps = draw_noise(seed, step, micro, batch.latents.shape, T, t.noise_offset)
-    noisy, target = noisy_and_target(network.noise, batch.latents, noise, timesteps)
-    torch.manual_seed(derive_seed(seed, "dropout", step, micro))
-    prediction = network.predict(noisy, timesteps, batch.captions, batch.time_ids)
-    weights = min_snr_weights(network.noise, timesteps, t.snr_gamma).to(network.device) if t.snr_gamma else None
-    masks = None if batch.masks is None else batch.masks.to(network.device)
-    return image_losses(prediction, target.to(network.device), weights, masks), timesteps
+    "The loss of each image of a micro-batch, as the trainer takes it."
+    question = pose(network, batch, seed, step, micro)
+    return answer_losses(network, question), question.timesteps
 
 # %% ../../nbs/3_train/10_network.ipynb #b333b1c7
 VALIDATION_IMAGES = 32  # at most, of each split: a mark must stay short beside the training between two of them
@@ -184,7 +253,7 @@ def fixed_noise_losses(
         noise, _ = draw_noise(seed, i, 0, latents.shape, T)
         noisy, target = noisy_and_target(network.noise, latents, noise, timesteps)
         ids = None if time_ids is None else time_ids.expand(grid, -1)
-        prediction = network.predict(noisy, timesteps, [caption] * grid, ids)
-        masks = None if data.least is None else data.mask(i, 0).expand(grid, -1, -1, -1).to(network.device)
-        losses.append(float(image_losses(prediction, target.to(network.device), masks=masks).mean()))
-    return losses
+        prediction = network.predict(noisy, timesteps, network.embed([caption] * grid), ids)
+        masks = None if data.least is None else sent(data.mask(i, 0).expand(grid, -1, -1, -1), network.device)
+        losses.append(image_losses(prediction, sent(target, network.device), masks=masks).mean())
+    return torch.stack(losses).tolist() if losses else []
