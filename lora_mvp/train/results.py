@@ -43,7 +43,7 @@ from lora_mvp.train.curves import (
     table_csv,
     validation_rows,
 )
-from .network import Network, visit
+from .network import Network
 from .objectives import sampling_scheduler
 from .runs import RunFolder, RunRecord, dataset_hash, read_run, remove_all, sample_files, sample_sheet
 from .streams import TrainingData
@@ -197,8 +197,7 @@ def save_exchange(ending: FinishedRun) -> None:
     network.set_mode(False)
     dtype = getattr(torch, ending.config.training.save_dtype)
     write_kohya(network.pipe, folder.kohya, training_facts(ending), dtype)
-    with visit([part for part in network.parked if part is not network.pipe.vae], network.device):
-        certify(network.pipe, folder.adapter, folder.kohya)
+    certify(network.pipe, folder.adapter, folder.kohya)
     network.release()
 
 # %% ../../nbs/3_train/12_results.ipynb #e1424b7e

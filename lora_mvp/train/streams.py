@@ -50,7 +50,7 @@ log = logging.getLogger("lora_mvp")
 
 
 def load_data(pipe: DiffusionPipeline, config: AppConfig, manifest: Manifest) -> TrainingData:
-    "Encode the images of all streams and of validation, and every caption that may be drawn."
+    "Encode the images of all streams and of validation, every caption that may be drawn, and the sample prompts."
     t, cache = config.training, cache_folder(config.training, manifest)
     train, val = (with_masks(sources(manifest, split), manifest) for split in ("train", "val"))
     photos = photo_warning(train, t.pretrained_model)
@@ -66,5 +66,6 @@ def load_data(pipe: DiffusionPipeline, config: AppConfig, manifest: Manifest) ->
     texts = None
     if t.text_encoder_learning_rate is None:
         drawn = [variant for s in train + prior for variant in caption_variants([s.caption, *s.others], t)]
-        texts = TextTable(pipe, [*drawn, *(s.caption for s in val)], cache)
+        shown = [*t.sample_prompts, ""] if t.sample_every != 0 else []  # and what is guided away from
+        texts = TextTable(pipe, [*drawn, *(s.caption for s in val), *shown], cache)
     return TrainingData(streams, val_set, texts, [[s.sha256, s.caption] for s in prior])
