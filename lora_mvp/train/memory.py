@@ -187,12 +187,14 @@ def _set_checkpointing(pipe, training: TrainingConfig, cuda: bool) -> None:
     "As training does; the backward pass computes checkpointed blocks once more, on the same made-up device."
     again = OnDevice(_dtype(training, cuda), cuda)
     how = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again)}
+    learning = text_parts(pipe).values() if training.text_encoder_learning_rate is not None else ()
     if not training.gradient_checkpointing:
-        for part in (pipe.unet, *text_parts(pipe).values()):
-            part.disable_gradient_checkpointing() if part is pipe.unet else part.gradient_checkpointing_disable()
+        pipe.unet.disable_gradient_checkpointing()
+        for encoder in (part for part in learning if part.is_gradient_checkpointing):
+            encoder.gradient_checkpointing_disable()
         return
     pipe.unet.enable_gradient_checkpointing(partial(checkpoint, **how))
-    for encoder in text_parts(pipe).values():  # without effect in those that are not trained
+    for encoder in learning:
         encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
 # %% ../../nbs/3_train/14_memory.ipynb #1c09cc40
@@ -367,8 +369,7 @@ class MemoryEstimate:
 
     def _phase(self, name: str, t: TrainingConfig, working: float) -> Phase:
         pipe, adapters = self.pipe(t)
-        fused = name == "pipeline"
-        weights = self._fused(t) if fused else frozen_bytes(*self.parts(t)[name])
+        weights = self._fused(t) if name == "pipeline" else frozen_bytes(*self.parts(t)[name])
         program = PROGRAM[self.device] + WASTE[self.device] * working
         return Phase(name, weights, COPIES[name] * adapter_bytes(adapters), working, program)
 
@@ -416,7 +417,8 @@ class MemoryEstimate:
     def host(self, t: TrainingConfig) -> float:
         "What a run on a GPU holds in the CPU's memory at most: the base as it is read, or as it is written."
         pipe, _ = self.pipe(t)
-        return PROGRAM["cpu"] + max(frozen_bytes(*networks(pipe).values()), self._fused(t) if t.save_pipeline else 0)
+        written = self._fused(t) if t.save_pipeline else 0
+        return PROGRAM["cpu"] + max(frozen_bytes(*networks(pipe).values()), written)
 
 # %% ../../nbs/3_train/14_memory.ipynb #046ede33
 def phase_table(found: list[Phase]) -> str:
