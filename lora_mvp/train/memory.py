@@ -380,8 +380,7 @@ class MemoryEstimate:
 
     def beside(self, t: TrainingConfig) -> float:
         "What decoding needs with the UNet on the device as well, in bytes."
-        t = with_precision(t, self.device)
-        need = self._phase("decode", t, self.working(t)["decode"]).total
+        need = next(phase.total for phase in self.phases(t) if phase.name == "decode")
         return need + (frozen_bytes(self.pipe(t)[0].unet) if self.cuda else 0)
 
     def _fused(self, t: TrainingConfig) -> int:
@@ -409,9 +408,8 @@ class MemoryEstimate:
             drawn = min(len(t.sample_prompts) or DRAWN, DRAWN, max(1, room // 2))
             found["sample"] = once(f"draw {drawn}", keys=drawing, make=lambda: self._draw(t, drawn))
             found["decode"] = once("decode", keys=precision, make=lambda: decoding_bytes(pipe, size))
-        proof = once("certify", keys=self.MODEL, make=lambda: proving_bytes(pipe, self.cuda))
         files = 0 if self.cuda else 4 * adapter_bytes(adapters)  # what is read and compared is on the CPU
-        found["certify"] = max(proof, files)
+        found["certify"] = max(files, once("certify", keys=self.MODEL, make=lambda: proving_bytes(pipe, self.cuda)))
         return found | ({"pipeline": found["certify"]} if t.save_pipeline and not self.cuda else {})
 
     def host(self, t: TrainingConfig) -> float:
