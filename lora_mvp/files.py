@@ -9,7 +9,6 @@ __all__ = []
 import contextlib
 import hashlib
 import io
-import logging
 import os
 import secrets
 import sys
@@ -205,17 +204,3 @@ def no_bars() -> Iterator[None]:
     finally:
         for library in shown:
             library.enable_progress_bar()
-
-# %% ../nbs/02_files.ipynb #65eabf1f
-@contextlib.contextmanager
-def no_remarks() -> Iterator[None]:
-    "Leave out what diffusers and transformers log below an error."
-    libraries = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    before = [library.level for library in libraries]
-    for library in libraries:
-        library.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for library, level in zip(libraries, before, strict=True):
-            library.setLevel(level)

@@ -83,7 +83,8 @@ def probe(pipe: Pipeline) -> dict[str, torch.Tensor]:
         embeds = encode_text(pipe, ["a photo of a red apple", "a house by the sea"])
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(2, pipe.unet.config.in_channels, 16, 16, generator=generator).to(pipe.unet.device)
-        asked = unet_arguments(pipe, embeds, time_ids((128, 128), (0, 0), (128, 128)))
+        there = {name: value.to(noise.device) for name, value in embeds.items()}  # the encoders may be elsewhere
+        asked = unet_arguments(pipe, there, time_ids((128, 128), (0, 0), (128, 128)))
         answer = pipe.unet(noise, torch.tensor([200, 800], device=noise.device), **asked).sample
     return {name: value.float().cpu() for name, value in {"unet": answer, **embeds}.items()}
 

@@ -37,7 +37,7 @@ from ..models.keys import beside_blocks
 from ..models.layouts import check_file, check_tokenizers, config_folder
 from ..models.views import tidy
 from .foresight import amount, disk_need
-from .memory import MemoryEstimate, advice, largest, skeleton
+from .memory import MemoryEstimate, advice, largest, skeleton, waiting_text
 from .objectives import noise_schedule
 from .pictures import photo_warning, picture_variants, regularization_sources, sources
 from .runs import RunFolder
@@ -403,7 +403,7 @@ def memory_findings(estimate: MemoryEstimate, t: TrainingConfig, memory: float |
         which = ", which is tight" if tight else ""
         yield Finding("warn" if tight else "ok", topic, f"{text}; {amount(memory)} are free{which}.")
     for phase in found:
-        yield Finding("ok", topic, f"{phase.name}: {amount(phase.total)}")
+        yield Finding("ok", topic, f"{phase.name}: {amount(phase.total)}{waiting_text(estimate, t, phase, memory)}")
     if estimate.cuda:
         host, free = estimate.host(t), cpu_memory()
         short = free is not None and host > free

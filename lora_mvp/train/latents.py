@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from torch.nn.functional import adaptive_avg_pool2d
 from tqdm.auto import tqdm
 
@@ -22,6 +22,7 @@ from ..data.steps import frame_of
 from ..data.storage import crop_box, crop_to
 from ..errors import LoraMvpError
 from ..models.base import weights_hash
+from ..models.drawing import VAE_PIXELS, together
 from ..models.families import family_of, granularity, time_ids
 from .cache import Encoded, TensorCache, plain_config
 from .known import KnownFiles
@@ -104,6 +105,22 @@ class LatentSet:
         "A picture without chance, for validation: its first variant's mean and its caption as written."
         return self.mean(i, 0), self.captions[i], self.time_ids[i] if self.time_ids else None
 
+# %% ../../nbs/3_train/04_latents.ipynb #b32212d8
+@torch.no_grad()
+def encode_pixels(
+    vae: AutoencoderKL,
+    pictures: torch.Tensor,  # (n, 3, height, width), from -1 to 1
+) -> tuple[
+    torch.Tensor, torch.Tensor
+]:  # mean and standard deviation of the latents, on the CPU: as the autoencoder gives them, not scaled
+    "What the autoencoder makes of pictures, whole ones, as many at a time as `together` says."
+    found = []
+    for some in pictures.split(together(tuple(pictures.shape[-2:]), VAE_PIXELS)):
+        posterior = vae.encode(some.to(vae.device, vae.dtype)).latent_dist
+        found.append([x.cpu() for x in (posterior.mean, posterior.std)])
+    mean, std = zip(*found, strict=True)
+    return torch.cat(mean), torch.cat(std)
+
 # %% ../../nbs/3_train/04_latents.ipynb #d5ebb4d1
 @torch.no_grad()
 def encode_one(
@@ -124,8 +141,7 @@ def encode_one(
         mask = decode_picture(checked_bytes(source.mask, source.mask_sha256, known), source.mask)
         image = np.concatenate([image, as_array(crop_to(mask, width, height))[:1]])
     variants = torch.from_numpy(picture_variants(image, augmentations, training.seed, source.sha256))
-    posterior = vae.encode(variants[:, :3].to(vae.device, vae.dtype)).latent_dist
-    mean, std = (x.cpu().clone() for x in (posterior.mean, posterior.std))
+    mean, std = encode_pixels(vae, variants[:, :3])
     if not (mean.isfinite().all() and std.isfinite().all()):
         text = (
             f"the autoencoder gave NaN or infinity for {source.id}; use mixed_precision: no, or leave the picture out"

@@ -7,11 +7,12 @@ __all__ = []
 
 # %% ../../nbs/3_train/10_network.ipynb #5ede647b
 import json
+import logging
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
-from importlib.metadata import version
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from PIL import Image
 from .. import __version__
 from ..config import EvaluationConfig, TrainingConfig, derive_seed
 from ..models.base import DTYPES, base_files, joint_hash, load_base, part_hashes, with_precision
-from ..models.drawing import sample
+from ..models.drawing import UNET_PIXELS, decode_latents, draw_latents, together
 from ..models.families import Pipeline, encode_text, text_parts, unet_arguments
 from ..models.kernels import lean
 from .known import KnownFiles, state_of
@@ -46,15 +47,15 @@ def start_accelerator(mixed_precision: str) -> Accelerator:
 
 # %% ../../nbs/3_train/10_network.ipynb #86ab7a8b
 @contextmanager
-def visit(modules: list[torch.nn.Module], device: torch.device):
-    "Bring modules that wait on the CPU to the device for a while."
-    for module in modules:
-        module.to(device)
+def visit(modules: list[torch.nn.Module], device: torch.device, home: str | torch.device = "cpu"):
+    "Bring modules from where they are at home to a device, for a while."
     try:
+        for module in modules:
+            module.to(device)
         yield
     finally:
         for module in modules:
-            module.to("cpu")
+            module.to(home)
 
 # %% ../../nbs/3_train/10_network.ipynb #b1eb6b86
 def known_base(
@@ -89,6 +90,10 @@ def channels_last(t: TrainingConfig, device: str) -> bool:
     "Whether the UNet's weights lie with the channels last; `device`: cpu, cuda or mps."
     return device == "cuda" or t.compile or (device == "cpu" and t.batch_size == 1)
 
+# %% ../../nbs/3_train/10_network.ipynb #1506d089
+log = logging.getLogger("lora_mvp")
+BY_TURNS = "too little memory for UNet and autoencoder at once: from now on the UNet waits on the CPU while samples are decoded"
+
 # %% ../../nbs/3_train/10_network.ipynb #be144c01
 class Network:
     "A base, later with its adapter, whose parts are on the device of a run while they are used."
@@ -103,25 +108,21 @@ class Network:
         self.noise = noise_schedule(self.pipe.scheduler, t)
         self.pipe.scheduler = sampling_scheduler(self.pipe.scheduler, t.zero_terminal_snr)
         self.texts: TextTable | None = None  # None: captions are encoded each time
-        self.parked: list[torch.nn.Module] = []  # parts that wait on the CPU
+        self.by_turns = False  # whether the UNet leaves the device while pictures are decoded
 
     def park(self, texts: TextTable | None) -> None:
-        "Take the captions' table, and let the parts wait that training does not need from now on."
+        "Take the captions' table, and what training needs to the device; all else waits on the CPU, where it is."
         self.texts = texts
-        self.parked = [self.pipe.vae, *(text_parts(self.pipe).values() if texts else [])]
-        for module in self.parked:
-            module.to("cpu")
-        for module in (self.pipe.unet, *(() if texts else text_parts(self.pipe).values())):
-            module.to(self.device)
+        for part in (self.pipe.unet, *text_parts(self.pipe).values()):
+            part.to("cpu" if texts and part is not self.pipe.unet else self.device)
 
     def forget_autoencoder(self) -> None:
         "Let the autoencoder go, where nothing will be drawn."
-        self.parked = [module for module in self.parked if module is not self.pipe.vae]
         self.pipe.vae = None
 
     def release(self) -> None:
         "Let the base go, for another to take its place in memory; the network can do nothing any more."
-        self.pipe, self.parked, self.texts = None, [], None
+        self.pipe, self.texts = None, None
 
     def economize(self) -> None:
         "Kernels, memory layout and gradient checkpointing, once the adapter is part of the network."
@@ -159,12 +160,37 @@ class Network:
         with self.accelerator.autocast():
             return self.pipe.unet(noisy, timesteps, **arguments).sample
 
+    def predict_in_parts(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, captions: list[str], time_ids: torch.Tensor | None
+    ) -> torch.Tensor:  # like `noisy`
+        "The same where nothing is learned, as many at a time as `together` says."
+        height, width = (side * self.pipe.vae_scale_factor for side in noisy.shape[-2:])
+        parts = torch.arange(len(noisy)).split(together((height, width), UNET_PIXELS))
+        ids = [None if time_ids is None else time_ids[p] for p in parts]
+        asked = [(noisy[p], timesteps[p], captions[: len(p)], i) for p, i in zip(parts, ids, strict=True)]
+        return torch.cat([self.predict(some, times, self.embed(said), i) for some, times, said, i in asked])
+
     def draw(self, prompts: list[str], e: EvaluationConfig) -> list[Image.Image]:
         "A picture per prompt, all from the same seed."
         self.set_mode(False)
-        with visit(self.parked, self.device), self.accelerator.autocast():
-            seeds, size = [e.seed] * len(prompts), self.settings.resolution
-            return sample(self.pipe, prompts, seeds, e.num_inference_steps, e.guidance_scale, size)
+        size = self.settings.resolution
+        how = (e.num_inference_steps, e.guidance_scale, size, min(4, together(size, UNET_PIXELS // 2)))
+        with self.accelerator.autocast():
+            latents = draw_latents(self.pipe, prompts, [e.seed] * len(prompts), *how, embed=self.embed)
+        return self.decode(latents)
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        "The pictures; where the device has no room for the autoencoder beside the UNet, that waits on the CPU meanwhile."
+        vae, unet = self.pipe.vae, self.pipe.unet
+        if not self.by_turns:
+            try:
+                with visit([vae], self.device):
+                    return decode_latents(self.pipe, latents)
+            except torch.OutOfMemoryError:
+                self.by_turns = True
+                log.warning(BY_TURNS)
+        with visit([unet], torch.device("cpu"), self.device), visit([vae], self.device):
+            return decode_latents(self.pipe, latents)
 
 # %% ../../nbs/3_train/10_network.ipynb #38ebd0f4
 @dataclass
@@ -253,7 +279,7 @@ def fixed_noise_losses(
         noise, _ = draw_noise(seed, i, 0, latents.shape, T)
         noisy, target = noisy_and_target(network.noise, latents, noise, timesteps)
         ids = None if time_ids is None else time_ids.expand(grid, -1)
-        prediction = network.predict(noisy, timesteps, network.embed([caption] * grid), ids)
+        prediction = network.predict_in_parts(noisy, timesteps, [caption] * grid, ids)
         masks = None if data.least is None else sent(data.mask(i, 0).expand(grid, -1, -1, -1), network.device)
         losses.append(image_losses(prediction, sent(target, network.device), masks=masks).mean())
     return torch.stack(losses).tolist() if losses else []

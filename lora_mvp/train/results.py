@@ -44,7 +44,7 @@ from lora_mvp.train.curves import (
     validation_rows,
 )
 from .known import KnownFiles
-from .network import Network, known_base, visit
+from .network import Network, known_base
 from .objectives import sampling_scheduler
 from .runs import RunFolder, RunRecord, dataset_hash, read_run, remove_all, sample_files, sample_sheet
 from .streams import TrainingData
@@ -199,8 +199,7 @@ def save_exchange(ending: FinishedRun) -> None:
     network.set_mode(False)
     dtype = getattr(torch, ending.config.training.save_dtype)
     write_kohya(network.pipe, folder.kohya, training_facts(ending), dtype)
-    with visit([part for part in network.parked if part is not network.pipe.vae], network.device):
-        certify(network.pipe, folder.adapter, folder.kohya)
+    certify(network.pipe, folder.adapter, folder.kohya)
     network.release()
 
 # %% ../../nbs/3_train/12_results.ipynb #e1424b7e

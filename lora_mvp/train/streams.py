@@ -57,7 +57,7 @@ def load_data(
     known: KnownFiles | None = None,  # gets what is found out on the way
     parts: dict[str, str] | None = None,  # `part_hashes` of the base, where they are known
 ) -> TrainingData:
-    "Encode the images of all streams and of validation, and every caption that may be drawn."
+    "Encode the images of all streams and of validation, every caption that may be drawn, and the sample prompts."
     t, known = config.training, known or KnownFiles()
     how = (cache_folder(t, manifest), known, parts)
     train, val = (with_masks(sources(manifest, split), manifest) for split in ("train", "val"))
@@ -72,5 +72,6 @@ def load_data(
     val_set, texts = encode_images(pipe, val, t, [], *how) if val else None, None
     if t.text_encoder_learning_rate is None:
         drawn = [variant for s in train + prior for variant in caption_variants([s.caption, *s.others], t)]
-        texts = TextTable(pipe, [*drawn, *(s.caption for s in val)], *how)
+        shown = [*t.sample_prompts, ""] if t.sample_every != 0 else []  # and what is guided away from
+        texts = TextTable(pipe, [*drawn, *(s.caption for s in val), *shown], *how)
     return TrainingData(streams, val_set, texts, [[s.sha256, s.caption] for s in prior])
