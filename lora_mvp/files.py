@@ -13,6 +13,7 @@ import os
 import secrets
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -172,7 +173,7 @@ def png_bytes(
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(np.asarray(im)).save(buffer, "PNG")
+    Image.fromarray(np.asarray(im)).save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return buffer.getvalue()
 
 # %% ../nbs/02_files.ipynb #21fcab6e
