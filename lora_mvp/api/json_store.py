@@ -277,6 +277,9 @@ class JsonStore:
     def counts(self) -> dict[tuple[str, str], int]:
         return self._memory.counts()
 
+    def ids(self) -> set[str]:
+        return set(self._memory.kept)
+
     def close(self) -> None:
         self._change.close()
         self._held.release()
