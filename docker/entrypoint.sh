@@ -11,7 +11,7 @@ if [ "${1:-} ${2:-}" = "lora-mvp serve" ]; then
         fi
     done
     if [ ! -e "${NVIDIA_DEVICE:-/dev/nvidiactl}" ] && [ ! -e /dev/dxg ]; then
-        echo "There is no GPU in this container: trainings run on the CPU, where one of minutes takes hours. On a host with" \
+        echo "There is no GPU in this container: trainings run on the CPU, in hours where a GPU takes minutes. On a host with" \
             "NVIDIA GPUs: docker compose -f docker/compose.yaml -f docker/compose.gpu.yaml up --build" >&2
     fi
 fi
