@@ -31,6 +31,7 @@ def model(tmp_path):
 def online(model, monkeypatch):
     with hub(NAME, model) as (url, asked):
         monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         yield asked
 

@@ -47,9 +47,12 @@ class Server:
         return {path.name for path in self.folders.iterdir()}
 
 
-@pytest.fixture(params=[".json", ".sqlite"])
-def ending(request):
-    return request.param
+@pytest.fixture
+def ending():
+    return ".json"
+
+
+BOTH = pytest.mark.parametrize("ending", [".json", ".sqlite"])
 
 
 def killed(action):
@@ -65,6 +68,7 @@ def kill(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@BOTH
 def test_only_ended_jobs_beyond_the_number_go_with_their_folders(tmp_path, ending):
     with Server(tmp_path, ending, keep_jobs=2) as server:
         jobs = [server.ended() for _ in range(4)]
@@ -113,6 +117,7 @@ def test_a_job_whose_folder_cannot_be_removed_is_told_and_removed_later(tmp_path
         assert server.kept() == server.known_folders() == {jobs[1].id}
 
 
+@BOTH
 @pytest.mark.parametrize("moment", ["before the record", "before the folder was told", "after the record"])
 def test_a_submit_that_was_killed_is_whole_or_gone(tmp_path, ending, moment):
     def submit():
@@ -151,6 +156,7 @@ def test_a_removal_that_was_killed_is_finished_by_the_next_server(tmp_path, endi
         assert server.kept() == server.known_folders() == {jobs[1].id}
 
 
+@BOTH
 def test_what_a_client_kept_stays_and_what_was_lost_comes_back(tmp_path, ending):
     with Server(tmp_path, ending) as server:
         jobs = [server.ended() for _ in range(3)]
