@@ -3,6 +3,7 @@
 import os
 import signal
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -100,9 +101,9 @@ def test_many_at_once_go_a_few_at_a_time(tmp_path):
     with Server(tmp_path, ".json", keep_jobs=1) as server:
         for _ in range(7):
             server.ended()
-        kept = retention.Retention(server.service.records, server.config.api)
-        assert [kept.prune(most=3), kept.prune(most=3)] == [True, True] and len(server.kept()) == 1
-        assert not kept.prune(most=3)
+        prune = partial(retention.prune, server.service.records, server.config.api, most=3)
+        assert [prune(), prune()] == [True, True] and len(server.kept()) == 1
+        assert not prune()
 
 
 def test_a_job_whose_folder_cannot_be_removed_is_told_and_removed_later(tmp_path, ending, monkeypatch, caplog):

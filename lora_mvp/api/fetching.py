@@ -38,6 +38,23 @@ def check_fetch(
         raise LoraMvpError("model_exists", f"{folder} is there already; delete it first, or give --name.")
     return folder
 
+# %% ../../nbs/6_api/36a_fetching.ipynb #7dc7239b
+def download(
+    model: str,
+    revision: str | None,  # branch, tag or commit
+    folder: Path,  # a new one
+) -> None:
+    "The wanted files of a model; raises `LoraMvpError` (`model_unreachable`)."
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(model, revision=revision, local_dir=folder, allow_patterns=WANTED, ignore_patterns=NOT_WANTED)
+    except Exception as error:  # of many types, for one fact
+        why = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        advice = "Look at its name, at the network, and at HF_TOKEN where a model wants one."
+        raise LoraMvpError("model_unreachable", f"{model} could not be fetched ({why}). {advice}") from error
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's own notes
+
 # %% ../../nbs/6_api/36a_fetching.ipynb #87b3c832
 def fetch_model(
     model: str,  # of the hub, ORGANISATION/NAME
@@ -46,22 +63,12 @@ def fetch_model(
     name: str | None = None,  # of the folder; None: the model's own
 ) -> Path:  # the folder
     "Fetch a model into `api.models_dir`; raises `LoraMvpError`, among them `model_unreachable` and those of a base that will not do."
-    from huggingface_hub import snapshot_download
-
     from lora_mvp.models.layouts import check_whole
 
     folder = check_fetch(model, api, name)
     temp = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
-        try:
-            snapshot_download(
-                model, revision=revision, local_dir=temp, allow_patterns=WANTED, ignore_patterns=NOT_WANTED
-            )
-        except Exception as error:  # of many types, for one fact
-            why = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-            advice = "Look at its name, at the network, and at HF_TOKEN where a model wants one."
-            raise LoraMvpError("model_unreachable", f"{model} could not be fetched ({why}). {advice}") from error
-        shutil.rmtree(temp / ".cache", ignore_errors=True)  # the hub client's own notes
+        download(model, revision, temp)
         check_whole(temp)
         check_model_folder(temp.name, api.models_dir)
         temp.rename(folder)

@@ -65,56 +65,59 @@ class FileHashes(FrozenRecord):
     version: Literal[1] = 1
     files: dict[str, FileHash] = {}
 
-# %% ../../nbs/6_api/07a_hashes.ipynb #8ca455e3
+# %% ../../nbs/6_api/07a_hashes.ipynb #fa32b327
+def read_hashes(run: Path) -> FileHashes:
+    "The hashes that are kept for a run; what is not known is read again."
+    try:
+        return FileHashes.model_validate_json(run.with_name("hashes.json").read_bytes())
+    except (OSError, ValidationError):
+        return FileHashes()
+
+# %% ../../nbs/6_api/07a_hashes.ipynb #da2692b2
+_keeping = threading.Lock()
+
+
+def keep_hash(run: Path, name: str, new: FileHash) -> None:
+    "Add a hash to those of the files that are still there."
+    with _keeping:
+        there = {known: hash for known, hash in read_hashes(run).files.items() if (run / known).exists()}
+        try:
+            atomic_write(run.with_name("hashes.json"), FileHashes(files=there | {name: new}).model_dump_json())
+        except LoraMvpError as error:
+            _logger.warning("the hash of %s is not kept: %s", name, error)
+
+# %% ../../nbs/6_api/07a_hashes.ipynb #18a425b7
 SETTLED = 2.0  # seconds after its last change from which on a file's time of change tells its states apart
-_once, _keeping = Shared(), threading.Lock()
+
+
+def hash_file(run: Path, name: str, info: os.stat_result) -> str:
+    "The hash of a file in a state, read if it has to be."
+    known = read_hashes(run).files.get(name)  # another may have kept it a moment ago
+    if known and known.fits(info):
+        return known.sha256
+    digest = file_sha256(run / name)
+    new = FileHash(size=info.st_size, mtime_ns=info.st_mtime_ns, inode=info.st_ino, sha256=digest)
+    if new.fits(os.lstat(run / name)) and time.time() - info.st_mtime > SETTLED:
+        keep_hash(run, name, new)
+    return digest
+
+# %% ../../nbs/6_api/07a_hashes.ipynb #62a6dc13
+_once = Shared()
 
 
 class Hashes:
     "The hashes of the files of a run."
 
     def __init__(self, run: Path):
-        self.run, self.file = run, run.with_name("hashes.json")
-        self.known = self._read()
+        self.run, self.known = run, read_hashes(run).files
 
     def of(
         self,
         name: str,  # POSIX, relative to the run
     ) -> tuple[int, str]:  # size in bytes, SHA-256 in hexadecimal
         "Size and hash of a file; raises `OSError`."
-        path = self.run / name
-        info = os.lstat(path)
-        if known := self._kept(name, info):
-            return info.st_size, known
-        key = (str(path), info.st_size, info.st_mtime_ns, info.st_ino)
-        return info.st_size, _once(key, lambda: self._hash(name, path, info))
-
-    def _kept(self, name: str, info: os.stat_result) -> str | None:
-        known = self.known.files.get(name)
-        return known.sha256 if known and known.fits(info) else None
-
-    def _hash(self, name: str, path: Path, info: os.stat_result) -> str:
-        self.known = self._read()  # another may have kept it a moment ago
-        if known := self._kept(name, info):
-            return known
-        digest = file_sha256(path)
-        new = FileHash(size=info.st_size, mtime_ns=info.st_mtime_ns, inode=info.st_ino, sha256=digest)
-        if new.fits(os.lstat(path)) and time.time() - info.st_mtime > SETTLED:
-            self._keep(name, new)
-        return digest
-
-    def _read(self) -> FileHashes:
-        try:
-            return FileHashes.model_validate_json(self.file.read_bytes())
-        except (OSError, ValidationError):  # what is not known is read again
-            return FileHashes()
-
-    def _keep(self, name: str, new: FileHash) -> None:
-        "Add a hash to those of the files that are still there."
-        with _keeping:
-            there = {known: hash for known, hash in self._read().files.items() if (self.run / known).exists()}
-            self.known = FileHashes(files=there | {name: new})
-            try:
-                atomic_write(self.file, self.known.model_dump_json())
-            except LoraMvpError as error:
-                _logger.warning("the hash of %s is not kept: %s", name, error)
+        info, known = os.lstat(self.run / name), self.known.get(name)
+        if known and known.fits(info):
+            return info.st_size, known.sha256
+        key = (str(self.run / name), info.st_size, info.st_mtime_ns, info.st_ino)
+        return info.st_size, _once(key, lambda: hash_file(self.run, name, info))

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
 from itertools import islice
 from pathlib import Path
@@ -79,7 +79,69 @@ def clear_left(
             if LEFT.fullmatch(path.name) and path.lstat().st_mtime < before:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-# %% ../../nbs/6_api/22a_retention.ipynb #0c687ea2
+# %% ../../nbs/6_api/22a_retention.ipynb #c2b316fd
+def guarded(do: Callable[..., bool | None], *what: Any) -> bool | None:
+    "Do something that can wait; what goes wrong there keeps no job from anything."
+    try:
+        return do(*what)
+    except (OSError, LoraMvpError) as error:
+        _logger.error("the jobs folder cannot be tidied: %s", error)
+        return None
+
+# %% ../../nbs/6_api/22a_retention.ipynb #0bae9eff
+def adopt(records: Records, folder: JobFolder) -> None:
+    "Take a job that is in its folder only back into the store, or remove what a submit left."
+    job = job_again(folder)
+    if job is None:
+        return  # a client deleted the record and kept what the job made
+    try:
+        taken = bool(folder.last_state()) and records.store.create(job)[1]
+    except LoraMvpError as error:
+        if error.code != "key_reused":
+            raise
+        taken = False
+    if taken:
+        _logger.warning("job %s was in its folder only; it is %s", job.id, job.status)
+    elif job.attempt == 0:  # nobody was told of it
+        remove_folder(folder.root)
+
+# %% ../../nbs/6_api/22a_retention.ipynb #9b429423
+def has_ended(records: Records, name: str) -> bool:
+    "Whether there is such a job and it has ended."
+    try:
+        return records.get(name).status in TERMINAL
+    except LoraMvpError:
+        return False
+
+# %% ../../nbs/6_api/22a_retention.ipynb #7f62bcc9
+def sweep(
+    records: Records,
+    names: Iterable[str],  # of what is in the jobs folder
+) -> Iterator[None]:
+    "Remove what is left of ended and of removed jobs; gives the turn to others after each."
+    for name in names:
+        path = records.jobs_dir / name
+        if name.startswith(GONE):
+            shutil.rmtree(path, ignore_errors=True)
+        elif JOB_NAME.fullmatch(name) and has_ended(records, name):
+            guarded(clear_left, JobFolder(path), time.time() - 3600)
+        yield
+
+# %% ../../nbs/6_api/22a_retention.ipynb #414d0b99
+def prune(
+    records: Records,
+    api: ApiConfig,
+    most: int = 50,  # so that other work gets its turn
+) -> bool:  # whether there may be more
+    "Forget jobs that are too many or too old."
+    jobs = list(islice(surplus(records, api.keep_jobs, api.keep_days, now()), most))
+    for job in jobs:
+        records.store.delete(job.id)
+        remove_folder(records.folder(job).root)
+        _logger.info("job %s and its folder were removed, as api.keep_jobs and api.keep_days say", job.id)
+    return len(jobs) == most
+
+# %% ../../nbs/6_api/22a_retention.ipynb #2641df4e
 class Retention:
     "Keeps a server's jobs and folders in order."
 
@@ -92,68 +154,18 @@ class Retention:
         self.records, self.api, self.clock, self.due_at = records, api, clock, 0.0
         folder = records.jobs_dir
         self.names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-        self.swept = self._sweep()
+        self.swept = sweep(records, self.names)
 
     def adopt(self) -> None:
-        "Take jobs that are in folders only back into the store; before any other is taken or started."
+        "Look at folders without a record; before any job is taken or started."
         known = self.records.store.ids()
-        for name in self.names:
-            if JOB_NAME.fullmatch(name) and name not in known and (self.records.jobs_dir / name).is_dir():
-                self._guarded(self._adopt, JobFolder(self.records.jobs_dir / name))
+        for name in (name for name in self.names if JOB_NAME.fullmatch(name) and name not in known):
+            if (self.records.jobs_dir / name).is_dir():
+                guarded(adopt, self.records, JobFolder(self.records.jobs_dir / name))
 
     def turn(self) -> None:
         "Look at some folders, and, once a minute, for jobs that are to be forgotten."
         for _ in zip(range(200), self.swept):
             continue
         if self.clock() >= self.due_at:
-            self.due_at = self.clock() + (0 if self._guarded(self.prune) else 60)
-
-    def prune(
-        self,
-        most: int = 50,  # so that other work gets its turn
-    ) -> bool:  # whether there may be more
-        "Forget jobs that are too many or too old."
-        jobs = list(islice(surplus(self.records, self.api.keep_jobs, self.api.keep_days, now()), most))
-        for job in jobs:
-            self.records.store.delete(job.id)
-            remove_folder(self.records.folder(job).root)
-            _logger.info("job %s and its folder were removed, as api.keep_jobs and api.keep_days say", job.id)
-        return len(jobs) == most
-
-    def _adopt(self, folder: JobFolder) -> None:
-        job = job_again(folder)
-        if job is None:
-            return  # a client deleted the record and kept what the job made
-        try:
-            taken = bool(folder.last_state()) and self.records.store.create(job)[1]
-        except LoraMvpError as error:
-            if error.code != "key_reused":
-                raise
-            taken = False
-        if taken:
-            _logger.warning("job %s was in its folder only; it is %s", job.id, job.status)
-        elif job.attempt == 0:  # nobody was told of it
-            remove_folder(folder.root)
-
-    def _sweep(self) -> Iterator[None]:
-        for name in self.names:
-            path = self.records.jobs_dir / name
-            if name.startswith(GONE):
-                shutil.rmtree(path, ignore_errors=True)
-            elif JOB_NAME.fullmatch(name) and self._has_ended(name):
-                self._guarded(clear_left, JobFolder(path), time.time() - 3600)
-            yield
-
-    def _guarded(self, do: Callable[..., bool | None], *what: Any) -> bool | None:
-        "Do something that can wait; what goes wrong there keeps no job from anything."
-        try:
-            return do(*what)
-        except (OSError, LoraMvpError) as error:
-            _logger.error("the jobs folder cannot be tidied: %s", error)
-            return None
-
-    def _has_ended(self, name: str) -> bool:
-        try:
-            return self.records.get(name).status in TERMINAL
-        except LoraMvpError:
-            return False
+            self.due_at = self.clock() + (0 if guarded(prune, self.records, self.api) else 60)
