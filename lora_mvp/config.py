@@ -364,6 +364,8 @@ class ApiConfig(_Section):
     max_runtime: float | None = Field(None, gt=0, description="seconds that an attempt may take; null: no limit")
     stall_seconds: float = Field(1800.0, gt=0, description="seconds without a training step before a job is stopped")
     grace_seconds: float = Field(60.0, ge=0, description="seconds for a checkpoint before a stopped job is killed")
+    keep_jobs: Count | None = Field(None, description="ended jobs that are kept; older ones are deleted; null: all")
+    keep_days: float | None = Field(None, gt=0, description="days after which an ended job is deleted; null: never")
     min_free_gb: float = Field(1.0, ge=0, description="free disk, in GB, below which no job is taken or started")
     requests_per_minute: Count = Field(600, description="requests of one client in a minute")
 

@@ -26,7 +26,7 @@ from hypothesis.strategies import booleans
 from PIL import Image
 from test_access import Canary
 
-from lora_mvp.api import downloads, edge, main
+from lora_mvp.api import downloads, edge, hashes, main
 from lora_mvp.api.jobs import TERMINAL
 from lora_mvp.api.tokens import SCOPES, new_token
 from lora_mvp.config import AppConfig
@@ -311,13 +311,46 @@ def test_artifacts_are_served_whole_or_in_parts(client, job):
         problem(client.get(f"/v1/jobs/{job}/artifacts/{wrong}"), 404)
 
 
+def test_a_file_costs_the_hash_of_no_other_and_its_own_once(client, job, monkeypatch):
+    run = folder_of(client, job).run
+    (run / "checkpoint-000004").mkdir(parents=True, exist_ok=True)
+    for name, size in {"samples.png": 10, "checkpoint-000004/unet.safetensors": 2**31, "unet.safetensors": 3}.items():
+        with open(run / name, "wb") as file:
+            file.truncate(size)  # 2 GiB that take no room
+        os.utime(run / name, (10**9, 10**9))
+    hashed, entered = [], threading.Barrier(8)
+
+    def slowly(path):
+        hashed.append(path.name)
+        time.sleep(0.3)  # until all have asked
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def ask(_):
+        entered.wait()
+        return client.get(f"/v1/jobs/{job}/artifacts/samples.png")
+
+    monkeypatch.setattr(hashes, "file_sha256", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(8)))
+    assert {answer.headers["ETag"] for answer in answers} == {f'"{hashlib.sha256(bytes(10)).hexdigest()}"'}
+    assert client.get(f"/v1/jobs/{job}/checkpoints").json()["data"][0]["size"] >= 2**31
+    assert hashed == ["samples.png"]
+    os.unlink(run / "checkpoint-000004/unet.safetensors")
+    for _ in range(2):  # the second time everything is known, also to the next server: it is on the disk
+        assert len(client.get(f"/v1/jobs/{job}/artifacts").json()["data"]) >= 2
+        assert sorted(hashed[:2]) == ["samples.png", "unet.safetensors"] and len(hashed) == len(set(hashed))
+    os.utime(run / "samples.png", (10**9, 10**9 + 1))
+    assert client.get(f"/v1/jobs/{job}/artifacts/samples.png").status_code == 200
+    assert hashed.count("samples.png") == 2
+
+
 def test_a_file_that_goes_or_changes_is_not_sent_as_if_it_had_not(client, job, monkeypatch):
     folder = folder_of(client, job)
     folder.run.mkdir(parents=True, exist_ok=True)
     (folder.run / "samples.png").write_bytes(b"picture")
     listed = folder.artifacts()
     (folder.run / "samples.png").write_bytes(b"another")  # as long, and its time is put back
-    monkeypatch.setattr(type(folder), "artifacts", lambda self: listed)
+    monkeypatch.setattr(downloads, "find_artifact", lambda run, name: listed[0])
     with pytest.raises(EOFError):  # through a server the connection breaks; here is the reason
         list(downloads.pieces(open(folder.run / "samples.png", "rb"), 0, 7, listed[0].sha256))
     os.unlink(folder.run / "samples.png")

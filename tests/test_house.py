@@ -224,7 +224,6 @@ LONG_CELLS = {
     "6_api/folders",
     "3_train/updates",
     "1_data/survey",
-    "6_api/state_file",
     "6_api/connection",
     "6_api/records",
     "6_api/downloads",

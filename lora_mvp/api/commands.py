@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .client import Client
+from .fetching import cmd_fetch
 from .watching import Bar, job_paragraph, jobs_table, leaving, watch
 from ..config import override_values
 from ..errors import LoraMvpError
@@ -236,14 +237,18 @@ def add_ending(actions) -> None:
 
 # %% ../../nbs/6_api/37_commands.ipynb #a9f2462b
 def add_service(commands) -> None:
-    "Add `serve`, `token` and `jobs` to the commands of `lora-mvp`."
+    "Add `serve`, `token`, `fetch` and `jobs` to the commands of `lora-mvp`."
     serve = add_command(commands, "serve", cmd_serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
     token = add_command(commands, "token", cmd_token)
     token.add_argument("name", help="whose it is; shown with the jobs it submits")
     token.add_argument("--scope", required=True, choices=["read", "submit", "admin"], help="what it allows")
-    for parser in (serve, token):
+    fetch = add_command(commands, "fetch", cmd_fetch)
+    fetch.add_argument("model", help="name in the hub, such as stable-diffusion-v1-5/stable-diffusion-v1-5")
+    fetch.add_argument("--revision", help="branch, tag or commit (default: the newest)")
+    fetch.add_argument("--name", help="of the folder below api.models_dir (default: the model's own)")
+    for parser in (serve, token, fetch):
         parser.add_argument("--config", help="YAML file (default: LORA_MVP_CONFIG, then config.yaml where it is there)")
         add_settings(parser, "value")
     jobs = commands.add_parser("jobs", help="Submit and follow jobs of a service", description="Use a job service.")

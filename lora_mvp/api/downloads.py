@@ -22,7 +22,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 
-from .artifacts import Artifact
+from .artifacts import Artifact, find_artifact
 from .backend import Backend
 from .edge import READ
 from .folders import JobFolder
@@ -81,21 +81,29 @@ def artifacts(job_id: JobId, request: Request, token=READ) -> ArtifactPage:
     "The files that a job has made so far."
     return ArtifactPage(data=[artifact_view(job_id, artifact) for artifact in folder_of(request, job_id).artifacts()])
 
+# %% ../../nbs/6_api/31_downloads.ipynb #58e03ca9
+def size_of(file: Path) -> int:
+    "Bytes in a file; none when there is no file yet."
+    try:
+        return os.stat(file).st_size
+    except FileNotFoundError:
+        return 0
+
 # %% ../../nbs/6_api/31_downloads.ipynb #b9c7e7d0
 @router.get("/v1/jobs/{job_id}/checkpoints", name="checkpoints", tags=["files"])
 def list_checkpoints(job_id: JobId, request: Request, token=READ) -> CheckpointPage:
     "The checkpoints of a training."
-    steps: dict[int, list[Artifact]] = {}
-    for artifact in folder_of(request, job_id).artifacts():
-        if found := re.match(r"checkpoint-0*([0-9]+)/", artifact.name):
-            steps.setdefault(int(found[1]), []).append(artifact)
-    rows = [(step, sum(a.size for a in files), [a.name for a in files]) for step, files in sorted(steps.items())]
+    steps: dict[int, dict[str, int]] = {}  # step -> name -> bytes
+    for name, file in folder_of(request, job_id).files().items():
+        if found := re.match(r"checkpoint-0*([0-9]+)/", name):
+            steps.setdefault(int(found[1]), {})[name] = size_of(file)
+    rows = [(step, sum(files.values()), list(files)) for step, files in sorted(steps.items())]
     return CheckpointPage(data=[CheckpointView(step=step, size=size, artifacts=names) for step, size, names in rows])
 
 # %% ../../nbs/6_api/31_downloads.ipynb #53959f44
 def open_artifact(folder: JobFolder, name: str) -> tuple[Artifact, BinaryIO]:
     "A file of a job, open; raises `LoraMvpError`: `artifact_not_found`, `artifact_gone`."
-    found = next((artifact for artifact in folder.artifacts() if artifact.name == name), None)
+    found = find_artifact(folder.run, name)
     if found is None:
         raise LoraMvpError("artifact_not_found", "This job has no such file; its list of artifacts has the names.")
     try:
@@ -156,14 +164,6 @@ _LOG = {
     200: {"description": "the log, or a part", **_TEXT},
     206: {"description": "the part that Range asks for", **_TEXT},
 }
-
-
-def size_of(file: Path) -> int:
-    "Bytes in a file; none when there is no file yet."
-    try:
-        return os.stat(file).st_size
-    except FileNotFoundError:
-        return 0
 
 # %% ../../nbs/6_api/31_downloads.ipynb #8c855a79
 @router.get("/v1/jobs/{job_id}/logs", tags=["files"], response_class=Response, responses=_LOG)

@@ -159,7 +159,7 @@ class JobFolder:
         return path
 
 # %% ../../nbs/6_api/09_folders.ipynb #081f531d
-def _job_again(folder: JobFolder) -> Job | None:
+def job_again(folder: JobFolder) -> Job | None:
     "What the store may say of a job, by its folder."
     job, attempt, beat = _read(Job, folder.job_file), folder.current_attempt(), folder.heartbeat()
     if job is None:
@@ -180,5 +180,5 @@ def jobs_in(
     jobs_dir: Path,  # `api.jobs_dir`
 ) -> list[Job]:
     "The jobs of all folders, for a store that has lost them."
-    folders = sorted(path for path in Path(jobs_dir).glob("*") if path.is_dir()) if Path(jobs_dir).is_dir() else []
-    return [job for job in map(_job_again, map(JobFolder, folders)) if job]
+    folders = sorted(Path(jobs_dir).glob("[!.]*"))  # one that is being removed has a name with a dot
+    return [job for job in map(job_again, map(JobFolder, folders)) if job]

@@ -149,6 +149,9 @@ class Store(Protocol):
     def counts(self) -> dict[tuple[str, str], int]:
         "How many jobs there are of each (kind, status)."
 
+    def ids(self) -> set[str]:
+        "The names of all jobs."
+
     def delete(self, id: str) -> None:
         "Forget a job; no error when there is none."
 

@@ -9,7 +9,6 @@ __all__ = []
 import hashlib
 import json
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from .engines import Engine
 from .folders import JobFolder
 from .jobs import ACTIVE, TERMINAL, Job, JobIds, JobSpec, Kind, Store, now
 from .records import Queue, Records
+from .retention import Retention, remove_folder
 from ..config import AppConfig
 from ..errors import LoraMvpError
 from ..files import make_folder
@@ -59,12 +59,13 @@ class Loop:
         records: Records,
         attempts: Attempts,
         starts: Starts,
+        retention: Retention,
         interval: float,  # seconds between two turns
     ):
         self.records, self.attempts, self.starts, self.interval = records, attempts, starts, interval
         self.turn, self.wake, self.thread = threading.Lock(), threading.Event(), None
         self.draining, self.reconciled, self.troubles = False, False, Troubles()
-        self.unsaid = records.without_last_word()
+        self.unsaid, self.retention = records.without_last_word(), retention
 
     def tick(self) -> None:
         "Compare store and world once, and act."
@@ -78,6 +79,7 @@ class Loop:
                 continue
             self.start_queued()
             self.reconciled = True
+            self.retention.turn()
 
     def start_queued(self) -> None:
         "Start the oldest jobs that there is room for."
@@ -134,7 +136,9 @@ class Service:
         self.admission = Admission(config, self.records, engine)
         self.attempts = Attempts(self.records, engine, self.api, clock, backoff, lease)
         starts = Starts(self.attempts, self.admission)
-        self.loop = Loop(self.records, self.attempts, starts, self.api.poll_interval)
+        retention = Retention(self.records, self.api, clock)
+        retention.adopt()
+        self.loop = Loop(self.records, self.attempts, starts, retention, self.api.poll_interval)
         newest = store.page(limit=1)
         self.new_id = JobIds(newest[0].id if newest else "")
 
@@ -237,7 +241,7 @@ class Service:
         self.store.delete(id)
         folder.job_file.unlink(missing_ok=True)  # or the job would come back when a lost store is made anew
         if artifacts:
-            shutil.rmtree(folder.root, ignore_errors=True)
+            remove_folder(folder.root)
 
     def tick(self) -> None:
         "Compare store and world once, and act."

@@ -84,7 +84,7 @@ def recover(
     if not jobs:
         return jobs, None
     what = " and ".join(what) or f"{path} was missing"
-    told = f"{what}. {len(jobs)} jobs recovered: {len(kept)} from a backup, {len(found)} from job folders."
+    told = f"{what}. {len(jobs)} jobs recovered: {len(kept)} from what could be read, {len(found)} from job folders."
     _logger.warning("%s", told)
     return jobs, told
 
