@@ -9,6 +9,7 @@ __all__ = ['DataConfig', 'TrainingConfig', 'EvaluationConfig', 'ApiConfig', 'App
 # %% ../nbs/08_config.ipynb #a18765dd
 import difflib
 import hashlib
+import ipaddress
 import json
 import logging
 import os
@@ -338,6 +339,18 @@ def _anchor_store(name: str, info) -> str:
 
 StoreKey = Annotated[str, BeforeValidator(_as_text), BeforeValidator(_not_empty), AfterValidator(_anchor_store)]
 
+# %% ../nbs/08_config.ipynb #82e5553c
+def _check_network(text: str) -> str:
+    "An address, or a network such as 10.0.0.0/8."
+    try:
+        ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ValueError(f"is no address and no network ({error})") from None
+    return text
+
+
+NetworkKey = Annotated[str, AfterValidator(_check_network)]
+
 # %% ../nbs/08_config.ipynb #35453640
 class ApiConfig(_Section):
     "The job service."
@@ -352,9 +365,14 @@ class ApiConfig(_Section):
         ["tiny"], description="other models that jobs may use: tiny, hub ids, id@commit to hold one version"
     )
     allow_downloads: bool = Field(False, description="whether a job may fetch a model of that list from the hub")
-    tokens_file: PathKey | None = Field(None, description="hashes of access tokens; null: none, loopback only")
+    tokens_file: PathKey | None = Field(
+        None, description="hashes of access tokens; null: state/tokens, once it is there"
+    )
     allowed_hosts: list[Prompt] = Field(
         ["localhost", "127.0.0.1", "[::1]"], description="names by which clients may address the service"
+    )
+    trusted_proxies: list[NetworkKey] = Field(
+        [], description="addresses or networks of proxies whose X-Forwarded-For counts"
     )
     max_workers: Count = Field(2, description="jobs that run at the same time")
     poll_interval: float = Field(2.0, gt=0, description="seconds between two looks at a running job")

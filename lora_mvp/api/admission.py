@@ -15,7 +15,7 @@ from typing import Any
 
 from .access import check_manifest, check_overrides
 from .engines import Engine
-from .job_settings import write_settings
+from .job_settings import check_base, write_settings
 from .jobs import TERMINAL, Job, JobSpec, Kind
 from .records import Records
 from ..config import ApiConfig, AppConfig, load_config
@@ -105,6 +105,8 @@ class Admission:
             raise LoraMvpError("invalid_request", "a training needs a manifest.")
         else:
             check_manifest(spec.manifest, self.config.api)
+            commit = check_base(config)
+            config.training.revision = commit or config.training.revision
         return config
 
     def fill(self, job: Job, settings: AppConfig) -> None:

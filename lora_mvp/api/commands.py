@@ -57,15 +57,20 @@ def cmd_serve(args: argparse.Namespace) -> None:
     import uvicorn
 
     from lora_mvp.api.main import create_app, server_config
-    from lora_mvp.api.tokens import Tokens, check_listen
+    from lora_mvp.api.tokens import is_loopback
 
     config = server_config(args.config, args.set or [])
-    check_listen(args.host, Tokens(config.api.tokens_file))
     with listen(args.host, args.port) as listener:
         host, port = listener.getsockname()[:2]
-        app = create_app(config)
+        app = create_app(config, guarded=not is_loopback(args.host))
         logging.getLogger("uvicorn.error").addFilter(lambda record: not hasattr(app.state, "failure"))  # said below
-        options = {"log_config": None, "log_level": "error", "access_log": False, "server_header": False}
+        options = {
+            "log_config": None,
+            "log_level": "error",
+            "access_log": False,
+            "server_header": False,
+            "proxy_headers": False,
+        }
         server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=10, **options))
         server.startup = announced(server.startup, f"http://{f'[{host}]' if ':' in host else host}:{port}")
         try:
@@ -79,16 +84,23 @@ def cmd_serve(args: argparse.Namespace) -> None:
 
 # %% ../../nbs/6_api/37_commands.ipynb #8b1341b5
 def cmd_token(args: argparse.Namespace) -> None:
-    "Make an access token; its secret is shown once and kept nowhere."
+    "Make an access token, list those that there are, or revoke some; a secret is shown once and kept nowhere."
     from lora_mvp.api.main import server_config
-    from lora_mvp.api.tokens import new_token
+    from lora_mvp.api.tokens import new_token, read_tokens, revoke_token, tokens_place
 
-    file = server_config(args.config, args.set or []).api.tokens_file
-    if file is None:
-        advice = "Say where they are kept: api.tokens_file in the configuration, or --set api.tokens_file=state/tokens."
-        raise LoraMvpError("no_tokens_file", f"This service has no tokens. {advice}")
-    print(new_token(file, args.name, args.scope))
-    print(f"{args.name} may {args.scope}; the hash is in {file}", file=sys.stderr)
+    file, (name, *names) = tokens_place(server_config(args.config, args.set or []).api), args.name
+    if name == "list" and not names:
+        print(*(f"{token.scope:<7}{token.id}" for token in read_tokens(file)), sep="\n")
+    elif name == "revoke" and names:
+        for gone in names:
+            revoke_token(file, gone)
+            print(f"{gone} may nothing any more", file=sys.stderr)
+    elif name in ("list", "revoke") or names or not args.scope:
+        text = "Write `lora-mvp token NAME --scope SCOPE` to make one, `lora-mvp token list`, or `lora-mvp token revoke NAME`."
+        raise LoraMvpError("token_invalid", text)
+    else:
+        print(new_token(file, name, args.scope))
+        print(f"{name} may {args.scope}; the hash is in {file}", file=sys.stderr)
 
 # %% ../../nbs/6_api/37_commands.ipynb #f7577d1c
 def client_for(args: argparse.Namespace) -> Client:
@@ -241,8 +253,9 @@ def add_service(commands) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
     token = add_command(commands, "token", cmd_token)
-    token.add_argument("name", help="whose it is; shown with the jobs it submits")
-    token.add_argument("--scope", required=True, choices=["read", "submit", "admin"], help="what it allows")
+    whose = "whose it is, shown with the jobs it submits; or `list`, or `revoke` and names"
+    token.add_argument("name", nargs="+", metavar="NAME", help=whose)
+    token.add_argument("--scope", choices=["read", "submit", "admin"], help="what it allows")
     for parser in (serve, token):
         parser.add_argument("--config", help="YAML file (default: LORA_MVP_CONFIG, then config.yaml where it is there)")
         add_settings(parser, "value")

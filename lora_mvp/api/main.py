@@ -59,7 +59,7 @@ class noticed_signals:
 # %% ../../nbs/6_api/33_main.ipynb #9a8892df
 def open_backend(app: FastAPI) -> Backend:
     "Open what stands behind the routes; raises `LoraMvpError`."
-    return Backend(app.state.config or server_config(), app.state.engine)
+    return Backend(app.state.config or server_config(), app.state.engine, app.state.guarded)
 
 # %% ../../nbs/6_api/33_main.ipynb #22bcaf87
 @asynccontextmanager
@@ -82,12 +82,13 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 ABOUT = """Trainings and evaluations as jobs. Submit one, follow it, fetch its files.
 
 Where the service has tokens, send one as `Authorization: Bearer`. Everything that is read needs the scope `read`; to submit, and to cancel, retry or delete
-jobs of its own, a token needs `submit`; jobs of others, `admin`. Only `/healthz` and the page at `/` are open."""
+jobs of its own, a token needs `submit`; jobs of others, `admin`. Only `/healthz` and the pages at `/` and `/docs` are open."""
 
 # %% ../../nbs/6_api/33_main.ipynb #da21a681
 def create_app(
     config: AppConfig | None = None,  # None: as `server_config` finds it when the server starts
     engine: Engine | None = None,  # None: this machine
+    guarded: bool = False,  # whether tokens are asked for in any case; the first start makes one
 ) -> FastAPI:
     "The service as an ASGI app. Opens nothing before it is started."
     app = FastAPI(
@@ -100,7 +101,7 @@ def create_app(
         telemetry={"logs": False},  # it would write exceptions without `redact`
         responses=ERRORS,
     )
-    app.state.config, app.state.engine = config, engine
+    app.state.config, app.state.engine, app.state.guarded = config, engine, guarded
     for part in (routes, downloads, operation):
         app.include_router(part.router)
     handlers = {LoraMvpError: on_error, RequestValidationError: on_invalid, HTTPException: on_http_error}
@@ -112,4 +113,4 @@ def create_app(
     return app
 
 # %% ../../nbs/6_api/33_main.ipynb #beba6ec3
-app = create_app()
+app = create_app(guarded=True)

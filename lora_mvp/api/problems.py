@@ -62,6 +62,7 @@ def problem(
 
 # %% ../../nbs/6_api/26_problems.ipynb #4939ce7b
 _CODES = {
+    400: "host_unknown",
     401: "token_missing",
     403: "scope_missing not_yours token_required origin_forbidden path_forbidden model_forbidden unsafe_weights",
     404: "job_not_found artifact_not_found page_not_found",
