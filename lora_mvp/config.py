@@ -382,6 +382,9 @@ class ApiConfig(_Section):
     stall_seconds: float = Field(1800.0, gt=0, description="seconds without a training step before a job is stopped")
     grace_seconds: float = Field(60.0, ge=0, description="seconds for a checkpoint before a stopped job is killed")
     min_free_gb: float = Field(1.0, ge=0, description="free disk, in GB, below which no job is taken or started")
+    max_upload_gb: float = Field(
+        2.0, ge=0, description="size of an upload, in GB, packed and unpacked; 0: none are taken"
+    )
     requests_per_minute: Count = Field(600, description="requests of one client in a minute")
 
 # %% ../nbs/08_config.ipynb #4f222e40

@@ -64,7 +64,7 @@ def check_manifest(
     except LoraMvpError as error:
         if error.code != "path_missing":
             raise
-        advice = "prepare the pictures with `lora-mvp prepare-data` below the service's data folder"
+        advice = "send the pictures with `lora-mvp jobs submit FOLDER`, or prepare them below the service's data folder"
         raise LoraMvpError("manifest_missing", f"there is no manifest {quoted(name)}; {advice}.") from None
     for row in rows:
         _check_picture(api.data_dir, name, row)
@@ -142,7 +142,7 @@ def listed_model(
 def offer_text(api: ApiConfig) -> str:
     "What a job can name as its base, for sentences."
     names = sorted(entry.partition("@")[0] for entry in api.models)
-    return f"There are {', '.join([*names, 'what lies below the models folder of the service'])}."
+    return f"There are {', '.join(names)} and what lies below the models folder of the service."
 
 # %% ../../nbs/6_api/12_access.ipynb #0e0e0335
 def check_model(
@@ -165,6 +165,21 @@ def check_model(
         if error.code != "path_missing":
             raise
     raise LoraMvpError("model_forbidden", f"the model {quoted(name)} is not one that jobs may use. {offer_text(api)}")
+
+# %% ../../nbs/6_api/12_access.ipynb #61ec54ac
+def check_saved(
+    name: str,  # of a folder or a .safetensors file, relative to `api.models_dir`
+    api: ApiConfig,
+) -> Path:
+    "A saved model that is to be evaluated; raises `LoraMvpError`: `model_forbidden`, `unsafe_weights`, `path_forbidden`."
+    try:
+        path, _ = check_model(name, None, api.model_copy(update={"models": []}))
+    except LoraMvpError as error:
+        if error.code != "model_forbidden":
+            raise
+        text = f"there is no model {quoted(name)}: name a training that succeeded, or what lies below the models folder of the service."
+        raise LoraMvpError("model_forbidden", text) from None
+    return Path(path)
 
 # %% ../../nbs/6_api/12_access.ipynb #31025655
 NOT_OFFERED = {

@@ -13,12 +13,13 @@ import logging
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from .client import Client
-from .watching import Bar, job_paragraph, jobs_table, leaving, watch
+from .watching import Bar, job_paragraph, jobs_table, leaving, terminal_text, watch
 from ..config import override_values
 from ..errors import LoraMvpError
 
@@ -115,25 +116,54 @@ def announce_job(client: Client, args: argparse.Namespace, job: dict[str, Any]) 
     if args.wait:
         watch(client, job["job_id"])
 
+# %% ../../nbs/6_api/37_commands.ipynb #767952f8
+SHAPING = ("data.", "training.pretrained_model=", "training.resolution=", "training.aspect_buckets=")
+
+
+def sent_first(client: Client, args: argparse.Namespace) -> str:  # the manifest that the service has made of it
+    "Send a folder of pictures with the settings that shape them, and show what the service says of it."
+    found = client.upload(args.manifest, [change for change in args.set or [] if change.startswith(SHAPING)])
+    print(terminal_text(found["summary"]), file=sys.stderr)
+    print(
+        f"sent as {found['manifest']}: {found['train']} pictures to train on, {found['val']} to validate",
+        file=sys.stderr,
+    )
+    return found["manifest"]
+
 # %% ../../nbs/6_api/37_commands.ipynb #61d8915b
 def jobs_submit(args: argparse.Namespace) -> None:
-    "Submit a training; prints the job's name."
+    "Submit a training; prints the job's name. A folder of this machine is sent to the service first."
     with client_for(args) as client:
         config = override_values(args.set or [])
-        announce_job(client, args, client.train(args.manifest, config, args.gpus, args.key))
+        manifest = sent_first(client, args) if Path(args.manifest).is_dir() else args.manifest
+        announce_job(client, args, client.train(manifest, config, args.gpus, args.key))
+
+# %% ../../nbs/6_api/37_commands.ipynb #aa3d3d42
+def jobs_datasets(args: argparse.Namespace) -> None:
+    "List the manifests that a training can name, and how many pictures they hold."
+    with client_for(args) as client:
+        for row in client.datasets():
+            print(terminal_text(f"{row['manifest']}  {row['train']} train, {row['val']} val"))
+
+# %% ../../nbs/6_api/37_commands.ipynb #dd0dfb9c
+def jobs_models(args: argparse.Namespace) -> None:
+    "List the bases and adapters that a job can name."
+    with client_for(args) as client:
+        for row in client.models():
+            print(terminal_text(f"{row['kind']:<8}{row['name']}{'' if row['here'] else '  (would be fetched)'}"))
 
 # %% ../../nbs/6_api/37_commands.ipynb #7894df2c
 def jobs_evaluate(args: argparse.Namespace) -> None:
-    "Submit the evaluation of a training that succeeded; prints the new job's name."
+    "Submit the evaluation of a trained model; prints the new job's name."
     with client_for(args) as client:
         config = override_values(args.set or [])
-        announce_job(client, args, client.evaluate(args.job, config, args.real_split, args.key))
+        announce_job(client, args, client.evaluate(args.model, config, args.real_split, args.key, args.manifest))
 
 # %% ../../nbs/6_api/37_commands.ipynb #86063348
 def jobs_retry(args: argparse.Namespace) -> None:
     "Go on with a job that is over from its last good checkpoint; prints the new job's name."
     with client_for(args) as client:
-        announce_job(client, args, client.retry(args.job, fresh=args.fresh))
+        announce_job(client, args, client.retry(args.job, fresh=args.fresh, key=args.key))
 
 # %% ../../nbs/6_api/37_commands.ipynb #463b835a
 def jobs_list(args: argparse.Namespace) -> None:
@@ -207,23 +237,27 @@ def add_starting(actions) -> None:
     "Add what starts a job: `submit`, `evaluate`, `retry`."
     submit = add_command(actions, "submit", jobs_submit)
     evaluate, retry = add_command(actions, "evaluate", jobs_evaluate), add_command(actions, "retry", jobs_retry)
-    submit.add_argument("manifest", help="manifest.json of prepared data, below the service's data folder")
+    which = "manifest.json of prepared data, below the service's data folder; or a folder of pictures of this machine"
+    submit.add_argument("manifest", metavar="MANIFEST|FOLDER", help=which)
     submit.add_argument("--gpus", type=int, help="how many (default: one where there is one)")
     pictures = {"choices": ["val", "train"], "default": "val"}
     evaluate.add_argument("--real-split", **pictures, help="pictures to compare with (default: val)")
     retry.add_argument("--fresh", action="store_true", help="start anew")
-    for parser in (evaluate, retry):
-        parser.add_argument("job", help=JOB_HELP)
+    evaluate.add_argument("model", help="a training that succeeded, or a model below the service's models folder")
+    evaluate.add_argument("--manifest", help="of the real pictures (default: that of the training)")
+    retry.add_argument("job", help=JOB_HELP)
     for parser in (submit, evaluate):
         add_settings(parser, "setting")
-        parser.add_argument("--key", help="name of this request: sent again within a day, it gives the same job")
     for parser in (submit, evaluate, retry):
+        parser.add_argument("--key", help="name of this request: sent again, it gives the same job")
         parser.add_argument("--wait", action="store_true", help="stay until the job is over, with a progress bar")
 
 # %% ../../nbs/6_api/37_commands.ipynb #cc3e3a39
 def add_looking(actions) -> None:
     "Add what looks at jobs: `list`, `status`, `logs`."
     listed, status = add_command(actions, "list", jobs_list), add_command(actions, "status", jobs_status)
+    add_command(actions, "datasets", jobs_datasets)
+    add_command(actions, "models", jobs_models)
     logs = add_command(actions, "logs", jobs_logs)
     listed.add_argument("--status", help="only those that are queued, running, succeeded ...")
     listed.add_argument("--kind", choices=["train", "evaluate"])

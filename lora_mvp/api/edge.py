@@ -93,6 +93,13 @@ class Buckets:
 # %% ../../nbs/6_api/27_edge.ipynb #ce9220a7
 BODY_SECONDS, SEND_SECONDS = 30, 60
 MAX_BODY = 2**20  # bytes
+UPLOADS, UPLOAD_PACE = "/v1/datasets", 50_000  # where more is read, and at least how fast: bytes a second
+
+
+def most_bytes(scope: Connection) -> int:
+    "How much of a body is read."
+    upload = scope["method"] == "POST" and scope["path"] == UPLOADS
+    return round(scope["app"].state.backend.config.api.max_upload_gb * 1e9) if upload else MAX_BODY
 
 
 def request_id(
@@ -123,6 +130,7 @@ class Exchange:
         self.scope, self._receive, self._send = scope, receive, send
         self.began, self.body_ends = time.monotonic(), time.monotonic() + BODY_SECONDS
         self.whole_body, self.size, self.status, self.mended = False, 0, 0, None
+        self.most = most_bytes(scope)
         self.id = request_id(Headers(scope=scope).get("x-request-id", ""))
         scope.setdefault("state", {})["request_id"] = self.id
 
@@ -144,15 +152,16 @@ class Exchange:
         "The next piece of the body, if it comes in time and is not too much."
         if self.whole_body:
             return await self._receive()
-        declared = Headers(scope=self.scope).get("content-length", "0")
+        declared = int(Headers(scope=self.scope).get("content-length", "0"))
+        ends = self.body_ends + (self.size / UPLOAD_PACE if self.most > MAX_BODY else 0)
         try:
-            with anyio.fail_after(max(0.0, self.body_ends - time.monotonic())):
-                message = {"more_body": True} if int(declared) > MAX_BODY else await self._receive()
+            with anyio.fail_after(max(0.0, ends - time.monotonic())):
+                message = {"more_body": True} if declared > self.most else await self._receive()
         except TimeoutError:
-            raise HTTPException(408, f"The body did not arrive within {BODY_SECONDS} seconds.") from None
+            raise HTTPException(408, "The body did not arrive in time.") from None
         self.whole_body, self.size = not message.get("more_body", False), self.size + len(message.get("body", b""))
-        if self.size > MAX_BODY or int(declared) > MAX_BODY:
-            raise HTTPException(413, f"At most {MAX_BODY} bytes are read.")
+        if max(self.size, declared) > self.most:
+            raise HTTPException(413, f"At most {self.most} bytes are read.")
         return message
 
     async def send(self, message: Message) -> None:

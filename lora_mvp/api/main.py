@@ -19,11 +19,12 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from . import downloads, operation, routes
+from . import datasets, downloads, operation, routes
 from .backend import Backend
+from .contract import complete
 from .edge import Edge, Gate, log_as_json
 from .engines import Engine
-from .problems import ERRORS, on_error, on_http_error, on_invalid, with_problems
+from .problems import on_error, on_http_error, on_invalid
 from ..config import AppConfig, find_config, load_config
 from ..errors import LoraMvpError
 
@@ -95,21 +96,20 @@ def create_app(
         title="lora_mvp",
         version="1",
         description=ABOUT,
-        docs_url=None,  # its page would come from another host; docs/API.md is the same in text
+        docs_url=None,  # FastAPI's own page would come from another host; ours is in `operation`
         redoc_url=None,
         lifespan=lifespan,
         telemetry={"logs": False},  # it would write exceptions without `redact`
-        responses=ERRORS,
     )
     app.state.config, app.state.engine, app.state.guarded = config, engine, guarded
-    for part in (routes, downloads, operation):
+    for part in (routes, downloads, datasets, operation):
         app.include_router(part.router)
     handlers = {LoraMvpError: on_error, RequestValidationError: on_invalid, HTTPException: on_http_error}
     for error, handler in handlers.items():
         app.add_exception_handler(error, handler)
     app.add_middleware(Gate)
     app.add_middleware(Edge)  # the outermost
-    app.openapi = lambda build=app.openapi: with_problems(build())
+    app.openapi = lambda build=app.openapi: complete(build())
     return app
 
 # %% ../../nbs/6_api/33_main.ipynb #beba6ec3
