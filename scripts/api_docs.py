@@ -27,7 +27,7 @@ ERRORS_HEAD = """## Errors
 Every answer from 400 up has the type `application/problem+json` ([RFC 9457](https://www.rfc-editor.org/rfc/rfc9457)). `code` is for programs, `detail` for people, and
 `request_id` finds the line in the service's log. `Retry-After` comes with 429 and 503.
 """
-GROUPS = {"jobs": "Jobs", "files": "Files of a job", "operation": "Operation"}
+GROUPS = {"jobs": "Jobs", "files": "Files of a job", "data": "Pictures and models", "operation": "Operation"}
 
 
 def kind(schema: dict[str, Any]) -> str:
@@ -35,8 +35,8 @@ def kind(schema: dict[str, Any]) -> str:
     if "$ref" in schema:
         name = schema["$ref"].rsplit("/", 1)[-1]
         return f"[{name}](#{name.lower()})"
-    if "anyOf" in schema:
-        return " or ".join(kind(option) for option in schema["anyOf"])
+    if "anyOf" in schema or "oneOf" in schema:
+        return " or ".join(kind(option) for option in schema.get("anyOf", schema.get("oneOf")))
     if "enum" in schema or "const" in schema:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     if schema.get("type") == "array":

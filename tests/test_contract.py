@@ -149,7 +149,7 @@ def test_a_forwarded_address_counts_only_from_a_known_proxy(tmp_path, monkeypatc
 def test_the_document_says_what_there_is(client):
     document = client.app.openapi()
     schemas = document["components"]["schemas"]
-    assert schemas["TrainRequest"]["properties"]["config"] == {"$ref": "#/components/schemas/JobConfig"}
+    assert schemas["TrainRequest"]["properties"]["config"]["$ref"] == "#/components/schemas/JobConfig"
     steps = schemas["JobConfig"]["properties"]["training.max_train_steps"]
     assert steps["type"] == "integer" and "default" not in steps and steps["description"]
     assert set(schemas["EventPage"]["properties"]["data"]["items"]["discriminator"]["mapping"]) == {

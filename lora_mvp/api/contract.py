@@ -56,5 +56,6 @@ def complete(
     schemas |= problem.pop("$defs") | {"Problem": problem, "JobConfig": job_config()} | metrics_schemas()
     for name in ("TrainRequest", "EvaluateRequest"):
         if name in schemas:
-            schemas[name]["properties"]["config"] = {"$ref": "#/components/schemas/JobConfig"}
+            given = schemas[name]["properties"]["config"].get("examples", [])
+            schemas[name]["properties"]["config"] = {"$ref": "#/components/schemas/JobConfig", "examples": given}
     return document

@@ -99,6 +99,7 @@ def create_app(
         docs_url=None,  # FastAPI's own page would come from another host; ours is in `operation`
         redoc_url=None,
         lifespan=lifespan,
+        generate_unique_id_function=lambda route: route.name,  # what generated clients call it
         telemetry={"logs": False},  # it would write exceptions without `redact`
     )
     app.state.config, app.state.engine, app.state.guarded = config, engine, guarded

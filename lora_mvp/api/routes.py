@@ -97,7 +97,7 @@ _SAME = {200: _TAG, 304: {"description": "as it was", **_TAG}} | errors(404, 503
 
 
 @router.get("/status/{job_id}", tags=["jobs"], response_model=JobView, responses=_SAME)
-@router.get("/v1/jobs/{job_id}", tags=["jobs"], response_model=JobView, responses=_SAME)
+@router.get("/v1/jobs/{job_id}", name="job", tags=["jobs"], response_model=JobView, responses=_SAME)
 def status(
     job_id: JobId, request: Request, if_none_match: Annotated[str | None, Header()] = None, token=READ
 ) -> Response:
