@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as FromPath
 from fastapi.concurrency import run_in_threadpool
@@ -199,6 +200,7 @@ def same_upload(
 
 # %% ../../nbs/6_api/31c_datasets.ipynb #d5ffc090
 INTAKE_SECONDS = 3600
+INTAKES = CapacityLimiter(2)  # at a time; the others wait
 
 
 def run_intake(
@@ -288,7 +290,7 @@ async def upload_dataset(request: Request, response: Response, name: Name, set: 
         response.status_code = 200 if answer else 201
         if not answer:
             await run_in_threadpool(form_of, folder / "upload")
-            found = await run_in_threadpool(run_intake, folder, settings)
+            found = await to_thread.run_sync(run_intake, folder, settings, limiter=INTAKES)
             answer = await run_in_threadpool(publish, folder, name, upload, found, config.api)
     except OSError as error:
         raise LoraMvpError("not_writable", f"The upload cannot be kept: {error.strerror}.") from None

@@ -160,6 +160,8 @@ def first_token(
 ) -> str | None:  # the secret; None where there is a file, even one without tokens
     "Make the first token, and show it."
     if file.exists():
+        if not read_tokens(file):
+            _logger.warning("%s holds no token: nobody is let in. Make one with `lora-mvp token`.", file)
         return None
     secret = new_token(file, "first", "admin")
     about = f"There was no token. This one may do everything; {file} keeps its hash, and nothing shows it again:"
