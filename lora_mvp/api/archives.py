@@ -28,7 +28,7 @@ def refused_archive(what: str) -> LoraMvpError:
     return LoraMvpError("archive_invalid", f"{what} Send a zip or a tar of a folder of pictures, without links.")
 
 # %% ../../nbs/6_api/31a_archives.ipynb #27544520
-def check_index(
+def check_zip(
     file: BinaryIO,  # a zip
 ) -> None:
     "Refuse a zip whose list of files is too long to be looked at; `LoraMvpError` (`archive_invalid`)."
@@ -58,7 +58,7 @@ def form_of(archive: Path) -> str:  # zip or tar
 # %% ../../nbs/6_api/31a_archives.ipynb #39af9f3e
 def zip_members(file: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
     "Names and contents of a zip's files."
-    check_index(file)
+    check_zip(file)
     with zipfile.ZipFile(file) as found:
         for member in found.infolist():
             kind = member.external_attr >> 28  # of Unix, where the zip was made there

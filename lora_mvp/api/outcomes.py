@@ -32,13 +32,13 @@ class ScoreView(BaseModel):
     counted: Literal["prompts", "pairs"]
 
 # %% ../../nbs/6_api/09a_outcomes.ipynb #b8ea48ab
-Verdict = Literal["a_better", "b_better", "equivalent", "no_evidence", "trade_off", "insufficient_data"]
+VerdictWord = Literal["a_better", "b_better", "equivalent", "no_evidence", "trade_off", "insufficient_data"]
 
 
 class EvaluationResult(BaseModel):
     "What an evaluation found; its artifact metrics.json has more."
 
-    verdict: Verdict | None = Field(None, description="B is the second column; null: it could not be judged")
+    verdict: VerdictWord | None = Field(None, description="B is the second column; null: it could not be judged")
     why: str = Field("", description="what the verdict rests on")
     columns: list[str] = Field(description="names of the two models", examples=[["base", "LoRA"]])
     n_pairs: int
@@ -51,7 +51,7 @@ class EvaluationResult(BaseModel):
     warnings: list[str] = []
 
 # %% ../../nbs/6_api/09a_outcomes.ipynb #ebbd8d50
-def outcome_of(
+def evaluation_result(
     metrics: dict[str, Any],  # what metrics.json holds
 ) -> EvaluationResult:
     "The part of an evaluation that its job tells."
@@ -81,7 +81,7 @@ def number_text(
 def outcome_text(
     result: dict[str, Any],  # an `EvaluationResult`, as a client gets it
 ) -> str:
-    "Verdict and scores, a line each."
+    "VerdictWord and scores, a line each."
     a, b = result["columns"]
     verdict = f"{result['verdict'].replace('_', ' ')}: {result['why']}" if result["verdict"] else "none"
     lines = [f"verdict   {verdict} (A is {a}, B is {b})"]

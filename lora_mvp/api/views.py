@@ -100,7 +100,7 @@ class JobView(BaseModel):
     links: dict[str, str]
 
 # %% ../../nbs/6_api/28_views.ipynb #2020c726
-def result_of(service: Service, job: Job) -> EvaluationResult | None:
+def result_view(service: Service, job: Job) -> EvaluationResult | None:
     "What an evaluation found; None for other jobs, and for one whose words cannot be read."
     said = service.folder(job).result(job.attempt) if (job.kind, job.status) == ("evaluate", "succeeded") else None
     try:
@@ -120,7 +120,7 @@ def view(
     return JobView(
         job_id=job.id,
         progress=service.folder(job).progress() if job.attempt else None,
-        result=result_of(service, job),
+        result=result_view(service, job),
         queue_position=service.queue_position(job) if job.status == "queued" else None,
         links=links,
         **{name: getattr(job, name) for name in JobView.model_fields if name in Job.model_fields},

@@ -23,7 +23,7 @@ from .failures import job_error
 from .folders import JobFolder, Result
 from .job_settings import read_settings
 from .jobs import Job, JobSpec, is_job
-from .outcomes import outcome_of
+from .outcomes import evaluation_result
 from .reporter import FENCED, Reporter
 from ..config import ApiConfig, AppConfig
 from ..errors import LoraMvpError
@@ -90,7 +90,7 @@ def run_evaluation(folder: JobFolder, job: Job, attempt: int, config: AppConfig)
     found = evaluate(config, os.path.relpath(model), f"{real.name}/*", out=folder.run.name, base=base)
     shutil.rmtree(real)
     if folder.current_attempt() == attempt:
-        folder.append("result", attempt, **outcome_of(found).model_dump())
+        folder.append("result", attempt, **evaluation_result(found).model_dump())
 
 # %% ../../nbs/6_api/18_work.ipynb #f3204dc9
 def do_job(folder: JobFolder, job: Job, attempt: int) -> None:
