@@ -199,7 +199,13 @@ def test_a_saved_model_is_evaluated_with_a_manifest(client, root):  # noqa: F811
     adapter = root / "models" / "mine"
     adapter.mkdir(exist_ok=True)
     (adapter / "pytorch_lora_weights.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    taken = client.post("/evaluate", json={"model": "mine", "manifest": "cats/manifest.json"})
+    body = problem(
+        client.post("/evaluate", json={"model": "mine", "manifest": "cats/manifest.json"}), 422, "too_few_images"
+    )
+    assert "0 for val" in body["detail"]
+    rows = [{"image": "1.png", "caption": "a cat", "split": "val"}] * 2
+    (root / "data" / "cats" / "real.json").write_text(json.dumps(rows))
+    taken = client.post("/evaluate", json={"model": "mine", "manifest": "cats/real.json"})
     assert taken.status_code == 202 and taken.json()["spec"]["model"] == "mine" and taken.json()["result"] is None
     assert "manifest" in problem(client.post("/evaluate", json={"model": "mine"}), 422)["detail"]
     problem(client.post("/evaluate", json={"model": "yours", "manifest": "cats/manifest.json"}), 403, "model_forbidden")
@@ -216,7 +222,7 @@ def pictures(folder: Path, number: int = 5) -> Path:
     (folder / "discs").mkdir(parents=True)
     for n in range(number):
         noise = Image.effect_noise((80, 80), 20 + 40 * n).convert("RGB")
-        noise.paste(("red", "teal", "gold", "navy", "plum")[n % 5], (5, 5, 20 + 10 * n, 60))
+        noise.paste(("red", "teal", "gold", "navy", "plum")[n % 5], (5, 5, 20 + 5 * n, 60))
         noise.save(folder / "discs" / f"{n}.png")
         (folder / "discs" / f"{n}.txt").write_text(f"a disc, number {n}")
     (folder / "discs" / "cut.png").write_bytes((folder / "discs" / "0.png").read_bytes()[:90])
@@ -319,7 +325,7 @@ def test_every_documented_command_is_one():
 @pytest.mark.slow
 def test_the_documented_commands_work_word_for_word(tmp_path):
     """The first section, as somebody types it in a folder with nothing but pictures."""
-    pictures(tmp_path / "cats", 8)
+    pictures(tmp_path / "cats", 12)
     ours = [line for line in documented() if line.startswith("lora-mvp")]
     first = ours.index("lora-mvp serve")
     last = next(n for n, line in enumerate(ours) if line.startswith("lora-mvp jobs download"))

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .access import check_manifest, check_overrides, check_saved
+from .access import check_manifest, check_overrides, check_saved, read_list
 from .engines import Engine
 from .job_settings import check_base, check_effective, write_settings
 from .jobs import TERMINAL, Job, JobSpec, Kind, is_job
@@ -69,6 +69,18 @@ def check_trained(trained: Job) -> None:
     if (trained.kind, trained.status) != ("train", "succeeded"):
         text = f"job {trained.id} is {trained.kind}, {trained.status}; only a training that succeeded has a model."
         raise LoraMvpError("invalid_request", text)
+
+# %% ../../nbs/6_api/23_admission.ipynb #0b8b0d96
+def check_split(
+    manifest: str,  # checked, relative to `api.data_dir`
+    split: str,  # train or val
+    api: ApiConfig,
+) -> None:
+    "Refuse real pictures that are too few to compare with; `LoraMvpError`: `too_few_images`."
+    found = sum(row.get("split", split) == split for row in read_list(manifest, api.data_dir))
+    if found < 2:
+        text = f"scores need two real pictures at least, and {manifest} has {found} for {split}; see real_split."
+        raise LoraMvpError("too_few_images", text)
 
 # %% ../../nbs/6_api/23_admission.ipynb #6ad6f699
 def check_judged(
@@ -132,6 +144,7 @@ class Admission:
             text = "an evaluation of a saved model needs a manifest: that of the real pictures to compare with."
             raise LoraMvpError("invalid_request", text)
         check_manifest(manifest, self.config.api)
+        check_split(manifest, spec.real_split, self.config.api)
         check_effective(config, base=False)
 
     def fill(self, job: Job, settings: AppConfig) -> None:
