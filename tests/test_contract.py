@@ -22,7 +22,7 @@ from test_api import ASKED, NONE, job, problem, root, running  # noqa: F401  fix
 
 from lora_mvp.api.contract import job_config
 from lora_mvp.api.tokens import new_token, revoke_token
-from lora_mvp.cli import build_parser
+from lora_mvp.cli import build_parser, main
 from lora_mvp.config import AppConfig
 from lora_mvp.errors import LoraMvpError
 
@@ -36,13 +36,14 @@ def client(root):  # noqa: F811
 # -- settings in effect ------------------------------------------------------------------------------------------------
 
 
-def test_a_base_that_jobs_cannot_use_is_refused_at_once(tmp_path):
+def test_a_base_that_jobs_cannot_use_is_refused_at_once(tmp_path, capsys):
     chosen = {"training": {"pretrained_model": "some/base"}}
     for more, said in (({}, "not in api.models"), ({"models": ["some/base"]}, "not on the service's machine")):
         file = tmp_path / "service.yaml"
         file.write_text(json.dumps({"api": places(tmp_path, **more), **chosen}))
-        done = command("serve", "--port", 0, "--config", file)
-        assert done.returncode == 2 and said in done.stderr and done.stderr.startswith("error: "), done.stderr
+        assert main(["serve", "--port", "0", "--config", str(file)]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.startswith("error: ") and error.count("\n") == 1, error
     config = AppConfig.model_validate({"api": places(tmp_path)})  # nobody chose a base: jobs name theirs
     from api_server import Resting
     from fastapi.testclient import TestClient
@@ -96,12 +97,13 @@ def test_the_promised_command_is_safe_and_works_for_everybody(tmp_path):
     assert shown[0] not in kept and '"scope":"admin"' in kept and (tmp_path / "tokens").stat().st_mode & 0o077 == 0
 
 
-def test_tokens_are_listed_and_revoked(tmp_path):
+def test_tokens_are_listed_and_revoked(tmp_path, capsys):
     where = ["--set", f"api.tokens_file={tmp_path / 'tokens'}"]
-    assert command("token", "ana", "--scope", "submit", *where).returncode == 0
-    assert command("token", "list", *where).stdout == "submit ana\n"
-    done = command("token", "revoke", "bob", *where)
-    assert done.returncode == 2 and "there is no token 'bob'; there are ana" in done.stderr
+    assert main(["token", "ana", "--scope", "submit", *where]) == 0 and capsys.readouterr().out.startswith("lmvp_")
+    assert main(["token", "list", *where]) == 0 and capsys.readouterr().out == "submit ana\n"
+    assert main(["token", "revoke", "bob", *where]) == 2
+    assert "there is no token 'bob'; there are ana" in capsys.readouterr().err
+    assert main(["token", "revoke", "ana", *where]) == 0 and (tmp_path / "tokens").read_text() == ""
 
 
 def test_a_stream_ends_when_its_token_is_revoked(tmp_path):
