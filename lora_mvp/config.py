@@ -9,7 +9,6 @@ __all__ = ['DataConfig', 'TrainingConfig', 'EvaluationConfig', 'ApiConfig', 'App
 # %% ../nbs/08_config.ipynb #a18765dd
 import difflib
 import hashlib
-import ipaddress
 import json
 import logging
 import os
@@ -339,18 +338,6 @@ def _anchor_store(name: str, info) -> str:
 
 StoreKey = Annotated[str, BeforeValidator(_as_text), BeforeValidator(_not_empty), AfterValidator(_anchor_store)]
 
-# %% ../nbs/08_config.ipynb #82e5553c
-def _check_network(text: str) -> str:
-    "An address, or a network such as 10.0.0.0/8."
-    try:
-        ipaddress.ip_network(text)
-    except ValueError as error:
-        raise ValueError(f"is no address and no network ({error})") from None
-    return text
-
-
-NetworkKey = Annotated[str, AfterValidator(_check_network)]
-
 # %% ../nbs/08_config.ipynb #35453640
 class ApiConfig(_Section):
     "The job service."
@@ -371,7 +358,7 @@ class ApiConfig(_Section):
     allowed_hosts: list[Prompt] = Field(
         ["localhost", "127.0.0.1", "[::1]"], description="names by which clients may address the service"
     )
-    trusted_proxies: list[NetworkKey] = Field(
+    trusted_proxies: list[Prompt] = Field(
         [], description="addresses or networks of proxies whose X-Forwarded-For counts"
     )
     max_workers: Count = Field(2, description="jobs that run at the same time")

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/6_api/17_job_settings.ipynb #edaa78af
+import ipaddress
 import json
 import logging
 import re
@@ -96,6 +97,12 @@ _logger = logging.getLogger("lora_mvp.api")
 
 def check_server(config: AppConfig) -> None:
     "Refuse to start with settings that no job could use; without a base of its own the service only says what there is."
+    for network in config.api.trusted_proxies:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError as error:
+            text = f"api.trusted_proxies: {quoted(network)} is no address and no network ({error})."
+            raise LoraMvpError("config_invalid", text) from None
     chosen = "pretrained_model" in config.training.model_fields_set
     check_effective(config, base=chosen)
     try:
