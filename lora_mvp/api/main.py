@@ -80,10 +80,12 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             await run_in_threadpool(backend.close)
 
 # %% ../../nbs/6_api/33_main.ipynb #17fd6e5f
-ABOUT = """Trainings and evaluations as jobs. Submit one, follow it, fetch its files.
+_TEXT = """Trainings and evaluations as jobs. Submit one, follow it, fetch its files.
 
 Where the service has tokens, send one as `Authorization: Bearer`. Everything that is read needs the scope `read`; to submit, and to cancel, retry or delete
 jobs of its own, a token needs `submit`; jobs of others, `admin`. Only `/healthz` and the pages at `/` and `/docs` are open."""
+ABOUT = {"title": "lora_mvp", "version": "1", "description": _TEXT}
+ABOUT |= {"docs_url": None, "redoc_url": None}  # FastAPI's pages would come from another host; ours is in `operation`
 
 # %% ../../nbs/6_api/33_main.ipynb #da21a681
 def create_app(
@@ -93,14 +95,10 @@ def create_app(
 ) -> FastAPI:
     "The service as an ASGI app. Opens nothing before it is started."
     app = FastAPI(
-        title="lora_mvp",
-        version="1",
-        description=ABOUT,
-        docs_url=None,  # FastAPI's own page would come from another host; ours is in `operation`
-        redoc_url=None,
         lifespan=lifespan,
         generate_unique_id_function=lambda route: route.name,  # what generated clients call it
         telemetry={"logs": False},  # it would write exceptions without `redact`
+        **ABOUT,
     )
     app.state.config, app.state.engine, app.state.guarded = config, engine, guarded
     for part in (routes, downloads, datasets, operation):

@@ -140,6 +140,8 @@ _PROBLEMS = {
     500: "a mistake of the service",
     503: "not now; Retry-After says when to ask again",
 }
+
+# %% ../../nbs/6_api/26_problems.ipynb #5fb95cd0
 _ANSWER = {"content": {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}}
 _SECONDS = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
 _HEADERS = {401: {"WWW-Authenticate": {"schema": {"type": "string"}}}, 429: _SECONDS, 503: _SECONDS}
