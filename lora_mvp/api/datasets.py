@@ -301,7 +301,11 @@ async def upload_dataset(request: Request, response: Response, name: Name, set: 
 
 # %% ../../nbs/6_api/31c_datasets.ipynb #a3172ad5
 @router.get("/v1/datasets/{name}", tags=["data"], response_model=Dataset, responses=errors(404))
-def dataset(request: Request, name: Annotated[str, FromPath(examples=["cats"])], token=READ) -> Any:
+def dataset(
+    request: Request,
+    name: Annotated[str, FromPath(examples=["cats"], json_schema_extra={"maxLength": 100})],
+    token=READ,
+) -> Any:
     "What was answered to an upload."
     safe = name.isprintable() and "/" not in name and not name.startswith(".")
     found = known(name, request.app.state.backend.config.api) if safe else None

@@ -22,8 +22,9 @@ from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/30_routes.ipynb #37a8dba9
 router = APIRouter()
-JobId = Annotated[str, Path(examples=["01JX0S4T5VYQW8W6D1N3M2K7RA"])]
 ULID = f"[{ALPHABET}]{{26}}"
+_FORM = {"pattern": f"^{ULID}$"}  # only said: what has another is answered with 404
+JobId = Annotated[str, Path(examples=["01JX0S4T5VYQW8W6D1N3M2K7RA"], json_schema_extra=_FORM)]
 
 
 def service_of(request: Request) -> Service:
