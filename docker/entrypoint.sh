@@ -14,10 +14,6 @@ if [ "${1:-} ${2:-}" = "lora-mvp serve" ]; then
         echo "There is no GPU in this container: trainings run on the CPU, in hours where a GPU takes minutes. On a host with" \
             "NVIDIA GPUs: docker compose -f docker/compose.yaml -f docker/compose.gpu.yaml up --build" >&2
     fi
-    if [ ! -e state/tokens.json ]; then # api.tokens_file of config.yaml
-        echo "There was no token. This one may do everything; state/tokens.json keeps its hash, and nothing shows it again:" >&2
-        lora-mvp token first --scope admin >&2 || :
-    fi
 fi
 
 exec "$@"

@@ -10,6 +10,7 @@ from evaluation_runs import CALLED as ALL
 from evaluation_runs import HELD_OUT, PLAIN, prepare, run, settings
 from PIL import Image
 
+from lora_mvp.api.contract import metrics_schemas
 from lora_mvp.cli import main
 from lora_mvp.config import LoraMvpError
 from lora_mvp.data.images import open_rgb
@@ -322,3 +323,8 @@ def test_a_mistake_on_the_command_line_is_one_sentence(arguments, tmp_path, monk
     said = capsys.readouterr().err
     assert said.count("error:") == 1 and "nowhere" in said, said
     assert not list(tmp_path.iterdir())
+
+
+def test_the_schema_of_metrics_that_ships_is_that_of_the_record():
+    whole = Metrics.model_json_schema(ref_template="#/components/schemas/{model}")
+    assert metrics_schemas() == whole.pop("$defs") | {"Metrics": whole}  # python scripts/api_docs.py --metrics

@@ -263,7 +263,7 @@ def test_a_cancel_saves_first_and_touches_no_other_job(desk):  # row 9
     desk.go(other)
     assert desk.until(other).attempt == 1
     desk.exact(other, 40)
-    again = desk.service.retry(id)
+    again, _ = desk.service.retry(id)
     desk.taken.append(again.id)
     desk.until_step(again.id, saved + 1)
     assert f"begins after step {saved}" in desk.folder(again.id).log().decode()

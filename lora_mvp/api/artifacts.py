@@ -14,25 +14,55 @@ from .hashes import Hashes
 from .jobs import FrozenRecord
 
 # %% ../../nbs/6_api/08_artifacts.ipynb #a305171d
+ArtifactKind = Literal[
+    "adapter",
+    "kohya",  # the adapter in the form of other programs
+    "checkpoint",
+    "sample",  # a picture that was drawn
+    "picture",  # a chart, or a sheet of pictures
+    "table",
+    "record",
+    "metrics",  # what an evaluation found
+    "report",  # a page for people
+    "features",  # of pictures, kept for the next evaluation
+    "pipeline",
+    "other",
+]
+
+
 class Artifact(FrozenRecord):
     "A file that a job made."
 
     name: str  # POSIX, relative to `run/`
     size: int  # bytes
     sha256: str
-    kind: Literal["adapter", "kohya", "checkpoint", "sample", "picture", "table", "record", "pipeline"]
+    kind: ArtifactKind
 
 # %% ../../nbs/6_api/08_artifacts.ipynb #d062423d
+PIPELINE = [
+    "model_index.json",
+    "unet",
+    "vae",
+    "scheduler",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+]
+PIPELINE += ["feature_extractor", "image_encoder", "safety_checker"]
+
+
 def kind_of(
     name: str,  # of an artifact
 ) -> str:
     "What an artifact is, by its name."
     first, ending = name.split("/")[0], name.rpartition(".")[2]
-    folders = {"lora_adapter": "adapter", "samples": "sample", "samples.png": "sample", "run.safetensors": "kohya"}
-    if first in folders or first.startswith("checkpoint-"):
-        return folders.get(first, "checkpoint")
-    inside = {"png": "picture", "csv": "table"} | {"json": "record"} if "/" not in name else {}
-    return inside.get(ending, "pipeline") if name != "model_index.json" else "pipeline"
+    known = {"lora_adapter": "adapter", "samples": "sample", "samples.png": "sample", "run.safetensors": "kohya"}
+    known |= {"features": "features", "metrics.json": "metrics"} | dict.fromkeys(PIPELINE, "pipeline")
+    if first in known or first.startswith("checkpoint-"):
+        return known.get(first, "checkpoint")
+    endings = {"png": "picture", "csv": "table", "jsonl": "table", "json": "record", "html": "report"}
+    return endings.get(ending, "other")
 
 # %% ../../nbs/6_api/08_artifacts.ipynb #108f860d
 def files_below(

@@ -17,10 +17,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from .edge import Buckets
 from .engines import Engine, LocalEngine
 from .folders import jobs_in
+from .job_settings import check_server
 from .jobs import Kind, Status
 from .service import Service
 from .stores import open_store
-from .tokens import Tokens
+from .tokens import Tokens, first_token, tokens_place
 from ..config import AppConfig
 
 # %% ../../nbs/6_api/29_backend.ipynb #98823bd9
@@ -100,14 +101,19 @@ class Backend:
         self,
         config: AppConfig,
         engine: Engine | None = None,  # None: this machine
+        guarded: bool = False,  # whether tokens are asked for in any case
     ):
-        self.config, self.tokens = config, Tokens(config.api.tokens_file)
+        check_server(config)
+        named = guarded or config.api.tokens_file is not None
+        self.config, self.tokens = config, Tokens(tokens_place(config.api), needed=named)
         self.buckets, self.stopping = Buckets(config.api.requests_per_minute), False
         self.store = open_store(config.api, partial(jobs_in, config.api.jobs_dir))
         try:
             self.engine = engine or LocalEngine(config.api)
             self.service = Service(config, self.store, self.engine)
             self.metrics = ServiceMetrics(self)
+            if named:
+                first_token(self.tokens.file)
             self.service.start()
         except BaseException:
             self.store.close()

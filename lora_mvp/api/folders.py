@@ -130,6 +130,10 @@ class JobFolder:
         "The newest progress, of an attempt or of any."
         return self._events.progress(attempt)
 
+    def result(self, attempt: int) -> dict | None:
+        "What an evaluation found, as its attempt said."
+        return self._events.newest("result", attempt)
+
     def last_state(self) -> dict | None:
         "The newest event that says what state the job is in."
         return self._events.last_state()

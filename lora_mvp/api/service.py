@@ -112,9 +112,9 @@ class Loop:
             self.thread.join()
 
 # %% ../../nbs/6_api/25_service.ipynb #d177f7d0
-def digest_of(kind: Kind, spec: JobSpec) -> str:
+def digest_of(kind: Kind, spec: JobSpec, *more: Any) -> str:
     "What a request asks for, in short; equal for equal requests."
-    text = json.dumps([kind, spec.model_dump(mode="json")], sort_keys=True)
+    text = json.dumps([kind, spec.model_dump(mode="json"), *more], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../../nbs/6_api/25_service.ipynb #5e40daa3
@@ -221,15 +221,18 @@ class Service:
         id: str,
         owner: str = "",
         fresh: bool = False,  # begin anew, not from the last checkpoint
-    ) -> Job:  # a new one
+        key: str | None = None,  # idempotency key
+    ) -> tuple[Job, bool]:  # the job; whether it is a new one
         "Do an ended job once more; raises `LoraMvpError`, among them `job_not_terminal`."
         old = self.ended(id)
         self.check_room()
         settings = self.admission.settings(old.kind, old.spec)
         job = self.new_job(old.kind, old.spec, owner).model_copy(update={"retry_of": old.id})
+        digest = digest_of(old.kind, old.spec, f"retry of {old.id}", fresh) if key else None
+        job = job.model_copy(update={"key": key, "key_digest": digest})
         files = {} if fresh else self.folder(old).files()
         kept = {name: file for name, file in files.items() if name.startswith(("checkpoint-", "samples/step-"))}
-        return self.take(job, settings, kept)[0]
+        return self.take(job, settings, kept)
 
     def delete(
         self,
