@@ -20,7 +20,6 @@ from typing import Any
 from .folders import JobFolder, job_again
 from .jobs import ACTIVE, TERMINAL, Job, now
 from .records import Records
-from .store_rules import KEY_LIFE
 from ..config import ApiConfig
 from ..errors import LoraMvpError
 
@@ -45,6 +44,9 @@ def needed_jobs(records: Records) -> set[str]:
     return {name for job in going for name in (job.spec.model, job.retry_of) if name}
 
 # %% ../../nbs/6_api/22a_retention.ipynb #4caafcb1
+KEY_LIFE = timedelta(hours=24)  # for so long a client may ask again under the key of its request
+
+
 def surplus(
     records: Records,
     keep_jobs: int | None,  # ended ones; None: all
