@@ -38,9 +38,12 @@ def fused_bytes(
     pipe,
     folder: Path,  # of the base
 ) -> int:
-    "Bytes of the base in the precision that it is kept in, which is that of the fused pipeline; where there are no weights, in float32."
-    with tidy(folder) as seen:
-        kept = stored_dtype(seen / "unet").itemsize
+    "Bytes of the base in the precision that it is kept in, which is that of the fused pipeline; where there are none that can be read, in float32."
+    try:
+        with tidy(folder) as seen:
+            kept = stored_dtype(seen / "unet").itemsize
+    except LoraMvpError:  # a damaged file, of which others tell
+        kept = 4
     vae = family_of(pipe).vae_dtype
     sizes = {"vae": vae.itemsize if vae else kept}
     parts = networks(pipe).items()
