@@ -692,7 +692,7 @@ def test_a_stop_ends_streams_and_loses_nothing(tmp_path):
 def test_the_promised_command_serves_and_stops(tmp_path):
     with served(tmp_path, command=(sys.executable, "-m", "uvicorn", "lora_mvp.api.main:app", "--port", "0")) as server:
         assert httpx.get(f"{server.url}/healthz").json() == {"status": "ok"}
-        head = {"Authorization": f"Bearer {re.search('lmvp_[^ ]+', server.log.read_text())[0].strip()}"}
+        head = {"Authorization": f"Bearer {re.search('lmvp_[A-Za-z0-9_-]+', server.log.read_text())[0]}"}
         wait_for(lambda: httpx.get(f"{server.url}/readyz", headers=head).status_code == 200)
         assert httpx.get(f"{server.url}/readyz", headers=head).json()["engine"]["name"] == "local"
         server.process.send_signal(signal.SIGTERM)

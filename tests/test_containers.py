@@ -131,7 +131,13 @@ def app(tmp_path):
     as_user = []
     if os.geteuid() == 0 and shutil.which("setpriv"):
         other = ["setpriv", "--reuid=10001", "--regid=10001", "--clear-groups"]
-        reads = subprocess.run([*other, sys.executable, "-c", "import lora_mvp"], capture_output=True, cwd=ROOT)
+        start = [
+            "sh",
+            "-c",
+            'exec "$0" --version',
+            Path(sys.executable).with_name("lora-mvp"),
+        ]  # as the entrypoint does
+        reads = subprocess.run([*other, *start], capture_output=True, cwd=ROOT)
         as_user = other if reads.returncode == 0 else []  # a Python in the folder of root is for root alone
     for name in ("data", "models", "outputs", "state"):
         (tmp_path / name).mkdir()

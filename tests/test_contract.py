@@ -314,6 +314,7 @@ def test_names_of_uploads_stay_in_their_folder(uploads):
 def documented() -> list[str]:
     """The commands of docs/SERVICE.md, in order, without comments and prompts."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "SERVICE.md").read_text(), re.DOTALL)
+    blocks = [block.replace("\\\n", " ") for block in blocks]
     return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 

@@ -92,7 +92,7 @@ def test_old_jobs_go_and_those_that_another_needs_stay(tmp_path, ending):
             then = {"created_at": job.created_at - month, "finished_at": job.finished_at - month}
             assert server.store.swap(job, job.model_copy(update={"version": job.version + 1} | then))
         new = server.ended()
-        again = server.service.retry(old[1].id)
+        again, _ = server.service.retry(old[1].id)
         server.service.tick()
         assert server.kept() == server.known_folders() == {old[1].id, new.id, again.id}
 
