@@ -162,7 +162,8 @@ def test_a_folder_of_another_user_is_told_and_the_rest_is_left_to_the_command(ap
     folder, _ = app
     if os.geteuid() == 0 and shutil.which("setpriv"):  # the shell needs no Python
         app = folder, ["setpriv", "--reuid=10001", "--regid=10001", "--clear-groups"]
-        os.chown(folder / "state", 0, 0)
+        for name in ("data", "models", "outputs", "state"):
+            os.chown(folder / name, *((0, 0) if name == "state" else (10001, 10001)))
         user = "10001:10001"
     else:
         (folder / "state").rmdir()

@@ -17,7 +17,7 @@ from ..data.steps import Plan
 from .cache import cache_folder
 from .known import KnownFiles
 from .latents import LatentSet, encode_images
-from .pictures import photo_warning, regularization_sources, sources, with_masks
+from .pictures import Source, photo_warning, regularization_sources, sources, with_masks
 from .texts import TextTable, caption_variants
 
 # %% ../../nbs/3_train/05_streams.ipynb #04dc9e7b
@@ -46,6 +46,13 @@ class TrainingData:
     texts: TextTable | None  # None where the text encoders are trained and captions must be encoded anew
     regularization: list[list[str]]  # content and caption of the class's pictures
 
+# %% ../../nbs/3_train/05_streams.ipynb #279fbc51
+def asked_texts(drawn: list[Source], validated: list[Source], t: TrainingConfig) -> list[str]:
+    "Every text that the network will be asked with: captions in all their variants, sample prompts and what is guided away from."
+    captions = [variant for s in drawn for variant in caption_variants([s.caption, *s.others], t)]
+    shown = [*t.sample_prompts, ""] if t.sample_every != 0 else []
+    return [*captions, *(s.caption for s in validated), *shown]
+
 # %% ../../nbs/3_train/05_streams.ipynb #6db447bf
 log = logging.getLogger("lora_mvp")
 
@@ -71,7 +78,5 @@ def load_data(
     streams += [prior_stream(encode_images(pipe, prior, t, [], *how), t)] if prior else []
     val_set, texts = encode_images(pipe, val, t, [], *how) if val else None, None
     if t.text_encoder_learning_rate is None:
-        drawn = [variant for s in train + prior for variant in caption_variants([s.caption, *s.others], t)]
-        shown = [*t.sample_prompts, ""] if t.sample_every != 0 else []  # and what is guided away from
-        texts = TextTable(pipe, [*drawn, *(s.caption for s in val), *shown], *how)
+        texts = TextTable(pipe, asked_texts(train + prior, val, t), *how)
     return TrainingData(streams, val_set, texts, [[s.sha256, s.caption] for s in prior])
