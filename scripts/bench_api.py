@@ -261,7 +261,9 @@ def written(process) -> int:
 def growth(store: str, jobs: int, calls: int) -> dict:
     """Time and bytes of a submit where so many jobs have ended."""
     ended = {"status": "succeeded", "attempt": 1, "finished_at": now()}
-    there = (example().model_copy(update=ended) for _ in range(max(0, jobs - calls - 1)))  # the last call meets all of them
+    there = (
+        example().model_copy(update=ended) for _ in range(max(0, jobs - calls - 1))
+    )  # the last call meets all of them
     with (
         tempfile.TemporaryDirectory(dir=".") as folder,
         served(Path(folder).resolve(), store, there) as (port, process),
