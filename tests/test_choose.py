@@ -84,6 +84,7 @@ def test_what_copies_is_named_by_evaluate_and_compare_too(copier, tmp_path):
     assert "copies" in beside.lost and "lora gives back training pictures: " in beside.why
 
 
+@pytest.mark.slow  # in every run of the checks, tutorial 04 chooses, and chapter 17 takes its choices apart
 def test_the_choice_is_explained_and_can_be_used(choice, overfitted):
     root = overfitted / "lora"
     kept = Choice.model_validate_json((root / "best.json").read_text())

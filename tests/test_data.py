@@ -845,14 +845,15 @@ def killed_run(config, moment, delay, workers=0):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_any_moment(tmp_path):
-    "30 times kill -9, each run going on from what the last one left; the end is that of a run that nothing disturbed."
+@pytest.mark.parametrize("kills", [12, pytest.param(60, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(tmp_path, kills):
+    "Kill -9 again and again, each run going on from what the last one left; the end is that of a run that nothing disturbed."
     raw = fill(tmp_path / "raw", cat=24, dog=24)  # few enough for one worker: starting it is most of the work
     before, out = tree(raw), tmp_path / "out"
     calm = prepare_data(settings(tmp_path, processed_dir=str(tmp_path / "calm")))
     cv2.setNumThreads(1)  # threads do not live on in a fork
     rng, killed, rounds = np.random.default_rng(0), 0, 0
-    while killed < 30 and rounds < 200:
+    while killed < kills and rounds < 400:
         if rounds % 10 == 5:
             shutil.rmtree(out, ignore_errors=True)
         config = settings(tmp_path, image_size=(32, 48)[rounds % 2], seed=rounds % 3)  # other files, under other names
@@ -861,7 +862,7 @@ def test_killed_at_any_moment(tmp_path):
         rounds += 1
         if (out / "manifest.json").exists():
             parse_manifest(out / "manifest.json")
-    assert killed == 30
+    assert killed == kills
     last = prepare_data(settings(tmp_path), resplit=True)
     assert tree(out) == tree(tmp_path / "calm") and tree(raw) == before
     assert not list((out / ".prepare").glob("new-*"))  # nor what a worker was at

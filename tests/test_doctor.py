@@ -220,6 +220,7 @@ def test_too_little_memory_names_settings_in_order(look):
     only(look(memory=10e6)["error"], "memory", "Even that is not enough")
 
 
+@pytest.mark.slow
 def test_advice_keeps_the_effective_batch_and_ends_where_it_fits():
     estimate, training = (
         MemoryEstimate(asset("tiny"), "cuda"),
@@ -267,7 +268,7 @@ def kept_on_cpu(folder, training):
 CASES = [
     ("sd1", {"lora_variant": "dora", "lora_targets": "all"}),
     pytest.param("sd2", {"lora_variant": "rslora", "lora_targets": "attention_ff"}, marks=pytest.mark.slow),
-    ("sdxl", {"text_encoder_learning_rate": 1e-4, "gradient_checkpointing": True}),
+    pytest.param("sdxl", {"text_encoder_learning_rate": 1e-4, "gradient_checkpointing": True}, marks=pytest.mark.slow),
     pytest.param("sd1", {"mixed_precision": "bf16"}, marks=pytest.mark.slow),
 ]
 

@@ -139,7 +139,7 @@ def apply_by_hand(pipe, file, strength: float, two: bool, comfyui: bool = False)
     ("family", "keys"),
     [
         ("sd1", {"lora_targets": "all"}),
-        ("sd1", {"lora_variant": "rslora", "text_encoder_learning_rate": None}),
+        pytest.param("sd1", {"lora_variant": "rslora", "text_encoder_learning_rate": None}, marks=pytest.mark.slow),
         ("sdxl", {"lora_targets": "all", "lora_variant": "rslora"}),
     ],
 )

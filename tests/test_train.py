@@ -23,7 +23,11 @@ EVERYTHING = {"text_encoder_learning_rate": 1e-4, "snr_gamma": 5.0, "caption_dro
 @pytest.mark.parametrize(
     "family, changes",
     [
-        ("sd1", {"noise_offset": 0.1, "gradient_checkpointing": True, "lora_variant": "rslora"} | EVERYTHING),
+        pytest.param(
+            "sd1",
+            {"noise_offset": 0.1, "gradient_checkpointing": True, "lora_variant": "rslora"} | EVERYTHING,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "sd2",
             {"zero_terminal_snr": True, "lora_variant": "dora", "lora_targets": "all"} | EVERYTHING,
