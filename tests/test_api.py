@@ -761,6 +761,7 @@ def over(client, job):
     return found["status"] in TERMINAL and found
 
 
+@pytest.mark.slow  # test_editor.py asks the same of the classes that users import
 @pytest.mark.parametrize(
     "module, name, methods",
     [

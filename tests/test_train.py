@@ -142,6 +142,7 @@ def test_the_golden_curve(tmp_path):
 
     demo_folder(tmp_path / "demo")
     config = load_config(tmp_path / "demo" / "config.yaml", overrides={"training.max_train_steps": 20})
+    config.training.sample_every, config.training.save_pipeline = 0, False
     config.evaluation.num_inference_steps = 2
     prepare_data(config)
     train(config, tmp_path / "demo" / "processed" / "manifest.json", progress=False)
