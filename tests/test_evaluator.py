@@ -85,6 +85,7 @@ def test_the_good_one_has_the_style_and_the_price_is_named(good):
     assert good.forgetting.n == len(PLAIN)
 
 
+@pytest.mark.slow
 def test_three_steps_of_training_are_no_better_than_the_base_and_worse_than_many(root, evaluator, better):
     hand_on(root / "good" / "evaluation" / "samples" / "base", root / "nothing" / "samples" / "a")
     hand_on(root / "better" / "samples" / "b", root / "nothing" / "samples" / "b")

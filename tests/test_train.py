@@ -81,6 +81,7 @@ def test_the_prior_counts_with_its_weight_and_nothing_else_changes(drawings, sma
     assert first[2] - first[0] == pytest.approx(2 * (first[1] - first[0]), rel=1e-4)
 
 
+@pytest.mark.slow  # the sdxl row of test_memory.py trains with it
 def test_gradient_checkpointing_computes_the_same(drawings, small_run, tmp_path):
     from lora_mvp.train.loop import train
 
