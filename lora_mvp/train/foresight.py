@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ..config import TrainingConfig
 from ..errors import LoraMvpError
 from ..models.base import stored_dtype
-from ..models.families import Pipeline, family_of, networks, text_parts
+from ..models.families import Pipeline, family_of, networks
 from ..models.views import tidy
 from .runs import RunFolder
 
@@ -30,7 +30,7 @@ def amount(
 # %% ../../nbs/3_train/12b_foresight.ipynb #7133c64c
 def full_bytes(pipe: Pipeline) -> int:
     "Bytes of the base in float32, without the adapter."
-    parts = (pipe.unet, pipe.vae, *text_parts(pipe).values())
+    parts = networks(pipe).values()
     return sum(p.numel() * 4 for part in parts for p in part.parameters() if not p.requires_grad)
 
 # %% ../../nbs/3_train/12b_foresight.ipynb #114db215

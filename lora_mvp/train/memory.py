@@ -153,7 +153,7 @@ def skeleton(
             "base_unreadable", f"the configs in {folder} make no model: {reason}. Get the base again."
         ) from error
     pipe, dtype = kind(**parts, **options), _dtype(training)
-    for part in (pipe.unet, pipe.vae, *text_parts(pipe).values()):
+    for part in networks(pipe).values():
         torch.nn.Module.to(part, family_of(pipe).vae_dtype or dtype if part is pipe.vae else dtype)
         part.requires_grad_(False).eval()
     return pipe
