@@ -214,6 +214,7 @@ def wheel():
             "pip",
             "install",
             "-q",
+            "-q",
             "--no-index",
             "-c",
             ROOT / "constraints.txt",
