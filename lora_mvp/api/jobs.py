@@ -91,7 +91,9 @@ class JobSpec(FrozenRecord):
     manifest: str | None = None  # of the training data, relative to api.data_dir
     model: str | None = None  # evaluate: the job whose result is evaluated
     real_split: Literal["train", "val"] = "val"  # evaluate: the real pictures to compare with
-    config: dict[str, Any] = Field(default={}, description='settings to change, as "section.key": value')
+    config: dict[str, Any] = Field(
+        default={}, description='settings to change, as "section.key": value; at most 64 KiB of JSON'
+    )
     gpus: int | None = Field(None, ge=0, le=64)  # None: one where there is one
 
 # %% ../../nbs/6_api/01_jobs.ipynb #79ffec15
@@ -103,6 +105,7 @@ class Job(FrozenRecord):
     status: Status = "queued"
     version: int = 0  # goes up with every change
     attempt: int = 0  # starts so far; the newest is the only one that may write
+    stops: int = 0  # of them, those that were stopped with the service or the machine; they are no failures
     spec: JobSpec
     owner: str = ""  # id of the token it came with
     retry_of: str | None = None

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .admission import Admission, check_room, disk_low
+from .admission import Admission, Door, check_room, disk_low, folder_trouble
 from .attempts import Attempts, Starts
-from .engines import Engine
+from .engines import LATE, Engine
 from .folders import JobFolder
 from .jobs import ACTIVE, TERMINAL, Job, JobIds, JobSpec, Kind, Store, now
 from .records import Queue, Records
@@ -69,15 +69,20 @@ class Loop:
     def tick(self) -> None:
         "Compare store and world once, and act."
         with self.turn:
-            self.troubles.next_turn()
-            active = list(self.records.all(ACTIVE))
-            lives = self.attempts.poll(active)
-            for job in active:
-                self.troubles.guarded(self.attempts.attend, job, lives.get(job.engine_ref, "unknown"))
+            self.look_after()
             for _ in zip(range(500), self.unsaid):
                 continue
             self.start_queued()
             self.reconciled = True
+
+    def look_after(self) -> list[Job]:  # those that ran when it was called
+        "Compare every job that should run with what is."
+        self.troubles.next_turn()
+        active = self.attempts.survey(list(self.records.all(ACTIVE)))
+        lives = self.attempts.poll(active)
+        for job in active:
+            self.troubles.guarded(self.attempts.attend, job, lives.get(job.engine_ref, "unknown"))
+        return active
 
     def start_queued(self) -> None:
         "Start the oldest jobs that there is room for."
@@ -109,6 +114,18 @@ class Loop:
         if self.thread:
             self.thread.join()
 
+    def stop_jobs(
+        self,
+        seconds: float,  # after which it is no longer waited for
+    ) -> None:
+        "After `drain`: have what runs save itself and end, and put it back into the queue."
+        limit = time.monotonic() + seconds
+        with self.turn:
+            while (active := self.look_after()) and time.monotonic() < limit:
+                for job in active:
+                    self.troubles.guarded(self.attempts.stop, job)
+                time.sleep(0.05)
+
 # %% ../../nbs/6_api/25_service.ipynb #d177f7d0
 def digest_of(kind: Kind, spec: JobSpec) -> str:
     "What a request asks for, in short; equal for equal requests."
@@ -132,6 +149,7 @@ class Service:
         self.records = Records(store, make_folder(self.api.jobs_dir, "api.jobs_dir", mode=0o700))
         self.queue = Queue(self.records, clock)
         self.admission = Admission(config, self.records, engine)
+        self.door = Door(lambda: check_room(self.api, self.counts()))
         self.attempts = Attempts(self.records, engine, self.api, clock, backoff, lease)
         starts = Starts(self.attempts, self.admission)
         self.loop = Loop(self.records, self.attempts, starts, self.api.poll_interval)
@@ -179,7 +197,8 @@ class Service:
 
     def take(self, job: Job, settings: AppConfig, files: dict[str, Path] | None = None) -> tuple[Job, bool]:
         "Keep a new job, and have the loop look at it."
-        kept = self.admission.keep(job, settings, files)
+        with self.door.place():
+            kept = self.admission.keep(job, settings, files)
         self.loop.wake.set()
         return kept
 
@@ -251,11 +270,19 @@ class Service:
         "Take and start nothing any more; what runs goes on, and is taken over by the next server."
         self.loop.drain()
 
+    def stop_jobs(self) -> None:
+        "After `drain`: have what runs save itself, end, and wait for the next server, within `api.grace_seconds` and some more."
+        self.loop.stop_jobs(self.api.grace_seconds + LATE)
+
     def ready(self) -> dict[str, str | None]:  # part -> what is wrong, None where nothing is
-        "Whether jobs can be taken and run."
+        "Whether jobs can be taken and run; tries what a submit needs."
         unseen = "the jobs of the server before this one are not looked at yet"
+        path = self.api.db_path.removeprefix("sqlite:///")
+        beside = None if "://" in path else folder_trouble(Path(path).parent, "the folder of api.db_path")
         return {
-            "store": getattr(self.store, "problem", None),
+            "store": getattr(self.store, "problem", None) or beside,
+            "jobs_dir": folder_trouble(self.api.jobs_dir, "api.jobs_dir"),
+            "data_dir": folder_trouble(self.api.data_dir, "api.data_dir", write=False),
             "disk": "less than api.min_free_gb is free" if disk_low(self.api) else None,
             "engine": "some jobs cannot be attended to; the log says why" if self.loop.troubles.now else None,
             "reconciled": None if self.loop.reconciled else unseen,

@@ -24,6 +24,7 @@ from ..errors import LoraMvpError
 from .metrics import unit_rows
 from .networks import lite0_module, read_inception
 from ..files import asset, no_bars
+from ..screen import sign_of_life
 
 # %% ../../nbs/5_eval/03_extractors.ipynb #85dfcdbe
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
@@ -144,7 +145,10 @@ class Extractor:
     ) -> np.ndarray:  # (n, d) float64
         "One row per picture; a row does not depend on the others beyond rounding."
         step = batch_size or self.batch_size
-        rows = [self.batch(images[k : k + step]) for k in range(0, len(images), step)]
+        rows = []
+        for k in range(0, len(images), step):
+            sign_of_life()
+            rows.append(self.batch(images[k : k + step]))
         rows = np.concatenate(rows) if rows else np.zeros((0, self.dim))
         return unit_rows(rows) if self.unit else rows
 
@@ -308,6 +312,7 @@ class ClipExtractor(Extractor):
         "Texts as unit vectors; what is beyond the model's length is cut off."
         rows, step = [np.zeros((0, self.dim))], batch_size or self.batch_size
         for k in range(0, len(texts), step):
+            sign_of_life()
             found = self.module.get_text_features(**self.tokens(texts[k : k + step]))
             rows.append(projected(found).double().cpu().numpy())
         return unit_rows(np.concatenate(rows))

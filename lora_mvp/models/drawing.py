@@ -12,6 +12,7 @@ from PIL import Image
 from ..errors import LoraMvpError
 from ..files import no_remarks
 from .families import Pipeline, native_size, text_parts
+from ..screen import sign_of_life
 
 # %% ../../nbs/2_models/06_drawing.ipynb #43821f0c
 @torch.no_grad()
@@ -46,6 +47,7 @@ def sample(
     "Pictures for pairs of prompt and seed."
     size, pictures = size or native_size(pipe), []
     for start in range(0, len(prompts), batch_size):
+        sign_of_life()
         part = slice(start, start + batch_size)
         generators = [torch.Generator().manual_seed(s) for s in seeds[part]]
         how = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "generator": generators}

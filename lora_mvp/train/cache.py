@@ -19,6 +19,7 @@ from ..config import TrainingConfig
 from ..data.manifest import Manifest
 from ..errors import LoraMvpError
 from ..files import atomic_write
+from ..screen import sign_of_life
 
 # %% ../../nbs/3_train/02_cache.ipynb #58ef3ecb
 def checksum(
@@ -71,6 +72,7 @@ class TensorCache:
     ) -> dict[str, torch.Tensor]:
         "The tensors for these facts, from the folder if they are there and whole, else from `make`."
         key = hashlib.sha256(json.dumps({"format": CACHE_FORMAT, **facts}, sort_keys=True).encode()).hexdigest()
+        sign_of_life()
         tensors = self.read(key)
         if tensors is None:
             tensors = {name: tensor.contiguous() for name, tensor in make(*args).items()}

@@ -1,0 +1,230 @@
+"""What people do to a service: two servers where one should be, a crash at a bad moment, a stop."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from uuid import uuid4
+
+import httpx
+import pytest
+import stand_in
+from api_server import served
+from stand_in import HERE, final
+from test_faults import LIMIT, Desk, desk, linux, progressed, server, small_disk, wait_for  # noqa: F401  fixtures
+
+from lora_mvp.api.engines import Gpu
+from lora_mvp.api.folders import JobFolder
+from lora_mvp.api.processes import end_all, find_runners, marked
+from lora_mvp.config import config_yaml
+
+
+def second_server(root: Path, **api) -> subprocess.CompletedProcess:
+    """A server with other settings, run until it ends, which it does at once where it is not refused."""
+    file = root / "second.yaml"
+    file.write_text(config_yaml(Desk(root, **api).config))
+    return subprocess.run(
+        [*HERE, "serve", str(file)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT
+    )
+
+
+def test_two_servers_over_one_store_or_one_folder(server):  # noqa: F811
+    """The second is refused; what it is told to do works, and harms no job of the first."""
+    desk, first = server(max_workers=1)  # noqa: F811
+    running, root = first.submit("hold@5"), desk.root
+    progressed(desk, running, 4)
+    for other in ({"db_path": root / "mine.json"}, {"jobs_dir": root / "mine"}, {"db_path": root / "mine.db"}):
+        done = second_server(root, **other)
+        assert done.returncode and "Stop that one first, or give this one an api." in done.stderr, done.stderr
+        assert not (root / "mine.json").exists() and not (root / "mine.db").exists()  # nothing was taken over
+    assert second_server(root, jobs_dir=root / "mine", db_path=root / "mine.json").returncode == 0
+    desk.go(running)
+    wait_for(lambda: (desk.folder(running).last_state() or {}).get("status") == "succeeded", "end of the job")
+    assert desk.folder(running).current_attempt() == 1
+    desk.exact_files(running)
+    first.kill()
+    done = second_server(root, db_path=root / "mine.json")  # one after the other is no better
+    assert done.returncode and "Set api.db_path back" in done.stderr
+
+
+@linux
+def test_what_a_dead_server_started_is_known_before_anything_is_started(tmp_path):
+    """A server is killed between the start of a runner and the note of it; neither place nor card is given twice."""
+    desk = Desk(tmp_path, max_workers=2).open()  # noqa: F811
+    desk.gpus = [Gpu(f"GPU-{uuid4()}", "a card")]
+    try:
+        ids = [desk.submit("hold@5", gpus=1), desk.submit(gpus=1)]
+        desk.close()
+        file = tmp_path / "config.yaml"
+        file.write_text(config_yaml(desk.config))
+        env = os.environ | {"TEST_DIES": "1", "TEST_CARDS": desk.gpus[0].uuid}
+        with subprocess.Popen([*HERE, "serve", str(file)], stdin=subprocess.PIPE, env=env) as dying:
+            assert dying.wait(LIMIT) == -signal.SIGKILL
+        desk.open()
+        assert [job.engine_ref for job in desk.service.page()] == [None, None]
+        for _ in range(3):
+            desk.service.tick()
+            assert [desk.service.get(id).status for id in ids][1] == "queued"
+            assert len(find_runners(desk.config.api.jobs_dir)) == 1
+        desk.go(ids[0])
+        assert [desk.until(id).attempt for id in ids] == [1, 1]
+        for id in ids:
+            desk.exact(id)
+    finally:
+        desk.close()
+        for id in desk.taken:
+            end_all(f"{id}:")
+
+
+@linux
+def test_two_services_on_one_machine_do_not_share_a_card(tmp_path):
+    desks, card = [Desk(tmp_path / name).open() for name in "ab"], Gpu(f"GPU-{uuid4()}", "a card")
+    try:
+        for desk in desks:  # noqa: F402
+            desk.service.engine.gpus = [card]
+        ids = [desk.submit("hold@3") for desk in desks]
+        desks[0].until_step(ids[0], 2)
+        desks[1].service.tick()
+        assert desks[1].service.get(ids[1]).status == "queued"
+        desks[0].processes(ids[0])[0].kill()  # the runner; the card is free when its trainer is gone as well
+        assert desks[1].until(ids[1], "starting", "running").attempt == 1
+        for desk, id in zip(desks, ids, strict=True):
+            desk.go(id)
+        for desk, id in zip(reversed(desks), reversed(ids), strict=True):
+            desk.until(id)
+            desk.exact(id)
+    finally:
+        for desk in desks:
+            desk.close()
+            for id in desk.taken:
+                end_all(f"{id}:")
+
+
+def status(server, job: str) -> dict:  # noqa: F811
+    return httpx.get(f"{server.url}/status/{job}").json()
+
+
+@linux
+@pytest.mark.parametrize("whom", ["server", "all"])
+def test_a_stopped_service_saves_what_runs_and_goes_on_later(tmp_path, whom):
+    """SIGTERM to the server alone, as the init of a container does, and to everything, as systemd does."""
+    command, api = [sys.executable, stand_in.__file__, "http"], {"max_attempts": 1, "max_workers": 1}
+    asked = {"training.max_train_steps": 20, "training.sample_prompts": ["hold@5"]}
+    with served(tmp_path, command, **api) as first:
+        body = {"manifest": "cats/manifest.json", "config": asked}
+        job = httpx.post(f"{first.url}/train", json=body).json()["job_id"]
+        folder = JobFolder(tmp_path / "jobs" / job)
+        wait_for(lambda: (folder.progress() or {"step": 0})["step"] == 4, "step before the hold")
+        time.sleep(0.1)
+        for process in [*(marked(f"{job}:") if whom == "all" else []), first.process]:
+            process.send_signal(signal.SIGTERM)
+        first.process.wait(60)
+        assert marked(f"{job}:") == [] and folder.read_result().outcome == "stopped"
+        assert (folder.run / "checkpoint-5").is_dir() and folder.last_state()["status"] == "queued"
+    with served(tmp_path, command, **api) as second:
+        (folder.root / "go").touch()
+        wait_for(lambda: status(second, job)["status"] == "succeeded", "end of the job")
+        assert (folder.run / "adapter.txt").read_text() == final(20)
+        assert (folder.run / "loss_history.csv").read_text().split()[5] == "6,2"  # no step was done twice
+
+
+@linux
+def test_a_job_that_is_stopped_while_it_loads_has_not_failed(desk):  # noqa: F811
+    desk = desk(max_attempts=1)
+    id = desk.submit("load")
+    wait_for(lambda: desk.job(id).status == "running" and len(desk.processes(id)[1]) == 1, "trainer")
+    wait_for(lambda: b"begins" not in desk.folder(id).log() and desk.processes(id)[1], "trainer that loads")
+    desk.service.loop.draining = True
+    desk.service.stop_jobs()
+    job = desk.service.get(id)
+    assert (job.status, job.stops, job.error) == ("queued", 1, None)
+    desk.service.loop.draining = False
+    desk.go(id)
+    assert desk.until(id).attempt == 2
+    desk.exact(id)
+
+
+def ask(url: str, **more) -> httpx.Response:
+    return httpx.post(f"{url}/train", json={"manifest": "cats/manifest.json"} | more, timeout=60)
+
+
+def test_the_queue_holds_its_limit_and_no_request_is_too_much(tmp_path):
+    """Forty submits at once; settings that no machine can do; a pattern without an end; prompts without an end."""
+    with served(tmp_path, max_queued=10) as one:
+        with ThreadPoolExecutor(40) as pool:
+            answers = [answer.status_code for answer in pool.map(lambda _: ask(one.url), range(40))]
+        assert Counter(answers) == {202: 10, 429: 30}
+        assert len(httpx.get(f"{one.url}/v1/jobs?limit=100").json()["data"]) == 10
+        job = httpx.get(f"{one.url}/v1/jobs").json()["data"][0]["job_id"]
+        httpx.post(f"{one.url}/v1/jobs/{job}/cancel")  # there is room for one
+        for key, value in (
+            ("training.batch_size", 10**9),
+            ("training.gradient_accumulation", 10**9),
+            ("training.max_train_steps", 10**12),
+            ("training.lora_rank", 10**6),
+            ("training.lora_targets", r"(?:\w+\.?)+!"),
+            ("training.lora_targets", "((a{9999}){9999}){9999}" * 20),
+            ("training.sample_prompts", ["a cat " * 150_000]),
+            ("training.sample_prompts", ["a cat"] * 65),
+            ("evaluation.prompts", ["a cat " * 600] * 250),
+            ("data.trigger", "x" * 900_000),
+        ):
+            began = time.monotonic()
+            answer = ask(one.url, config={key: value})
+            assert answer.status_code == 422 and answer.json()["code"] == "invalid_request", answer.text[:300]
+            assert len(answer.text) < 2000 and time.monotonic() - began < 30
+        assert ask(one.url, config={"training.lora_targets": r".*attn1\.to_[qkv]"}).status_code == 202
+
+
+FAULTS = {
+    "gone": lambda jobs: jobs.rename(jobs.with_name("away")),
+    "a file": lambda jobs: (jobs.rename(jobs.with_name("away")), jobs.write_text("")),
+    "read-only": lambda jobs: subprocess.run(["mount", "-o", "remount,ro", str(jobs)], check=True),
+    "full": lambda jobs: stand_in.fill_disk(jobs),
+}
+
+
+def mend(fault: str, jobs: Path) -> None:
+    """Put things right again."""
+    if fault == "read-only":
+        subprocess.run(["mount", "-o", "remount,rw", str(jobs)], check=True)
+    elif fault == "full":
+        (jobs / "filler").unlink()
+    else:
+        jobs.unlink() if jobs.is_file() else None
+        jobs.with_name("away").rename(jobs)
+
+
+@linux
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_disk_that_fails_is_said_in_one_form_and_over_when_it_is_mended(tmp_path, fault):
+    """No answer is a 500, whatever is asked; /readyz knows before a client finds out."""
+    jobs = tmp_path / "jobs"
+    with small_disk(jobs, "1m") if fault in ("read-only", "full") else nullcontext(), served(tmp_path) as one:
+        job = ask(one.url).json()["job_id"]
+        assert httpx.get(f"{one.url}/readyz").status_code == 200
+        with contextlib.suppress(OSError):  # of the disk that becomes full
+            FAULTS[fault](jobs)
+        ready = httpx.get(f"{one.url}/readyz")
+        assert ready.status_code == 503 and "jobs_dir" in [part["param"] for part in ready.json()["errors"]]
+        asked = [("POST", "/train"), ("GET", "/v1/jobs"), ("GET", "/metrics"), ("POST", f"/v1/jobs/{job}/cancel")]
+        asked += [("GET", f"/v1/jobs/{job}/{what}") for what in ("events", "logs", "artifacts", "checkpoints")]
+        asked += [("GET", f"/status/{job}"), ("POST", f"/v1/jobs/{job}/retry"), ("DELETE", f"/v1/jobs/{job}")]
+        for method, path in asked:
+            body = {"json": {"manifest": "cats/manifest.json"}} if path == "/train" else {}
+            answer = httpx.request(method, one.url + path, timeout=60, **body)
+            assert answer.status_code != 500, (method, path, answer.text)
+            if answer.status_code >= 400:
+                assert answer.headers["content-type"] == "application/problem+json", (method, path)
+                assert str(tmp_path) not in answer.text
+            if path == "/train":
+                assert answer.status_code == 503
+        mend(fault, jobs)
+        assert httpx.get(f"{one.url}/readyz").status_code == 200
+        assert ask(one.url).status_code == 202
