@@ -1,7 +1,9 @@
 """What people do to a service: two servers where one should be, a crash at a bad moment, a stop."""
 
+import configparser
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +21,13 @@ from api_server import served
 from stand_in import HERE, final
 from test_faults import LIMIT, Desk, desk, linux, progressed, server, small_disk, wait_for  # noqa: F401  fixtures
 
-from lora_mvp.api.engines import Gpu
+from lora_mvp.api.engines import LATE, Gpu
 from lora_mvp.api.folders import JobFolder
 from lora_mvp.api.processes import end_all, find_runners, marked
-from lora_mvp.config import config_yaml
+from lora_mvp.cli import build_parser
+from lora_mvp.config import ApiConfig, config_yaml
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def second_server(root: Path, **api) -> subprocess.CompletedProcess:
@@ -228,3 +233,20 @@ def test_a_disk_that_fails_is_said_in_one_form_and_over_when_it_is_mended(tmp_pa
         mend(fault, jobs)
         assert httpx.get(f"{one.url}/readyz").status_code == 200
         assert ask(one.url).status_code == 202
+
+
+def test_the_unit_of_systemd_gives_a_stop_its_time():
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str
+    unit.read(ROOT / "docker" / "lora-mvp.service")
+    service = unit["Service"]
+    assert int(service["TimeoutStopSec"]) >= ApiConfig().grace_seconds + LATE + 10  # 10: for clients
+    assert service["KillMode"] == "process" and service["RestartPreventExitStatus"] == "2"
+    program, *arguments = service["ExecStart"].split()
+    assert program.endswith("/bin/lora-mvp") and build_parser().parse_args(arguments).port == 8000
+    if shutil.which("systemd-analyze"):
+        done = subprocess.run(
+            ["systemd-analyze", "verify", str(ROOT / "docker" / "lora-mvp.service")], capture_output=True, text=True
+        )
+        wrong = [line for line in done.stderr.splitlines() if "lora-mvp" in line and "not executable" not in line]
+        assert not wrong, wrong
