@@ -57,11 +57,20 @@ def allowed(
         kind = f"a multiple of {schema['multipleOf']}"
     return ", ".join([kind, *(f"{word} {schema[bound]}" for bound, word in _BOUNDS.items() if bound in schema)])
 
+# %% ../nbs/07_sentences.ipynb #d4687658
+def likely(word: str, known: list[str]) -> str | None:
+    "The known word that was probably meant: one that begins so, else one that is spelled nearly so."
+    bare = {one.lstrip("-").replace("_", "-").lower(): one for one in known}  # two dashes make no two options alike
+    word = word.lstrip("-").replace("_", "-").lower()
+    begun = [one for one in bare if word and one.startswith(word)]
+    near = next(iter(begun or difflib.get_close_matches(word, bare, n=1)), None)
+    return bare.get(near)
+
 # %% ../nbs/07_sentences.ipynb #3fc21f0a
 def suggestion(word: str, known: list[str]) -> str:
     "What was probably meant by a word that is none of the known ones; else all of them."
-    near = difflib.get_close_matches(word.lower().replace("-", "_"), known, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    near = likely(word, known)
+    return f"did you mean {near}?" if near else f"there are {', '.join(known)}"
 
 # %% ../nbs/07_sentences.ipynb #2f98e9fb
 def unknown_key(

@@ -8,7 +8,6 @@ __all__ = []
 # %% ../nbs/7_doors/02a_terminal.ipynb #e487075e
 import argparse
 import contextlib
-import difflib
 import errno
 import math
 import os
@@ -16,12 +15,7 @@ import re
 import sys
 from typing import NoReturn
 
-# %% ../nbs/7_doors/02a_terminal.ipynb #bbf41415
-def likely(word: str, known: list[str]) -> str | None:
-    "The known word that was probably meant: one that begins so, else one that is spelled nearly so."
-    word = word.lower()
-    begun = [one for one in known if word and one.startswith(word)]
-    return next(iter(begun or difflib.get_close_matches(word, known, n=1)), None)
+from .sentences import likely, suggestion
 
 # %% ../nbs/7_doors/02a_terminal.ipynb #7545f84c
 def strange_option(
@@ -46,9 +40,7 @@ class Parser(argparse.ArgumentParser):
         "As argparse does; an option that does not exist is the first thing to be said."
         options, words = list(self._option_string_actions), sys.argv[1:] if args is None else list(args)
         if name := strange_option(words, options, self._subparsers is not None):
-            near = likely("--" + name.lstrip("-"), options)
-            there = f"did you mean {near}?" if near else f"there are {', '.join(sorted(options))}"
-            self.error(f"{name} is no option of {self.prog}; {there}")
+            self.error(f"{name} is no option of {self.prog}; {suggestion(name, sorted(options))}")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -56,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         found = re.search(r"^argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)$", message)
         if found:
             where, word, known = found[1], found[2], [name.strip(" '") for name in found[3].split(",")]
-            near = likely(word, known) or likely("--" + word, list(self._option_string_actions))
+            near = likely(word, [*known, *self._option_string_actions])
             meant = f"did you mean {near}? There are" if near else "there are"
             message = f"{where}: {word} is none; {meant} {', '.join(known)}"
         super().error(message)
