@@ -23,7 +23,7 @@ from stand_in import HERE, final, service_of
 from lora_mvp.api.engines import Gpu
 from lora_mvp.api.folders import JobFolder
 from lora_mvp.api.jobs import TERMINAL, JobSpec
-from lora_mvp.api.processes import MARK, end_all, mark_of, marked, ref_of
+from lora_mvp.api.processes import MARK, RUNNER, end_all, leads, mark_of, marked, ref_of
 from lora_mvp.config import LoraMvpError, config_yaml, load_config
 
 LIMIT = 120  # seconds that anything here may take on a busy machine
@@ -596,9 +596,20 @@ def kill_something(desk: Desk, server: Server, chance: random.Random) -> str:
     return what
 
 
+def at_work(desk: Desk) -> dict[str, str]:
+    """The cards of the jobs of which there is a runner now; none of either is given twice."""
+    found = [p for p in psutil.process_iter() if leads(p) and mark_of(p, RUNNER).startswith(str(desk.root))]
+    told = [(mark_of(p).partition(":")[0], mark_of(p, "CUDA_VISIBLE_DEVICES")) for p in found]
+    told = [(job, cards) for job, cards in told if job]  # the others have ended meanwhile
+    assert len(told) <= 3 and len(dict(told)) == len(set(dict(told).values())) == len(told), told
+    return dict(told)
+
+
 @linux
 @pytest.mark.parametrize("rounds", [10, pytest.param(200, marks=pytest.mark.slow)])
-def test_whatever_is_killed_at_any_moment_every_job_ends_once(server, rounds):  # row 5
+def test_whatever_is_killed_at_any_moment_every_job_ends_once(server, rounds, monkeypatch):  # row 5
+    cards = [f"GPU-{name}-{os.getpid()}" for name in "abcd"]
+    monkeypatch.setenv("TEST_CARDS", " ".join(cards))
     desk, server = server(max_workers=3, max_attempts=1000)
     chance = random.Random(rounds)
     killed, cancelled = Counter(), set()
@@ -611,6 +622,7 @@ def test_whatever_is_killed_at_any_moment_every_job_ends_once(server, rounds):  
             server.ask(f"cancel {id}")
         answers, known = server.answers, set(desk.taken)
         killed[kill_something(desk, server, chance)] += 1
+        at_work(desk)
         desk.taken += [id for id in dict.fromkeys(answers[before:]) if len(id) == 26 and id not in known]
     assert desk.taken, "no job was taken"
     server.kill()
