@@ -157,7 +157,7 @@ class Attempts:
 
     def give_back(self, job: Job) -> None:
         "An attempt was stopped, which is no failure of the job."
-        self.again(job.model_copy(update={"stops": job.stops + 1}), error=None, stops=job.stops + 1)
+        self.again(job, error=None, stops=job.stops + 1)
 
     def fence(self, job: Job) -> None:
         "End an attempt for good: it may write nothing, and nothing of it is left."

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/6_api/09b_ownership.ipynb #2621c225
+# %% ../../nbs/6_api/09b_ownership.ipynb #20b2aaf7
+import logging
 import os
 import re
 import socket
@@ -24,7 +25,9 @@ from ..config import ApiConfig
 from ..errors import LoraMvpError
 from ..files import atomic_write, make_folder
 
-# %% ../../nbs/6_api/09b_ownership.ipynb #04c588c8
+_logger = logging.getLogger("lora_mvp.api")
+
+# %% ../../nbs/6_api/09b_ownership.ipynb #71287bac
 class Owner(BaseModel):
     "`.owner.json`: the store of the job folders, and the server that opened them last."
 
@@ -33,7 +36,7 @@ class Owner(BaseModel):
     process: int
     host: str
 
-# %% ../../nbs/6_api/09b_ownership.ipynb #98d4dbec
+# %% ../../nbs/6_api/09b_ownership.ipynb #1a332175
 def store_name(api: ApiConfig) -> str:
     "What `api.db_path` names, without a password; a file relative to `api.jobs_dir`."
     path = api.db_path.removeprefix("sqlite:///")
@@ -41,7 +44,7 @@ def store_name(api: ApiConfig) -> str:
         return re.sub("//[^@/]*@", "//", path).partition("?")[0]
     return os.path.relpath(os.path.realpath(path), os.path.realpath(api.jobs_dir))
 
-# %% ../../nbs/6_api/09b_ownership.ipynb #ebd73f40
+# %% ../../nbs/6_api/09b_ownership.ipynb #ca60ee49
 def note_of(api: ApiConfig) -> Path:
     "The file that names the owner."
     return api.jobs_dir / ".owner.json"
@@ -54,7 +57,7 @@ def read_owner(api: ApiConfig) -> Owner | None:
     except (OSError, ValidationError):
         return None
 
-# %% ../../nbs/6_api/09b_ownership.ipynb #9a6d90a0
+# %% ../../nbs/6_api/09b_ownership.ipynb #1c8737ae
 def folders_in_use(api: ApiConfig) -> LoraMvpError:
     "What a second server is told; to follow it harms no job."
     owner = read_owner(api)
@@ -62,7 +65,7 @@ def folders_in_use(api: ApiConfig) -> LoraMvpError:
     text = f"{api.jobs_dir} is in use by another server{who}. Stop that one first, or give this one an api.jobs_dir and an api.db_path of its own, both."
     return LoraMvpError("store_in_use", text)
 
-# %% ../../nbs/6_api/09b_ownership.ipynb #25ed9321
+# %% ../../nbs/6_api/09b_ownership.ipynb #fec5bcdd
 def hold_folders(api: ApiConfig) -> FileLock:
     "Lock the job folders for this process; raises `LoraMvpError`: `store_in_use`, `not_writable`, `store_failed`."
     lock = FileLock(make_folder(api.jobs_dir, "api.jobs_dir", mode=0o700) / ".lock", thread_local=False)
@@ -74,7 +77,7 @@ def hold_folders(api: ApiConfig) -> FileLock:
         raise store_failed(f"{api.jobs_dir}/.lock cannot be written: {error.strerror}.") from error
     return lock
 
-# %% ../../nbs/6_api/09b_ownership.ipynb #ea17dbd7
+# %% ../../nbs/6_api/09b_ownership.ipynb #debc4a4d
 def is_behind(store: Store, job: Job) -> bool:
     "Whether a store knows less of a job than its folder; a folder may be one attempt ahead, where a server died."
     try:
@@ -83,7 +86,7 @@ def is_behind(store: Store, job: Job) -> bool:
         return job.attempt > 0  # one that was never started may have been left by a submit that failed
     return job.attempt > kept.attempt + 1 or (job.status in TERMINAL and kept.status not in TERMINAL)
 
-# %% ../../nbs/6_api/09b_ownership.ipynb #06f004b7
+# %% ../../nbs/6_api/09b_ownership.ipynb #680ded89
 def refuse_other_store(api: ApiConfig, store: Store) -> None:
     "Raise `LoraMvpError` (`jobs_of_another_store`) where the folders hold jobs that the store should know and does not."
     owner, ours = read_owner(api), store_name(api)
@@ -96,7 +99,7 @@ def refuse_other_store(api: ApiConfig, store: Store) -> None:
         more = "To go on with them in another store, choose one that does not exist yet: it is made from the folders."
         raise LoraMvpError("jobs_of_another_store", f"{text} {advice} {more}")
 
-# %% ../../nbs/6_api/09b_ownership.ipynb #f5daeca3
+# %% ../../nbs/6_api/09b_ownership.ipynb #df92cf40
 def refuse_other_folders(api: ApiConfig, store: Store) -> None:
     "Raise `LoraMvpError` (`jobs_elsewhere`) where the store has unfinished jobs and the folders never were its own."
     unfinished = store.page(status={"queued", *ACTIVE}, limit=50)
@@ -107,7 +110,7 @@ def refuse_other_folders(api: ApiConfig, store: Store) -> None:
         more = f"Where they are lost, create the empty file {note_of(api)}: these jobs then begin anew."
         raise LoraMvpError("jobs_elsewhere", f"{text} {advice} {more}")
 
-# %% ../../nbs/6_api/09b_ownership.ipynb #d4aced89
+# %% ../../nbs/6_api/09b_ownership.ipynb #8b16bd98
 class OwnedStore:
     "A `Store` and the lock on the job folders; both are let go together."
 
@@ -124,7 +127,16 @@ class OwnedStore:
         finally:
             self.held.release()
 
-# %% ../../nbs/6_api/09b_ownership.ipynb #ef50cf66
+# %% ../../nbs/6_api/09b_ownership.ipynb #ede857d5
+def note_owner(api: ApiConfig) -> None:
+    "Write down whose the folders are; on a full disk the service starts all the same, and says what is wrong."
+    owner = Owner(store=store_name(api), process=os.getpid(), host=socket.gethostname())
+    try:
+        atomic_write(note_of(api), owner.model_dump_json() + "\n")
+    except LoraMvpError as error:
+        _logger.warning("%s", error)
+
+# %% ../../nbs/6_api/09b_ownership.ipynb #a0badf6d
 def open_jobs(api: ApiConfig) -> OwnedStore:
     "The store of `api.db_path` and the folders of `api.jobs_dir`, for this process alone; raises `LoraMvpError`."
     held = hold_folders(api)
@@ -136,9 +148,8 @@ def open_jobs(api: ApiConfig) -> OwnedStore:
     try:
         refuse_other_store(api, store)
         refuse_other_folders(api, store)
-        owner = Owner(store=store_name(api), process=os.getpid(), host=socket.gethostname())
-        atomic_write(note_of(api), owner.model_dump_json() + "\n")
     except BaseException:
         store.close()
         raise
+    note_owner(api)
     return store

@@ -192,11 +192,13 @@ def judge_attempt(
         return ended("succeeded")
     if reason == "cancelled":
         return ended("cancelled", said and said.error)
+    if reason == "stopped":
+        return ended("stopped")
     if reason in STOPPED:
         return failed(reason, STOPPED[reason])
     if said and said.outcome == "failed":
         return ended("failed", said.error.model_copy(update=how))
-    if "stopped" in (reason, said and said.outcome) or status == -signal.SIGTERM:
+    if (said and said.outcome == "stopped") or status == -signal.SIGTERM:
         return ended("stopped")
     if status == FULL:
         return failed("disk_full", "The disk is full: not even the error could be written. Make room and retry.")

@@ -147,9 +147,10 @@ def do_attempt(
             raise LoraMvpError("internal", text)
         do(folder, folder.read_job(), args.attempt)
     except BaseException as e:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is on its way out
         traceback.print_exc()
         error = e
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is on its way out
     return _say(outcome_of(error, folder, args.attempt), folder)
 
 # %% ../../nbs/6_api/18_work.ipynb #bdce8ddc
