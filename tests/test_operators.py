@@ -185,6 +185,7 @@ def test_the_queue_holds_its_limit_and_no_request_is_too_much(tmp_path):
 
 
 FAULTS = {
+    "another": lambda jobs: (jobs.rename(jobs.with_name("away")), jobs.mkdir()),  # as after an unmount
     "gone": lambda jobs: jobs.rename(jobs.with_name("away")),
     "a file": lambda jobs: (jobs.rename(jobs.with_name("away")), jobs.write_text("")),
     "read-only": lambda jobs: subprocess.run(["mount", "-o", "remount,ro", str(jobs)], check=True),
@@ -200,11 +201,12 @@ def mend(fault: str, jobs: Path) -> None:
         (jobs / "filler").unlink()
     else:
         jobs.unlink() if jobs.is_file() else None
+        jobs.rmdir() if jobs.is_dir() else None  # nothing was written there
         jobs.with_name("away").rename(jobs)
 
 
 @linux
-@pytest.mark.parametrize("faults", [["gone", "a file"], ["read-only", "full"]], ids=", ".join)
+@pytest.mark.parametrize("faults", [["another", "gone", "a file"], ["read-only", "full"]], ids=", ".join)
 def test_a_disk_that_fails_is_said_in_one_form_and_over_when_it_is_mended(tmp_path, faults):
     """No answer is a 500, whatever is asked; /readyz knows before a client finds out."""
     jobs = tmp_path / "jobs"

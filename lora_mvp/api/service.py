@@ -77,6 +77,7 @@ class Loop:
 
     def look_after(self) -> list[Job]:  # those that ran when it was called
         "Compare every job that should run with what is."
+        self.records.check_place()
         self.troubles.next_turn()
         active = self.attempts.survey(list(self.records.all(ACTIVE)))
         lives = self.attempts.poll(active)
@@ -96,6 +97,10 @@ class Loop:
         while not self.draining:
             try:
                 self.tick()
+            except LoraMvpError as error:
+                if self.troubles.now.get("the loop") != str(error):
+                    _logger.error("jobs are not attended to: %s", error)
+                self.troubles.now["the loop"] = str(error)
             except Exception as error:
                 self.troubles.now["the loop"] = type(error).__name__
                 _logger.exception("the loop failed and goes on")
@@ -185,7 +190,8 @@ class Service:
         return job
 
     def check_room(self) -> None:
-        "Refuse when no job can be taken; `LoraMvpError`: `draining`, `disk_low`, `queue_full`."
+        "Refuse when no job can be taken; `LoraMvpError`: `draining`, `storage_failed`, `disk_low`, `queue_full`."
+        self.records.check_place()
         if self.loop.draining:
             raise LoraMvpError("draining", "the service is about to stop and takes no more jobs; try again shortly.")
         check_room(self.api, self.counts())
@@ -274,6 +280,14 @@ class Service:
         "After `drain`: have what runs save itself, end, and wait for the next server, within `api.grace_seconds` and some more."
         self.loop.stop_jobs(self.api.grace_seconds + LATE)
 
+    def place_trouble(self) -> str | None:
+        "Why the job folders are not those that were opened."
+        try:
+            self.records.check_place()
+        except LoraMvpError as error:
+            return str(error)
+        return None
+
     def ready(self) -> dict[str, str | None]:  # part -> what is wrong, None where nothing is
         "Whether jobs can be taken and run; tries what a submit needs."
         unseen = "the jobs of the server before this one are not looked at yet"
@@ -281,7 +295,7 @@ class Service:
         beside = None if "://" in path else folder_trouble(Path(path).parent, "the folder of api.db_path")
         return {
             "store": getattr(self.store, "problem", None) or beside,
-            "jobs_dir": folder_trouble(self.api.jobs_dir, "api.jobs_dir"),
+            "jobs_dir": self.place_trouble() or folder_trouble(self.api.jobs_dir, "api.jobs_dir"),
             "data_dir": folder_trouble(self.api.data_dir, "api.data_dir", write=False),
             "disk": "less than api.min_free_gb is free" if disk_low(self.api) else None,
             "engine": "some jobs cannot be attended to; the log says why" if self.loop.troubles.now else None,
