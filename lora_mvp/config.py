@@ -369,7 +369,7 @@ class ApiConfig(_Section):
     max_attempts: Count = Field(3, description="starts of a job whose process was lost, before it fails")
     max_queued: Count = Field(1000, description="waiting jobs, beyond which new ones are refused")
     max_runtime: float | None = Field(None, gt=0, description="seconds that an attempt may take; null: no limit")
-    stall_seconds: float = Field(1800.0, gt=0, description="seconds without a training step before a job is stopped")
+    stall_seconds: float = Field(1800.0, gt=0, description="seconds without a sign of life before a job is stopped")
     grace_seconds: float = Field(60.0, ge=0, description="seconds for a checkpoint before a stopped job is killed")
     min_free_gb: float = Field(1.0, ge=0, description="free disk, in GB, below which no job is taken or started")
     requests_per_minute: Count = Field(600, description="requests of one client in a minute")

@@ -48,7 +48,8 @@ class noticed_signals:
             self.before = {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def __call__(self, number: int, frame: Any) -> None:
-        self.backend.stopping, self.backend.stop_jobs = True, number == signal.SIGTERM
+        self.backend.stopping = True
+        self.backend.stop_jobs |= number == signal.SIGTERM
         if callable(self.before[number]):
             self.before[number](number, frame)
 

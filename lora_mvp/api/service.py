@@ -259,6 +259,7 @@ class Service:
     ) -> None:
         "Forget an ended job; raises `LoraMvpError`: `job_not_found`, `job_not_terminal`."
         folder = self.folder(self.ended(id))
+        self.records.check_place()
         self.store.delete(id)
         folder.job_file.unlink(missing_ok=True)  # or the job would come back when a lost store is made anew
         if artifacts:
