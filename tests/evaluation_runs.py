@@ -45,7 +45,7 @@ def run(manifest: Path, out: Path, **training) -> Path:
     keys |= {
         "lora_dropout": 0,
         "lora_targets": "all",
-        "sample_prompts": ["owl"],
+        "sample_every": 0,
         "checkpointing_steps": 1000,
     } | training
     values = {f"training.{key}": value for key, value in keys.items()} | {"evaluation.num_inference_steps": 2}
