@@ -113,7 +113,7 @@ Size = Annotated[int, Field(ge=32, le=4096, multiple_of=8)]  # the autoencoder d
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Prompt = Annotated[str, Field(min_length=1, max_length=4000)]  # a text encoder reads 77 to 512 tokens
-Batch = Annotated[int, Field(ge=1, le=4096)]
+BatchSize = Annotated[int, Field(ge=1, le=4096)]
 
 
 class _Section(BaseModel):
@@ -211,8 +211,8 @@ class _LoopKeys(_Section):
     output_dir: PathKey = Field(Path("outputs/lora"), description="folder of the run: adapter, checkpoints, samples")
     resolution: Size = Field(512, description="side of the images the model sees, in pixels")
     aspect_buckets: bool = Field(False, description="keep each image's shape, at the area of resolution squared")
-    batch_size: Batch = Field(1, description="images per micro-batch")
-    gradient_accumulation: Batch = Field(4, description="micro-batches per optimiser step")
+    batch_size: BatchSize = Field(1, description="images per micro-batch")
+    gradient_accumulation: BatchSize = Field(4, description="micro-batches per optimiser step")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="peak learning rate of AdamW")
     max_train_steps: Annotated[int, Field(ge=1, le=10_000_000)] = Field(1000, description="optimiser steps")
     lr_scheduler: Scheduler = Field("cosine", description="course of the learning rate after the warm-up")
@@ -310,7 +310,7 @@ class EvaluationConfig(_Section):
         None, description="YAML with prompts in groups, or .txt; {subject}: what was learnt; null: prompts"
     )
     num_samples: Annotated[int, Field(ge=1, le=1024)] = Field(4, description="pictures per prompt")
-    fid_batch_size: Batch = Field(4, description="pictures per step of the feature extractor")
+    fid_batch_size: BatchSize = Field(4, description="pictures per step of the feature extractor")
     clip_model: ScorerKey | None = Field(
         None, description="CLIP that scores: name, hub id, folder, siglip:folder; null: suits the base"
     )

@@ -28,7 +28,7 @@ from ..files import atomic_write, make_folder
 _logger = logging.getLogger("lora_mvp.api")
 
 # %% ../../nbs/6_api/09b_ownership.ipynb #71287bac
-class Owner(BaseModel):
+class FolderOwner(BaseModel):
     "`.owner.json`: the store of the job folders, and the server that opened them last."
 
     schema_version: Literal[1] = 1
@@ -50,17 +50,17 @@ def note_of(api: ApiConfig) -> Path:
     return api.jobs_dir / ".owner.json"
 
 
-def read_owner(api: ApiConfig) -> Owner | None:
+def read_folder_owner(api: ApiConfig) -> FolderOwner | None:
     "What it says; None when there is none, or none that can be read."
     try:
-        return Owner.model_validate_json(note_of(api).read_bytes())
+        return FolderOwner.model_validate_json(note_of(api).read_bytes())
     except (OSError, ValidationError):
         return None
 
 # %% ../../nbs/6_api/09b_ownership.ipynb #1c8737ae
 def folders_in_use(api: ApiConfig) -> LoraMvpError:
     "What a second server is told; to follow it harms no job."
-    owner = read_owner(api)
+    owner = read_folder_owner(api)
     who = f" (process {owner.process} on {owner.host}, with the store {owner.store})" if owner else ""
     text = f"{api.jobs_dir} is in use by another server{who}. Stop that one first, or give this one an api.jobs_dir and an api.db_path of its own, both."
     return LoraMvpError("store_in_use", text)
@@ -89,7 +89,7 @@ def is_behind(store: Store, job: Job) -> bool:
 # %% ../../nbs/6_api/09b_ownership.ipynb #680ded89
 def refuse_other_store(api: ApiConfig, store: Store) -> None:
     "Raise `LoraMvpError` (`jobs_of_another_store`) where the folders hold jobs that the store should know and does not."
-    owner, ours = read_owner(api), store_name(api)
+    owner, ours = read_folder_owner(api), store_name(api)
     if owner is None or owner.store == ours:
         return
     behind = next((job.id for job in jobs_in(api.jobs_dir) if is_behind(store, job)), None)
@@ -130,7 +130,7 @@ class OwnedStore:
 # %% ../../nbs/6_api/09b_ownership.ipynb #ede857d5
 def note_owner(api: ApiConfig) -> None:
     "Write down whose the folders are; on a full disk the service starts all the same, and says what is wrong."
-    owner = Owner(store=store_name(api), process=os.getpid(), host=socket.gethostname())
+    owner = FolderOwner(store=store_name(api), process=os.getpid(), host=socket.gethostname())
     try:
         atomic_write(note_of(api), owner.model_dump_json() + "\n")
     except LoraMvpError as error:

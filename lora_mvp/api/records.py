@@ -21,7 +21,7 @@ from .jobs import TERMINAL, Job, Status, Store, noted, transition
 from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/22_records.ipynb #b069eebb
-def place_of(folder: Path) -> tuple[int, int] | None:  # disk and number on it
+def folder_place(folder: Path) -> tuple[int, int] | None:  # disk and number on it
     "Which folder it is, whatever its name; None when there is none."
     try:
         info = os.stat(folder)
@@ -37,13 +37,13 @@ class Records:
     "The jobs of one server: records and folders."
 
     def __init__(self, store: Store, jobs_dir: Path):
-        self.store, self.jobs_dir, self.place = store, jobs_dir, place_of(jobs_dir)
+        self.store, self.jobs_dir, self.place = store, jobs_dir, folder_place(jobs_dir)
         self.order = threading.Lock()  # of changes and words about them
         self.transitions = Counter()  # by status, since the start
 
     def check_place(self) -> None:
         "Refuse to go on without the folder that was opened; `LoraMvpError`: `storage_failed`."
-        if self.place and place_of(self.jobs_dir) != self.place:
+        if self.place and folder_place(self.jobs_dir) != self.place:
             text = "api.jobs_dir is not there, or no longer the folder that was opened at the start; nothing is done until it is back."
             raise LoraMvpError("storage_failed", text)
 
