@@ -221,6 +221,7 @@ class _LoopKeys(_Section):
         "auto", description="compute type; auto: bf16 on a GPU that has it; adapters are always fp32"
     )
     gradient_checkpointing: bool = Field(False, description="less memory, about a third more time per step")
+    compile: bool = Field(False, description="compile the UNet's blocks: a start of minutes, then faster on a GPU")
     max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are shortened to this norm")
     resume_from: PathKey | None = Field(None, description="checkpoint folder to continue from")
     seed: Seed = Field(42, description="decides noise, timesteps, data order and the first adapter weights")
@@ -360,9 +361,14 @@ class ApiConfig(_Section):
         ["tiny"], description="other models that jobs may use: tiny, hub ids, id@commit to hold one version"
     )
     allow_downloads: bool = Field(False, description="whether a job may fetch a model of that list from the hub")
-    tokens_file: PathKey | None = Field(None, description="hashes of access tokens; null: none, loopback only")
+    tokens_file: PathKey | None = Field(
+        None, description="hashes of access tokens; null: state/tokens, once it is there"
+    )
     allowed_hosts: list[Prompt] = Field(
         ["localhost", "127.0.0.1", "[::1]"], description="names by which clients may address the service"
+    )
+    trusted_proxies: list[Prompt] = Field(
+        [], description="addresses or networks of proxies whose X-Forwarded-For counts"
     )
     max_workers: Count = Field(2, description="jobs that run at the same time")
     poll_interval: float = Field(2.0, gt=0, description="seconds between two looks at a running job")
@@ -371,7 +377,12 @@ class ApiConfig(_Section):
     max_runtime: float | None = Field(None, gt=0, description="seconds that an attempt may take; null: no limit")
     stall_seconds: float = Field(1800.0, gt=0, description="seconds without a sign of life before a job is stopped")
     grace_seconds: float = Field(60.0, ge=0, description="seconds for a checkpoint before a stopped job is killed")
+    keep_jobs: Count | None = Field(None, description="ended jobs that are kept; older ones are deleted; null: all")
+    keep_days: float | None = Field(None, gt=0, description="days after which an ended job is deleted; null: never")
     min_free_gb: float = Field(1.0, ge=0, description="free disk, in GB, below which no job is taken or started")
+    max_upload_gb: float = Field(
+        2.0, ge=0, description="size of an upload, in GB, packed and unpacked; 0: none are taken"
+    )
     requests_per_minute: Count = Field(600, description="requests of one client in a minute")
 
 # %% ../nbs/08_config.ipynb #4f222e40

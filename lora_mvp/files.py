@@ -9,11 +9,11 @@ __all__ = []
 import contextlib
 import hashlib
 import io
-import logging
 import os
 import secrets
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -173,7 +173,7 @@ def png_bytes(
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(np.asarray(im)).save(buffer, "PNG")
+    Image.fromarray(np.asarray(im)).save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return buffer.getvalue()
 
 # %% ../nbs/02_files.ipynb #21fcab6e
@@ -205,17 +205,3 @@ def no_bars() -> Iterator[None]:
     finally:
         for library in shown:
             library.enable_progress_bar()
-
-# %% ../nbs/02_files.ipynb #65eabf1f
-@contextlib.contextmanager
-def no_remarks() -> Iterator[None]:
-    "Leave out what diffusers and transformers log below an error."
-    libraries = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    before = [library.level for library in libraries]
-    for library in libraries:
-        library.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for library, level in zip(libraries, before, strict=True):
-            library.setLevel(level)

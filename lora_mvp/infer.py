@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from .errors import LoraMvpError
 from .files import make_folder, not_writable
 from .models.adapters import WEIGHTS, fuse, set_scale
-from .models.base import LOADING, base_revision, load_base
+from .models.base import LOADING, base_revision, load_base, usual_device
 from .models.drawing import cut_prompts, sample
 from .models.families import Pipeline, native_size
 from .models.reading import base_for, load_lora
@@ -64,7 +64,7 @@ def find_run(path: str | Path, base: str | None = None) -> tuple[str, Path | Non
 def load_run(
     path: str | Path,  # output folder, adapter folder or file of any program, or pipeline folder
     base: str | None = None,  # another base than the recorded one
-    device: str | None = None,  # None: CUDA where there is one
+    device: str | None = None,  # None: the GPU where there is one
     fuse_scale: float | None = None,  # fuse the adapter at this strength
     partial: bool = False,  # use the layers of an adapter that fit and leave out the others
 ) -> LoadedRun:
@@ -72,7 +72,7 @@ def load_run(
     base, adapter = find_run(path, base)
     if fuse_scale is not None and not adapter:
         raise LoraMvpError("nothing_to_fuse", f"{path} is a pipeline without an adapter, so there is nothing to fuse.")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or usual_device()
     record = read_run(path) if RunFolder(path).record.is_file() else None
     revision = record.base_revision if record and record.base == base else None
     vae = record.config["training"].get("vae") if record and record.base == base else None

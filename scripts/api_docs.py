@@ -1,4 +1,7 @@
-"""Write docs/API.md from the service's OpenAPI document. `--check` only compares, and exits 1 when they differ."""
+"""Write docs/API.md from the service's OpenAPI document. `--check` only compares, and exits 1 when they differ.
+
+`--metrics` first renews the schema of metrics.json, lora_mvp/assets/metrics.schema.json; that loads torch.
+"""
 
 import json
 import sys
@@ -11,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 from lora_mvp.api.main import create_app  # noqa: E402
 from lora_mvp.api.problems import STATUS_OF  # noqa: E402
 
+METRICS = ROOT / "lora_mvp" / "assets" / "metrics.schema.json"
 FILE = ROOT / "docs" / "API.md"
 HEAD = """# The job service over HTTP
 
@@ -23,7 +27,7 @@ ERRORS_HEAD = """## Errors
 Every answer from 400 up has the type `application/problem+json` ([RFC 9457](https://www.rfc-editor.org/rfc/rfc9457)). `code` is for programs, `detail` for people, and
 `request_id` finds the line in the service's log. `Retry-After` comes with 429 and 503.
 """
-GROUPS = {"jobs": "Jobs", "files": "Files of a job", "operation": "Operation"}
+GROUPS = {"jobs": "Jobs", "files": "Files of a job", "data": "Pictures and models", "operation": "Operation"}
 
 
 def kind(schema: dict[str, Any]) -> str:
@@ -31,8 +35,8 @@ def kind(schema: dict[str, Any]) -> str:
     if "$ref" in schema:
         name = schema["$ref"].rsplit("/", 1)[-1]
         return f"[{name}](#{name.lower()})"
-    if "anyOf" in schema:
-        return " or ".join(kind(option) for option in schema["anyOf"])
+    if "anyOf" in schema or "oneOf" in schema:
+        return " or ".join(kind(option) for option in schema.get("anyOf", schema.get("oneOf")))
     if "enum" in schema or "const" in schema:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     if schema.get("type") == "array":
@@ -97,6 +101,14 @@ def operation(path: str, method: str, about: dict[str, Any], schemas: dict[str, 
     return lines + table(("answer", "body", ""), rows)
 
 
+def metrics_schema() -> str:
+    """The schemas of metrics.json and of what is in it, as OpenAPI names them."""
+    from lora_mvp.eval.records import Metrics
+
+    whole = Metrics.model_json_schema(ref_template="#/components/schemas/{model}")
+    return json.dumps(whole.pop("$defs") | {"Metrics": whole}, indent=1) + "\n"
+
+
 def document() -> str:
     """The whole text."""
     found = create_app().openapi()
@@ -111,7 +123,9 @@ def document() -> str:
     for name, schema in sorted(schemas.items()):
         if "properties" in schema and name not in bodies:
             lines += [f"### {name}", "", schema.get("description", ""), "", *fields(schema)]
-    errors = next(iter(found["paths"]["/train"].values()))["responses"]
+    errors = {}
+    for about in (about for methods in found["paths"].values() for about in methods.values()):
+        errors |= about["responses"]
     codes = {int(s): [c for c, status in STATUS_OF.items() if status == int(s)] for s in errors if int(s) >= 400}
     rows = [(str(s), errors[str(s)]["description"], ", ".join(f"`{c}`" for c in codes[s])) for s in sorted(codes)]
     lines += [ERRORS_HEAD, *table(("status", "when", "codes among others"), rows)]
@@ -119,6 +133,8 @@ def document() -> str:
 
 
 if __name__ == "__main__":
+    if "--metrics" in sys.argv[1:]:
+        METRICS.write_text(metrics_schema(), encoding="utf-8")
     text = document()
     if "--check" in sys.argv[1:]:
         if not FILE.is_file() or FILE.read_text(encoding="utf-8") != text:

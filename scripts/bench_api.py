@@ -3,6 +3,7 @@
 python scripts/bench_api.py store --jobs 1000 10000
 python scripts/bench_api.py store --jobs 1000 10000 --url postgresql+pg8000://USER@HOST/EMPTY_DATABASE
 python scripts/bench_api.py http --seconds 5 --clients 8 --readers 100
+python scripts/bench_api.py growth --jobs 0 1000 10000
 """
 
 import argparse
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,10 @@ http_parser = sections.add_parser("http", help="submits and reads per second ove
 http_parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
 http_parser.add_argument("--clients", type=int, default=8, help="that ask at the same time")
 http_parser.add_argument("--readers", type=int, default=100, help="of event streams")
+growth_parser = sections.add_parser("growth", help="what a submit over HTTP costs beside jobs that have ended")
+growth_parser.add_argument("--jobs", type=int, nargs="+", default=[0, 1000, 10_000], help="jobs in the store")
+growth_parser.add_argument("--calls", type=int, default=200, help="timed submits, one after the other")
+growth_parser.add_argument("--stores", nargs="+", default=["jobs.json", "jobs.sqlite"], help="names of their files")
 sections.add_parser("serve")  # the process that `http` measures
 
 
@@ -147,8 +152,9 @@ def serve(args: argparse.Namespace) -> dict:
 
 
 @contextmanager
-def served(root: Path, store: str):
-    """A server with an empty store; its port and its process."""
+def served(root: Path, store: str, there: Iterable[Job] = ()):
+    """A server, whose store holds some jobs; its port and its process."""
+    open_store(ApiConfig(db_path=str(root / store)), rebuild=lambda: there).close()
     (root / "data").mkdir()
     (root / "data" / "1.png").write_bytes(b"not looked into before a job starts")
     (root / "data" / "manifest.json").write_text(json.dumps([{"image": "1.png", "caption": "a cat", "split": "train"}]))
@@ -247,7 +253,33 @@ def bench_http(args: argparse.Namespace) -> dict:
     return {name: over_http(name, args.seconds, args.clients, args.readers) for name in ("jobs.json", "jobs.sqlite")}
 
 
+def written(process) -> int:
+    """Bytes that the server has written to files so far."""
+    return int(re.search(r"wchar: ([0-9]+)", Path(f"/proc/{process.pid}/io").read_text())[1])
+
+
+def growth(store: str, jobs: int, calls: int) -> dict:
+    """Time and bytes of a submit where so many jobs have ended."""
+    ended = {"status": "succeeded", "attempt": 1, "finished_at": now()}
+    there = (
+        example().model_copy(update=ended) for _ in range(max(0, jobs - calls - 1))
+    )  # the last call meets all of them
+    with (
+        tempfile.TemporaryDirectory(dir=".") as folder,
+        served(Path(folder).resolve(), store, there) as (port, process),
+    ):
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        submit(connection)
+        before = written(process)
+        found = rate([lambda: submit(connection)] * calls)
+        return found | {"bytes": (written(process) - before) // calls}
+
+
+def bench_growth(args: argparse.Namespace) -> dict:
+    return {store: {jobs: growth(store, jobs, args.calls) for jobs in args.jobs} for store in args.stores}
+
+
 if __name__ == "__main__":
     args = parser.parse_args()
-    result = {"store": bench_store, "http": bench_http, "serve": serve}[args.section](args)
+    result = {"store": bench_store, "http": bench_http, "growth": bench_growth, "serve": serve}[args.section](args)
     print(json.dumps({"python": platform.python_version(), "cores": os.cpu_count(), args.section: result}, indent=1))

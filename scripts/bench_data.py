@@ -1,4 +1,4 @@
-"""Time the survey of many pictures against a plain loop over the same files, in turns, and print JSON.
+"""Time the survey of many pictures against a plain loop over the same files, in turns, then the writing; print JSON.
 
 python scripts/bench_data.py --n 5000
 """
@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -16,7 +17,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from lora_mvp.data import looks
+from lora_mvp.config import load_config
+from lora_mvp.data import looks, prepare
+from lora_mvp.data.storage import state_file
 from lora_mvp.data.survey import survey
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,6 +80,21 @@ def timed(function) -> tuple[float, object, float]:
     return time.perf_counter() - start, result, time.process_time() - cpu
 
 
+def written(raw: Path, out: Path, kept: Path | None, workers: int) -> dict[str, float]:
+    """What it takes to write the pictures of a folder that has been looked at, with so many workers (0: none)."""
+    places = {"data.raw_data_dir": str(raw), "data.processed_dir": str(out)}
+    state_file(out, "").mkdir(parents=True)
+    if kept:
+        shutil.copy(kept, state_file(out, "inspection"))
+    prepare.makers = lambda tasks, targets: workers
+    before = children_cpu()
+    took, manifest, cpu = timed(lambda: prepare.prepare_data(load_config(overrides=places)))
+    size = sum(manifest.path_of(row).stat().st_size for row in manifest.images)
+    cpu += children_cpu() - before
+    n = len(manifest.images)
+    return {"images_per_s": round(n / took, 1), "cpu_ms_per_image": round(1000 * cpu / n, 1), "mb": round(size / 1e6)}
+
+
 def children_cpu() -> float:
     """Processor time of the children that have ended, seconds."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -87,9 +105,10 @@ if __name__ == "__main__":
     args = parser.parse_args()
     cv2.setNumThreads(1)  # of the plain loop; each worker sets its own
     with tempfile.TemporaryDirectory(prefix="bench-data-") as temp:
-        (Path(temp) / "raw").mkdir()
+        raw = Path(temp) / "raw"
+        (raw / "drawing").mkdir(parents=True)
         with ProcessPoolExecutor(1) as pool:  # its memory is not ours
-            paths = pool.submit(draw, Path(temp) / "raw", args.n).result()
+            paths = pool.submit(draw, raw / "drawing", args.n).result()
         cache = Path(temp) / "inspection.jsonl"
         time.sleep(3)  # a file that has just changed is hashed again
         stream, memory, turns, before = survey(paths, cache, workers=args.workers), [], [], children_cpu()
@@ -122,4 +141,7 @@ if __name__ == "__main__":
             "again_times_faster": round(first / again, 1),
             "cache_mb": round(cache.stat().st_size / 1e6, 2),
         }
+        written(raw, Path(temp) / "first", None, args.workers)  # looks at them again, with the settings of prepare-data
+        seen = state_file(Path(temp) / "first", "inspection")
+        result["write"] = {f"{n} workers": written(raw, Path(temp) / f"out{n}", seen, n) for n in (0, args.workers)}
     print(json.dumps(result, indent=1))

@@ -27,8 +27,6 @@ from lora_mvp.data.prepare import prepare_data
 from lora_mvp.models.miniatures import random_base
 
 WORKER = Path(__file__).with_name("bench_worker.py")
-SD = {"down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "layers_per_block": 2}
-SD |= {"up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3}
 MODELS = {
     "tiny": {
         "side": 64,
@@ -51,7 +49,7 @@ MODELS = {
     },
     "mini": {
         "side": 128,
-        "unet": {**SD, "block_out_channels": (80, 160, 320, 320), "cross_attention_dim": 192, "norm_num_groups": 16},
+        "unet": {"block_out_channels": (80, 160, 320, 320), "cross_attention_dim": 192, "norm_num_groups": 16},
         "vae": {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2, "norm_num_groups": 32},
         "text_encoder": {
             "hidden_size": 192,

@@ -31,7 +31,7 @@ with tempfile.TemporaryDirectory() as out:  # a benchmark leaves no run behind
     setup, times = time.perf_counter() - start, []
     for _ in range(args.warmup + args.steps):
         start = time.perf_counter()
-        trainer.step()  # reads the loss, so a GPU has finished when it returns
+        trainer.step()  # waits for the loss; what a GPU still does then is the move of the adapter
         times.append(time.perf_counter() - start)
 times = times[args.warmup :]
 t = config.training

@@ -13,7 +13,7 @@ def pytest_runtest_setup(item):
 
 
 # Most processor seconds first: with files dealt to workers in this order, none is left with a long one at the end.
-LONG = ["evaluator", "choose", "faults", "train", "doctor", "data", "exports", "models", "service_e2e", "api", "stores"]
+LONG = ["evaluator", "faults", "train", "doctor", "data", "exports", "models", "service_e2e", "api", "stores"]
 
 
 def pytest_collection_modifyitems(items):

@@ -3,6 +3,7 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+from lora_mvp.api import state_file
 from lora_mvp.api.jobs import Job, JobIds, JobSpec, now, transition
 from lora_mvp.api.stores import open_store
 from lora_mvp.config import ApiConfig, LoraMvpError
@@ -18,6 +19,7 @@ def example(**fields) -> Job:
 
 def submit_until_killed(url: str, answered: str) -> None:
     """Create, change and delete jobs from four threads; note what the store has answered."""
+    state_file.LEAST_JOURNAL = 4000  # so that all jobs are written anew again and again
     store = open_store(ApiConfig(db_path=url))
     file = os.open(answered, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 

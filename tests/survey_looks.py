@@ -7,6 +7,7 @@ import time
 from hashlib import sha256
 from pathlib import Path
 
+from lora_mvp.data import storage
 from lora_mvp.data.looks import Look
 from lora_mvp.data.workers import name_bytes
 
@@ -44,3 +45,17 @@ def look(path, log=None):
     misbehave(Path(path).name.split("-")[0])
     data = Path(path).read_bytes()
     return Look(sha256=sha256(data).hexdigest(), bytes=len(data), detail=data.decode())
+
+
+def make(path, *, new, **how):
+    """As for `look`; `once` dies the first time only."""
+    word, mark = Path(path).name.split("-")[0], Path(new).with_suffix(".died")
+    if word == "once" and not mark.exists():
+        mark.touch()
+        word = "kill"
+    misbehave(word)
+    return storage.make(path, new=new, **how)
+
+
+def make_nowhere(path, *, new, **how):
+    return storage.make(path, new="/proc/self/nowhere/x.png", **how)

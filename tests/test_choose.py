@@ -84,6 +84,7 @@ def test_what_copies_is_named_by_evaluate_and_compare_too(copier, tmp_path):
     assert "copies" in beside.lost and "lora gives back training pictures: " in beside.why
 
 
+@pytest.mark.slow  # in every run of the checks, tutorial 04 chooses, and chapter 17 takes its choices apart
 def test_the_choice_is_explained_and_can_be_used(choice, overfitted):
     root = overfitted / "lora"
     kept = Choice.model_validate_json((root / "best.json").read_text())
@@ -116,9 +117,10 @@ def test_an_unfinished_run_can_be_chosen_from_and_a_damaged_checkpoint_is_named(
     assert {"checkpoint_damaged", "few_checkpoints"} <= {w.code for w in found.warnings}
 
 
-def test_a_folder_without_checkpoints_is_refused(overfitted, tmp_path):
+def test_a_folder_without_checkpoints_is_refused(tmp_path):
+    (tmp_path / "prompts.yaml").write_text(yaml.safe_dump(PROMPTS))
     with pytest.raises(LoraMvpError, match="holds no checkpoint") as e:
-        choose(settings(overfitted / "prompts.yaml"), tmp_path, HELD_OUT)
+        choose(settings(tmp_path / "prompts.yaml"), tmp_path, HELD_OUT)
     assert e.value.code == "no_checkpoints"
 
 

@@ -23,9 +23,11 @@ import jsonschema
 import numpy as np
 import pytest
 import skimage
+import survey_looks
 from PIL import Image, ImageCms, ImageFilter
 
 from lora_mvp.config import DataConfig, LoraMvpError, load_config
+from lora_mvp.data import prepare
 from lora_mvp.data.arrays import as_array
 from lora_mvp.data.assess import deal, group_images
 from lora_mvp.data.images import REASONS, decode, open_rgb
@@ -819,7 +821,7 @@ def test_check_data_writes_nothing(tmp_path):
 EFFECTS = {"open", "os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir"}  # events of Python's audit
 
 
-def killed_run(config, moment, delay):
+def killed_run(config, moment, delay, workers=0):
     "Prepare data in a fork that gets kill -9 so many seconds after its n-th event; False when it ended before."
     if child := os.fork():
         end = time.monotonic() + 120
@@ -835,6 +837,7 @@ def killed_run(config, moment, delay):
             if event in EFFECTS and next(events) == moment:
                 threading.Timer(delay, blow).start() if delay else blow()
 
+        prepare.makers = lambda tasks, targets: workers
         sys.addaudithook(listen)
         prepare_data(config, resplit=True)
     finally:
@@ -842,25 +845,77 @@ def killed_run(config, moment, delay):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_any_moment(tmp_path):
-    "30 times kill -9, each run going on from what the last one left; the end is that of a run that nothing disturbed."
+@pytest.mark.parametrize("kills", [12, pytest.param(60, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(tmp_path, kills):
+    "Kill -9 again and again, each run going on from what the last one left; the end is that of a run that nothing disturbed."
     raw = fill(tmp_path / "raw", cat=24, dog=24)  # few enough for one worker: starting it is most of the work
     before, out = tree(raw), tmp_path / "out"
     calm = prepare_data(settings(tmp_path, processed_dir=str(tmp_path / "calm")))
     cv2.setNumThreads(1)  # threads do not live on in a fork
     rng, killed, rounds = np.random.default_rng(0), 0, 0
-    while killed < 30 and rounds < 200:
+    while killed < kills and rounds < 400:
         if rounds % 10 == 5:
             shutil.rmtree(out, ignore_errors=True)
         config = settings(tmp_path, image_size=(32, 48)[rounds % 2], seed=rounds % 3)  # other files, under other names
-        killed += killed_run(config, rng.integers(300), rng.choice([0, rng.uniform(0, 0.01)]))
+        workers = 2 if rounds % 8 == 3 else 0
+        killed += killed_run(config, rng.integers(300), rng.choice([0, rng.uniform(0, 0.01)]), workers)
         rounds += 1
         if (out / "manifest.json").exists():
             parse_manifest(out / "manifest.json")
-    assert killed == 30
+    assert killed == kills
     last = prepare_data(settings(tmp_path), resplit=True)
     assert tree(out) == tree(tmp_path / "calm") and tree(raw) == before
+    assert not list((out / ".prepare").glob("new-*"))  # nor what a worker was at
     assert last == calm.model_copy(update={"folder": last.folder})
+
+
+def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
+    raw = fill(tmp_path / "raw", cat=5)
+    picture(9, (200, 120)).save(raw / "cat" / "wide.jpg", quality=95)
+    glass = picture(10).convert("RGBA")
+    glass.putalpha(128)
+    glass.save(raw / "cat" / "glass.png")
+    Image.fromarray(np.eye(12, dtype=np.uint8) * 255).resize((200, 120)).save(raw / "cat" / "wide-masklabel.png")
+    trees = []
+    for materialise, workers in [("process", 0), ("process", 1), ("process", 3), ("copy", 0), ("copy", 2)]:
+        monkeypatch.setattr(prepare, "makers", lambda tasks, targets, n=workers: n)
+        manifest = prepare_data(settings(tmp_path, background="#ff0000", materialise=materialise))
+        assert sum(bool(row.mask) for row in manifest.images) == 1
+        trees.append(tree(tmp_path / "out"))
+        for place in ("train", "val", "masks"):  # what was looked at stays known
+            shutil.rmtree(tmp_path / "out" / place, ignore_errors=True)
+        (tmp_path / "out" / "manifest.json").unlink()
+    assert trees[0] == trees[1] == trees[2] != trees[3] == trees[4]
+    assert len(trees[0]) == 9  # seven pictures, a mask, the manifest
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals as Linux has them")
+def test_a_worker_that_dies_costs_one_picture_at_most(tmp_path, monkeypatch):
+    raw = fill(tmp_path / "raw", cat=4)
+    for i, name in enumerate(("kill-1.png", "raise-2.png", "once-3.png")):
+        picture(i).save(raw / "cat" / name)
+    monkeypatch.setattr(prepare, "makers", lambda tasks, targets: 2)
+    monkeypatch.setattr(prepare, "make", survey_looks.make)
+    manifest = prepare_data(settings(tmp_path))
+    found = [(r.path, r.reason, r.detail) for r in manifest.rejected]
+    assert found == [
+        ("cat/kill-1.png", "decoder_crash", "the decoder ended with signal 9"),
+        ("cat/raise-2.png", "decoder_crash", "the decoder raised RuntimeError: no pixels"),
+    ]
+    assert {row.source for row in manifest.images} == {f"cat/cat_{i}.png" for i in range(4)} | {"cat/once-3.png"}
+    assert read_manifest(tmp_path / "out" / "manifest.json") == manifest
+    monkeypatch.undo()
+    assert len(prepare_data(settings(tmp_path)).images) == 7  # the next run tries again
+
+
+def test_a_worker_that_cannot_write_says_so(tmp_path, monkeypatch):
+    fill(tmp_path / "raw", cat=3)
+    monkeypatch.setattr(prepare, "makers", lambda tasks, targets: 1)
+    monkeypatch.setattr(prepare, "make", survey_looks.make_nowhere)
+    with pytest.raises(LoraMvpError, match="cannot be written|Cannot write") as e:
+        prepare_data(settings(tmp_path))
+    assert e.value.code == "not_writable"
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_two_runs_at_once(tmp_path):
@@ -1041,8 +1096,6 @@ CHANGES = [("process", edit), ("process", vanish), ("copy", edit_in_place), ("li
 @pytest.mark.parametrize(("mode", "happens"), CHANGES)
 def test_a_picture_that_changes_while_data_is_prepared_costs_that_picture(tmp_path, monkeypatch, mode, happens):
     """It is named, and the record is true of what was stored."""
-    from lora_mvp.data import prepare
-
     raw = fill(tmp_path / "raw", cat=4)
     planned = prepare.plan_files
 
@@ -1067,8 +1120,6 @@ def test_a_picture_that_changes_while_data_is_prepared_costs_that_picture(tmp_pa
 
 
 def test_every_picture_changes(tmp_path, monkeypatch):
-    from lora_mvp.data import prepare
-
     raw, planned = fill(tmp_path / "raw", cat=2), prepare.plan_files
     monkeypatch.setattr(prepare, "plan_files", lambda *a: (planned(*a), shutil.rmtree(raw / "cat"))[0])
     with pytest.raises(prepare.NothingAccepted) as e:

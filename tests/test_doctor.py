@@ -18,6 +18,7 @@ from lora_mvp.files import asset
 from lora_mvp.models.adapters import add_lora
 from lora_mvp.models.base import load_base
 from lora_mvp.models.families import encode_text, family_of, text_parts, unet_arguments
+from lora_mvp.models.kernels import lean
 from lora_mvp.models.miniatures import random_base
 from lora_mvp.train.diagnosis import base_findings, doctor, doctor_text
 from lora_mvp.train.foresight import full_bytes
@@ -52,13 +53,13 @@ def manifest(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def estimates():
-    """The memory of a base that no test spoils is worked out once for all tests."""
+    """The memory of bases with the same settings and as many bytes of weights is worked out once for all tests."""
     known = {}
 
     def estimate(folder, device="cpu", variants=2):
-        if folder != asset("tiny"):
-            return MemoryEstimate(folder, device, variants)
-        return known.setdefault((device, variants), MemoryEstimate(folder, device, variants))
+        files = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors"))
+        content = tuple((p.name, p.read_bytes() if p.suffix == ".json" else p.stat().st_size) for p in files)
+        return known.setdefault((device, variants, content), MemoryEstimate(folder, device, variants))
 
     return estimate
 
@@ -219,6 +220,7 @@ def test_too_little_memory_names_settings_in_order(look):
     only(look(memory=10e6)["error"], "memory", "Even that is not enough")
 
 
+@pytest.mark.slow
 def test_advice_keeps_the_effective_batch_and_ends_where_it_fits():
     estimate, training = (
         MemoryEstimate(asset("tiny"), "cuda"),
@@ -237,17 +239,22 @@ def test_advice_keeps_the_effective_batch_and_ends_where_it_fits():
 def kept_on_cpu(folder, training):
     """The same count over a real step: real weights, the CPU's own attention and autocast."""
     pipe = load_base(str(folder), dtype=torch.bfloat16 if training.mixed_precision == "bf16" else torch.float32)
-    add_lora(pipe, training)
-    for parameter in pipe.unet.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    for parameter in (p for part in add_lora(pipe, training).values() for p in part):
+        parameter.grad = torch.zeros_like(parameter)
+    lean(pipe)
     if training.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-    pipe.unet.train()
+        for encoder in text_parts(pipe).values():
+            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for part in (pipe.unet, *text_parts(pipe).values()):
+        part.train()
     modules, n = (pipe.unet, pipe.vae, *text_parts(pipe).values()), training.batch_size
+    with torch.no_grad():
+        table = encode_text(pipe, ["a"] * n)
     half = torch.autocast("cpu", torch.bfloat16, enabled=training.mixed_precision == "bf16", cache_enabled=False)
     with LiveBytes(*modules) as live, half:
-        with torch.set_grad_enabled(training.text_encoder_learning_rate is not None):
-            embeds = encode_text(pipe, ["a"] * n)
+        learns = training.text_encoder_learning_rate is not None
+        embeds = encode_text(pipe, ["a"] * n) if learns else {name: value.clone() for name, value in table.items()}
         side = training.resolution // pipe.vae_scale_factor
         times = torch.zeros(n, 6) if family_of(pipe).needs_time_ids else None
         latents = torch.randn(n, 4, side, side, dtype=pipe.unet.dtype)
@@ -261,7 +268,7 @@ def kept_on_cpu(folder, training):
 CASES = [
     ("sd1", {"lora_variant": "dora", "lora_targets": "all"}),
     pytest.param("sd2", {"lora_variant": "rslora", "lora_targets": "attention_ff"}, marks=pytest.mark.slow),
-    ("sdxl", {"text_encoder_learning_rate": 1e-4, "gradient_checkpointing": True}),
+    pytest.param("sdxl", {"text_encoder_learning_rate": 1e-4, "gradient_checkpointing": True}, marks=pytest.mark.slow),
     pytest.param("sd1", {"mixed_precision": "bf16"}, marks=pytest.mark.slow),
 ]
 
@@ -271,6 +278,7 @@ def test_meta_keeps_what_the_cpu_keeps(bases, family, changes):
     training = TrainingConfig(resolution=64, batch_size=2, **changes)
     pipe = skeleton(bases[family], training)
     add_lora(pipe, training)
+    lean(pipe)
     (kept, peak), (real_kept, real_peak) = step_bytes(pipe, training), kept_on_cpu(bases[family], training)
     if training.mixed_precision == "no":
         assert kept == real_kept

@@ -10,6 +10,7 @@ from evaluation_runs import CALLED as ALL
 from evaluation_runs import HELD_OUT, PLAIN, prepare, run, settings
 from PIL import Image
 
+from lora_mvp.api.contract import metrics_schemas
 from lora_mvp.cli import main
 from lora_mvp.config import LoraMvpError
 from lora_mvp.data.images import open_rgb
@@ -84,6 +85,7 @@ def test_the_good_one_has_the_style_and_the_price_is_named(good):
     assert good.forgetting.n == len(PLAIN)
 
 
+@pytest.mark.slow
 def test_three_steps_of_training_are_no_better_than_the_base_and_worse_than_many(root, evaluator, better):
     hand_on(root / "good" / "evaluation" / "samples" / "base", root / "nothing" / "samples" / "a")
     hand_on(root / "better" / "samples" / "b", root / "nothing" / "samples" / "b")
@@ -322,3 +324,8 @@ def test_a_mistake_on_the_command_line_is_one_sentence(arguments, tmp_path, monk
     said = capsys.readouterr().err
     assert said.count("error:") == 1 and "nowhere" in said, said
     assert not list(tmp_path.iterdir())
+
+
+def test_the_schema_of_metrics_that_ships_is_that_of_the_record():
+    whole = Metrics.model_json_schema(ref_template="#/components/schemas/{model}")
+    assert metrics_schemas() == whole.pop("$defs") | {"Metrics": whole}  # python scripts/api_docs.py --metrics

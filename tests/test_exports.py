@@ -2,11 +2,13 @@
 
 import json
 import math
+from importlib.metadata import version
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_mvp import __version__
 from lora_mvp.config import TrainingConfig
 from lora_mvp.errors import LoraMvpError
 from lora_mvp.models.adapters import (
@@ -115,8 +117,8 @@ def kohya_modules(pipe, two: bool) -> dict[str, torch.nn.Module]:
 
 
 @torch.no_grad()
-def apply_by_hand(pipe, file, strength: float, two: bool) -> None:
-    """W += strength * alpha / rank * up @ down, with LyCORIS' rule for .dora_scale."""
+def apply_by_hand(pipe, file, strength: float, two: bool, comfyui: bool = False) -> None:
+    """W += strength * alpha / rank * up @ down, with LyCORIS' rule for .dora_scale, or a twin of ComfyUI's."""
     tensors, modules = load_file(file), kohya_modules(pipe, two)
     used = set()
     for name in {key.partition(".")[0] for key in tensors}:
@@ -127,7 +129,7 @@ def apply_by_hand(pipe, file, strength: float, two: bool) -> None:
         if f"{name}.dora_scale" in tensors:
             used.add(f"{name}.dora_scale")
             total = weight + delta
-            rows = total.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.ndim - 1))
+            rows = (weight if comfyui else total).flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.ndim - 1))
             delta = total * tensors[f"{name}.dora_scale"] / rows - weight
         weight += strength * delta
     assert used == set(tensors)
@@ -137,7 +139,7 @@ def apply_by_hand(pipe, file, strength: float, two: bool) -> None:
     ("family", "keys"),
     [
         ("sd1", {"lora_targets": "all"}),
-        ("sd1", {"lora_variant": "rslora", "text_encoder_learning_rate": None}),
+        pytest.param("sd1", {"lora_variant": "rslora", "text_encoder_learning_rate": None}, marks=pytest.mark.slow),
         ("sdxl", {"lora_targets": "all", "lora_variant": "rslora"}),
     ],
 )
@@ -172,8 +174,39 @@ def test_dora(roots, tmp_path, family):
     load_public(public, tmp_path / WEIGHTS)
     assert close(wanted, probe(by_hand), 1e-4) and close(wanted, probe(own)) and close(wanted, probe(public))
     certificate = certify(pipe, tmp_path, kohya)
-    assert "ComfyUI" in certificate.forms["kohya"].remark and not certificate.forms["diffusers"].remark
+    assert "ComfyUI (as of commit a125cd84)" in certificate.forms["kohya"].remark
+    assert not certificate.forms["diffusers"].remark
+    assert certificate.forms["kohya"].read_by == {"lora_mvp": __version__, "peft": version("peft")}
     assert not any(inspect_adapter(kohya).readers.values())
+
+
+@torch.no_grad()
+def apply_differences(pipe, file, strength: float, two: bool) -> None:
+    """W += strength * diff, as every program that knows `.diff` has it."""
+    modules = kohya_modules(pipe, two)
+    for name, value in load_file(file).items():
+        modules[name.removesuffix(".diff")].weight += strength * value
+
+
+def test_dora_as_whole_differences(roots, tmp_path):
+    """One form has two readings, the other one has one."""
+    pipe = trained(roots["sdxl"], lora_variant="dora", lora_targets=r".*mid_block.*(to_q|ff.net.2|conv1)")
+    save_adapter(pipe, tmp_path / "run", roots["sdxl"])
+    diff = export_adapter(tmp_path / "run", "diff", tmp_path / "diff.safetensors")
+    kohya = write_kohya(pipe, tmp_path / "kohya.safetensors")
+    by_hand, comfyui = (load_base(roots["sdxl"]) for _ in range(2))
+    base, wanted = probe(by_hand), probe(pipe)
+    apply_by_hand(comfyui, kohya, 1, True, comfyui=True)
+    assert differences(wanted, probe(comfyui))["unet"] > 0.01 * differences(wanted, base)["unet"]
+    apply_differences(by_hand, diff, 1, True)
+    assert close(wanted, probe(by_hand), 1e-4)
+    apply_differences(by_hand, diff, -1, True)
+    assert close(base, probe(by_hand), 1e-4)
+    load_lora(by_hand, diff)
+    assert close(wanted, probe(by_hand), 1e-4)
+    facts = inspect_adapter(diff)
+    assert facts.readers == {"diffusers": False, "ComfyUI": True, "A1111": True, "Forge": True} and not facts.remarks
+    assert "a125cd84" in describe(inspect_adapter(kohya))
 
 
 def test_mixed_ranks(roots, tmp_path):
@@ -209,6 +242,10 @@ def test_certificate(roots, tmp_path):
     certificate = certify(pipe, tmp_path, kohya)
     assert certificate.model_dump(mode="json") == json.loads((tmp_path / "certificate.json").read_text())
     assert min(certificate.adapter_effect.values()) > 0.01
+    judges = {"diffusers": version("diffusers"), "peft": version("peft")}
+    assert {form: check.read_by for form, check in certificate.forms.items()} == dict.fromkeys(
+        ("diffusers", "kohya"), judges
+    )
     first = (tmp_path / "certificate.json").read_bytes()
     certify(pipe, tmp_path, kohya)
     assert (tmp_path / "certificate.json").read_bytes() == first

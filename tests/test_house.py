@@ -224,7 +224,6 @@ LONG_CELLS = {
     "6_api/folders",
     "3_train/updates",
     "1_data/survey",
-    "6_api/state_file",
     "6_api/connection",
     "6_api/records",
     "6_api/downloads",
@@ -232,7 +231,6 @@ LONG_CELLS = {
     "6_api/tokens",
     "1_data/steps",
     "1_data/curator",
-    "3_train/network",
     "6_api/backend",
     "5_eval/selection",
 }  # chapters around a class that is longer than a screen; the list may only become shorter

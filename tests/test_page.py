@@ -31,9 +31,10 @@ WITHOUT_STREAM = """{
 PHONE, DESKTOP = (390, 844), (1300, 1000)
 
 
-def test_the_page_is_one_file_that_cannot_be_told_to_run_anything():
-    page = PAGE.read_text(encoding="utf-8")
-    assert set(re.findall(r"\w+://[^\"'\s)]*", page)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
+@pytest.mark.parametrize("file", [PAGE, PAGE.with_name("docs.html")])
+def test_the_page_is_one_file_that_cannot_be_told_to_run_anything(file):
+    page = file.read_text(encoding="utf-8")
+    assert set(re.findall(r"\w+://[^\"'\s)]*", page)) <= {"http://www.w3.org/2000/svg"}  # a name, not an address
     assert not re.search(r"<[^>]*\s(on\w+|style)=", page)
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(|setTimeout\([\"']", page
@@ -175,3 +176,13 @@ def test_nothing_was_refused_by_the_policy(page):
     )
     page.wait("window.refused")  # what has another hash does not run
     assert page.js("window.ran ?? null") is None
+
+
+def test_the_page_of_the_routes_lets_try_them(page, service):
+    page.call("Page.navigate", url=f"{service.url}/docs")
+    page.wait("document.querySelectorAll('details').length > 30")  # the token of the tab is used
+    page.js("[...document.querySelectorAll('summary')].find(s => s.textContent.includes('/v1/models')).click()")
+    page.click(find("Send"))
+    page.wait("[...document.querySelectorAll('pre')].some(p => p.textContent.includes('tiny'))")
+    assert page.js("window.refused ?? null") is None
+    assert page.js("performance.getEntriesByType('resource').every(e => new URL(e.name).origin === location.origin)")

@@ -261,7 +261,7 @@ def test_two_processes_under_the_service(drawings, small_run, tmp_path):
         assert until(lambda: (ended := service.get(job.id)).status in TERMINAL and ended).status == "cancelled"
         saved = service.folder(job).progress()["step"]
         assert (service.folder(job).run / f"checkpoint-{saved}").is_dir()
-        job = service.retry(job.id)
+        job, _ = service.retry(job.id)
         until(lambda: (service.folder(job).progress() or {"step": 0})["step"] > saved)
         assert service.folder(job).events()[-1][1]["step"] >= saved
         first = [event for _, event in service.folder(job).events() if event["type"] == "progress"][0]

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -254,6 +255,18 @@ def test_five_thousand_images_in_seconds():
     pairs = near_duplicates(hashes)
     assert [(k, 4990 + k, 0) for k in range(10)] == [pair for pair in pairs if pair[2] == 0]
     assert time.process_time() - start < 10  # about 1.5 s on one idle core
+
+
+def test_the_frames_of_a_film_need_few_pairs_and_little_memory():
+    rng = random.Random(0)
+    frame = [f"{rng.getrandbits(64):016x}" for _ in range(ORIENTATIONS)]
+    frames = [[flip(h, rng.sample(range(64), 2)) for h in frame] for _ in range(2000)]
+    tracemalloc.start()
+    pairs = near_duplicates(frames)  # of two million
+    assert len(pairs) == 1999
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+    assert set(group([f"{k:04}" for k in range(2000)], pairs).values()) == {"0000"}
 
 
 def test_the_module_is_light():

@@ -28,6 +28,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from postgres import over_tcp, postgres
 from store_clients import example, new_id, open_and_say, submit_until_killed
 
+from lora_mvp.api import state_file
 from lora_mvp.api.jobs import Job, JobSpec, moved, noted, now, transition
 from lora_mvp.api.json_store import JsonStore
 from lora_mvp.api.sql_store import SqlStore
@@ -206,11 +207,11 @@ def test_one_key_makes_one_job(place):
     store = place.open()
     assert submit(0) == (job, False) and submit(0, owner="you", digest="other") == (other, False)
     assert code_of(lambda: submit(0, digest="other")) == "key_reused"
-    tomorrow = now() + timedelta(hours=24)
-    newer, created = submit(0, digest="other", created_at=tomorrow)
-    assert created and submit(0, digest="other", created_at=tomorrow) == (newer, False)
-    store.delete(newer.id)
-    assert submit(0, digest="third", created_at=tomorrow)[1]
+    for hours in (-500_000, -1, 25, 500_000):  # the clock jumps, and the key is still the job's
+        assert submit(0, created_at=now() + timedelta(hours=hours)) == (job, False)
+    store.delete(job.id)
+    newer, created = submit(0, digest="third")
+    assert created and submit(0, digest="third") == (newer, False)
 
 
 def test_a_second_server_is_told_at_once(place):
@@ -276,14 +277,14 @@ class StoreMachine(RuleBasedStateMachine):
         self.jobs[job.id] = job
 
     @rule(
-        key=st.sampled_from("kl"), owner=st.sampled_from("ab"), digest=st.sampled_from("de"), hours=st.integers(0, 15)
+        key=st.sampled_from("kl"), owner=st.sampled_from("ab"), digest=st.sampled_from("de"), hours=st.integers(-40, 40)
     )
     def submit_with_key(self, key, owner, digest, hours):
         self.moment += timedelta(hours=hours)
         job = example(key=key, owner=owner, key_digest=digest, created_at=self.moment)
         recent = [j for j in self.jobs.values() if (j.owner, j.key) == (owner, key)]
         old = max(recent, key=lambda j: j.id, default=None)
-        if old is None or self.moment - old.created_at >= timedelta(hours=24):
+        if old is None:
             assert self.store.create(job) == (job, True)
             self.jobs[job.id] = job
         elif old.key_digest == digest:
@@ -324,6 +325,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.close()
         self.begin()
         assert self.store.recovered is None
+
+    @rule()
+    def write_all_anew(self):
+        if self.ending == ".json":
+            self.store._change.file.due = True
 
     @rule()
     def restart(self):
@@ -483,19 +489,27 @@ def test_a_full_disk_stops_nothing_but_changes(small_disk, ending):
     left.close()
 
 
-def test_a_step_that_fails_late_is_undone(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["the folder of a new journal", "a line", "the folder of a new file"])
+def test_a_step_that_fails_late_is_undone(tmp_path, monkeypatch, step):
     store = JsonStore(tmp_path / "jobs.json")
-    job = example()
-    store.create(job)
-    before = (tmp_path / "jobs.json").read_bytes()
+    jobs = [store.create(example())[0]]
+    store._change.file.due = (
+        step != "a line"
+    )  # so that the next change is in the file, and the one after begins a journal
+    jobs.append(store.create(example())[0])
+    store._change.file.due = step == "the folder of a new file"
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("jobs.json*") if file.suffix != ".bak"}
     sync = os.fsync
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda n: sync(n) if os.path.isfile(f"/proc/self/fd/{n}") else bad_disk())
+        broken = os.path.isfile if step == "a line" else os.path.isdir
+        patch.setattr(os, "fsync", lambda n: bad_disk() if broken(f"/proc/self/fd/{n}") else sync(n))
         assert code_of(lambda: store.create(example())) == "store_failed"
-        assert (tmp_path / "jobs.json").read_bytes() == before and store.page() == [job]
+        assert before.items() <= {file.name: file.read_bytes() for file in tmp_path.glob("jobs.json*")}.items()
+        assert store.page(oldest_first=True) == jobs
         assert "Input/output error" in store.problem
-    assert store.problem is None and noted(store, job, engine_ref="1")
+    assert store.problem is None and noted(store, jobs[0], engine_ref="1")
     store.close()
+    assert JsonStore(tmp_path / "jobs.json").get(jobs[0].id).engine_ref == "1"
 
 
 def bad_disk():
@@ -508,7 +522,7 @@ DAMAGE = {
     "random": lambda raw: random.Random(0).randbytes(len(raw)),
     "nested": lambda raw: b"[" * 200_000,
     "other": lambda raw: json.dumps({"jobs": [{"id": 1}]}).encode(),
-    "wrong schema": lambda raw: raw.replace(b'"schema_version": 1', b'"schema_version": 7'),
+    "wrong schema": lambda raw: raw.replace(b'"schema_version": 2', b'"schema_version": 7'),
     "wrong checksum": lambda raw: raw.replace(b"cats", b"dogs"),
     "folder": None,
 }
@@ -533,23 +547,110 @@ def test_a_broken_state_file_is_moved_aside_and_its_jobs_come_back(tmp_path, how
     for job in jobs:
         store.create(job)
     started = transition(store, jobs[0], "starting")
-    last = store.create(example())[0]  # the backup is from before it
+    last = store.create(example())[0]  # the backup is from before it, and its journal has it
     store.close()
     broken = damage(file, how)
     with_folders = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-folders") / "jobs.json"
 
     store = JsonStore(file)
-    assert store.page(oldest_first=True) == [started, *jobs[1:]]
-    assert str(file) in store.recovered and "3 from a backup" in store.recovered and store.problem is None
+    assert store.page(oldest_first=True) == [started, *jobs[1:], last]
+    assert str(file) in store.recovered and "from what could be read" in store.recovered and store.problem is None
     (aside,) = tmp_path.glob("jobs.json.corrupt-*")
     assert aside.is_dir() if broken is None else aside.read_bytes() == broken
     assert noted(store, started, engine_ref="1")
     store.close()
     assert JsonStore(file).recovered is None
 
-    store = JsonStore(with_folders, rebuild=lambda: [*jobs, last])
+    for journal in with_folders.parent.glob("*.journal-*"):
+        journal.unlink()
+    store = JsonStore(with_folders, rebuild=lambda: [started, *jobs[1:], last])
     assert store.page(oldest_first=True) == [started, *jobs[1:], last]
     store.close()
+
+
+def killed_with_a_journal(folder: Path, jobs: int = 4) -> tuple[list[Job], Path]:
+    """Jobs of a server that was killed, one written into the file and the others into the journal; the journal."""
+    (folder / "alive").mkdir()
+    store = JsonStore(folder / "alive" / "jobs.json")
+    made = [store.create(example())[0]]
+    store._change.file.due = True
+    made += [store.create(example())[0] for _ in range(jobs - 1)]
+    made.append(store.create(example())[0])
+    shutil.copytree(folder / "alive", folder / "left")
+    store.close()
+    return made, next((folder / "left").glob("jobs.json.journal-2-*"))
+
+
+def test_a_line_that_was_cut_off_at_any_byte_costs_nothing_but_itself(tmp_path):
+    jobs, journal = killed_with_a_journal(tmp_path)
+    raw = journal.read_bytes()
+    lines = [k for k, byte in enumerate(raw) if byte == 10]
+    assert len(lines) == 3
+    for end in [0, 1, 17, *lines, *(k + 1 for k in lines), len(raw) - 5, *range(3, len(raw), 53)]:
+        folder = shutil.copytree(tmp_path / "left", tmp_path / f"{end}", dirs_exist_ok=True)
+        (folder / journal.name).write_bytes(raw[:end])
+        store = JsonStore(folder / "jobs.json", rebuild=lambda: pytest.fail("nothing is lost"))
+        assert store.page(oldest_first=True) == jobs[: 2 + raw[:end].count(b"\n")] and store.recovered is None
+        new = store.create(example())[0]
+        store.close()
+        assert JsonStore(folder / "jobs.json").page(limit=1) == [new]
+
+
+def test_a_journal_that_was_changed_is_moved_aside_and_the_rest_of_it_read(tmp_path):
+    jobs, journal = killed_with_a_journal(tmp_path)
+    raw = journal.read_bytes()
+    second = raw.index(b"\n") + 1
+    third = raw.index(b"\n", second) + 1
+    kinds = {f"bit {k}": raw[:k] + bytes([raw[k] ^ 1]) + raw[k + 1 :] for k in range(second, third - 1, 61)}
+    kinds |= {"a line less": raw[:second] + raw[third:], "a disk block": raw[:second] + bytes(40) + raw[second + 40 :]}
+    for name, wrong in kinds.items():
+        folder = shutil.copytree(tmp_path / "left", tmp_path / name)
+        (folder / journal.name).write_bytes(wrong)
+        with_folders = shutil.copytree(folder, tmp_path / f"{name} and folders")
+        store = JsonStore(folder / "jobs.json")
+        assert store.page(oldest_first=True) == [*jobs[:3], jobs[4]], name
+        assert journal.name in store.recovered and len(list(folder.glob("*.corrupt-*"))) == 1
+        store.close()
+        store = JsonStore(with_folders / "jobs.json", rebuild=lambda: jobs)
+        assert store.page(oldest_first=True) == jobs, name
+        store.close()
+
+
+def test_a_journal_of_another_file_is_not_applied(tmp_path, caplog):
+    jobs, journal = killed_with_a_journal(tmp_path)
+    earlier = tmp_path / "left" / "jobs.json.bak"
+    earlier.replace(tmp_path / "left" / "jobs.json")  # as if somebody had put an old copy back
+    store = JsonStore(tmp_path / "left" / "jobs.json")
+    assert store.page(oldest_first=True) == jobs[:0] + store.page(oldest_first=True)
+    assert not {job.id for job in jobs[2:]} & {job.id for job in store.page()}
+    assert f"{journal.name} belongs to another jobs.json" in caplog.text and journal.exists()
+    store.close()
+
+
+def test_a_file_of_the_version_before_journals_is_taken_over(tmp_path):
+    file, jobs = tmp_path / "jobs.json", [example() for _ in range(3)]
+    raw = pack_jobs(41, [job.model_dump_json().encode() for job in jobs])
+    old = raw.replace(b'"schema_version": 2', b'"schema_version": 1')
+    file.write_bytes(old)
+    store = JsonStore(file, rebuild=lambda: pytest.fail("nothing is lost"))
+    assert store.page(oldest_first=True) == jobs and store.recovered is None
+    assert (tmp_path / "jobs.json.bak").read_bytes() == old and unpack_jobs(file.read_bytes()).schema == 2
+    started = transition(store, jobs[0], "starting")
+    store.close()
+    assert JsonStore(file).page(oldest_first=True) == [started, *jobs[1:]]
+
+
+def test_the_file_is_whole_when_no_server_runs_and_journals_do_not_pile_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(state_file, "LEAST_JOURNAL", 2000)
+    store = JsonStore(tmp_path / "jobs.json")
+    for _ in range(60):
+        job = transition(store, store.create(example())[0], "starting")
+        store.delete(transition(store, job, "succeeded").id)
+        assert len(list(tmp_path.glob("*.journal-*"))) <= 2
+    (last,) = [store.create(example())[0]]
+    assert unpack_jobs((tmp_path / "jobs.json").read_bytes()).number > 10
+    store.close()
+    assert unpack_jobs((tmp_path / "jobs.json").read_bytes()).jobs == [last]
 
 
 def test_the_checksum_covers_every_byte_of_the_jobs():
@@ -570,7 +671,8 @@ def test_without_a_backup_jobs_come_from_folders_or_the_store_is_refused(tmp_pat
     for job in jobs:
         store.create(job)
     store.close()
-    (tmp_path / "jobs.json.bak").unlink(missing_ok=True)
+    for backup in [*tmp_path.glob("*.bak"), *tmp_path.glob("*.journal-*")]:
+        backup.unlink()
     broken = damage(file, how)
     for _ in range(2):
         with pytest.raises(LoraMvpError, match="no backup and no job folder") as caught:
@@ -591,6 +693,8 @@ def test_a_broken_backup_is_moved_aside_too(tmp_path):
     store.close()
     (tmp_path / "jobs.json").write_bytes(b"")
     (tmp_path / "jobs.json.bak").write_bytes(b"x")
+    for journal in tmp_path.glob("*.journal-*"):
+        journal.unlink()
     store = JsonStore(tmp_path / "jobs.json", rebuild=lambda: jobs)
     assert store.page(oldest_first=True) == jobs
     assert len(list(tmp_path.glob("jobs.json.corrupt-*"))) == len(list(tmp_path.glob("*.bak.corrupt-*"))) == 1
@@ -655,6 +759,7 @@ def test_a_read_only_disk_is_named(small_disk, ending):
 def test_a_state_file_has_a_limit_and_names_the_way_out(tmp_path):
     jobs = [example() for _ in range(10_000)]
     StateFile(tmp_path / "jobs.json").write(job.model_dump_json().encode() for job in jobs)
+    written = (tmp_path / "jobs.json").stat().st_ino
     store = JsonStore(tmp_path / "jobs.json")
     with pytest.raises(LoraMvpError, match="10,000 jobs.*SQLite") as caught:
         store.create(example())
@@ -664,20 +769,21 @@ def test_a_state_file_has_a_limit_and_names_the_way_out(tmp_path):
     assert store.create(example())[1]
     assert code_of(lambda: store.create(example())) == "store_full"
     assert store.page(oldest_first=True, limit=1)[0] == jobs[1]
+    assert (tmp_path / "jobs.json").stat().st_ino == written, "a change does not write 10,000 jobs"
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.journal-*")) < 3000
     store.close()
 
 
 def test_many_clients_share_a_write(tmp_path, monkeypatch):
     store = JsonStore(tmp_path / "jobs.json")
-    before = json.loads((tmp_path / "jobs.json").read_text())["generation"]
-    really_write, begun, all_wait = StateFile.write, threading.Event(), threading.Event()
+    really_append, begun, all_wait = StateFile.append, threading.Event(), threading.Event()
 
-    def write_when_all_wait(file, lines):
+    def append_when_all_wait(file, jobs, gone):
         begun.set()
         assert all_wait.wait(60)
-        really_write(file, lines)
+        really_append(file, jobs, gone)
 
-    monkeypatch.setattr(StateFile, "write", write_when_all_wait)
+    monkeypatch.setattr(StateFile, "append", append_when_all_wait)
     with ThreadPoolExecutor(41) as pool:
         answers = [pool.submit(store.create, example())]
         assert begun.wait(60)
@@ -689,8 +795,8 @@ def test_many_clients_share_a_write(tmp_path, monkeypatch):
         assert store.page() == [] and not any(answer.done() for answer in answers), "no answer before the write"
         all_wait.set()
     assert all(answer.result()[1] for answer in answers)
+    assert store._change.file.journal.count == 2
     store.close()
-    assert json.loads((tmp_path / "jobs.json").read_text())["generation"] == before + 2
 
 
 def test_the_database_looks_things_up_and_does_not_search(tmp_path):

@@ -23,7 +23,11 @@ EVERYTHING = {"text_encoder_learning_rate": 1e-4, "snr_gamma": 5.0, "caption_dro
 @pytest.mark.parametrize(
     "family, changes",
     [
-        ("sd1", {"noise_offset": 0.1, "gradient_checkpointing": True, "lora_variant": "rslora"} | EVERYTHING),
+        pytest.param(
+            "sd1",
+            {"noise_offset": 0.1, "gradient_checkpointing": True, "lora_variant": "rslora"} | EVERYTHING,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "sd2",
             {"zero_terminal_snr": True, "lora_variant": "dora", "lora_targets": "all"} | EVERYTHING,
@@ -77,6 +81,7 @@ def test_the_prior_counts_with_its_weight_and_nothing_else_changes(drawings, sma
     assert first[2] - first[0] == pytest.approx(2 * (first[1] - first[0]), rel=1e-4)
 
 
+@pytest.mark.slow  # the sdxl row of test_memory.py trains with it
 def test_gradient_checkpointing_computes_the_same(drawings, small_run, tmp_path):
     from lora_mvp.train.loop import train
 
@@ -138,6 +143,7 @@ def test_the_golden_curve(tmp_path):
 
     demo_folder(tmp_path / "demo")
     config = load_config(tmp_path / "demo" / "config.yaml", overrides={"training.max_train_steps": 20})
+    config.training.sample_every, config.training.save_pipeline = 0, False
     config.evaluation.num_inference_steps = 2
     prepare_data(config)
     train(config, tmp_path / "demo" / "processed" / "manifest.json", progress=False)

@@ -1,12 +1,15 @@
 """What a verdict says, held against what is true: collapse, perfect pictures, luck, trade-offs, faults and rare failures."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from styles import STYLES, pictures_in
 
+from lora_mvp.api.outcomes import VerdictWord
 from lora_mvp.eval.extractors import find_extractor
 from lora_mvp.eval.scores import Terms, score
-from lora_mvp.eval.verdicts import Fault, Margin, compare_scores, confirms, judge_scores
+from lora_mvp.eval.verdicts import Fault, Margin, Verdict, compare_scores, confirms, judge_scores
 from lora_mvp.infer import load_run, render
 
 
@@ -127,3 +130,7 @@ def test_the_goal_decides_what_is_confirmed():
 def test_what_is_worse_without_proof_is_mentioned():
     found = judged(np.random.default_rng(0), 16, (-0.2, 3))
     assert found.verdict == "b_better" and "may also be less true to the prompts (-" in found.why, found.why
+
+
+def test_the_service_knows_every_verdict():
+    assert set(get_args(VerdictWord)) == set(get_args(Verdict))

@@ -66,7 +66,7 @@ def check_manifest(
     except LoraMvpError as error:
         if error.code != "path_missing":
             raise
-        advice = "prepare the pictures with `lora-mvp prepare-data` below the service's data folder"
+        advice = "send the pictures with `lora-mvp jobs submit FOLDER`, or prepare them below the service's data folder"
         raise LoraMvpError("manifest_missing", f"there is no manifest {quoted(name)}; {advice}.") from None
     for row in rows:
         _check_picture(api.data_dir, name, row)
@@ -129,6 +129,23 @@ def check_model_folder(
         os.close(top)
     return Path(root, name)
 
+# %% ../../nbs/6_api/12_access.ipynb #14bd19e0
+def listed_model(
+    name: str,  # hub id, or tiny
+    api: ApiConfig,
+) -> tuple[str, str | None] | None:  # as it is listed, and its commit; None: not on the list
+    "An entry of `api.models`, also under the name that a model had before."
+    entries = dict(entry.partition("@")[::2] for entry in api.models)
+    same = (entry for entry in entries if MOVED.get(entry, entry) == MOVED.get(name, name))
+    found = name if name in entries else next(same, None)
+    return None if found is None else (found, entries[found] or None)
+
+# %% ../../nbs/6_api/12_access.ipynb #a46ad85e
+def offer_text(api: ApiConfig) -> str:
+    "What a job can name as its base, for sentences."
+    names = sorted(entry.partition("@")[0] for entry in api.models)
+    return f"There are {', '.join(names)} and what lies below the models folder of the service."
+
 # %% ../../nbs/6_api/12_access.ipynb #0e0e0335
 def check_model(
     name: str,  # `tiny`, an id of the list, or a folder or .safetensors file below `api.models_dir`
@@ -136,15 +153,11 @@ def check_model(
     api: ApiConfig,
 ) -> tuple[str, str | None]:  # the name to load, a path where it is local; its commit
     "A model that a job may use; raises `LoraMvpError`: `model_forbidden`, `unsafe_weights`, `path_forbidden`."
-    listed = dict(entry.partition("@")[::2] for entry in api.models)
-    same = (entry for entry in listed if MOVED.get(entry, entry) == MOVED.get(name, name))
-    known = name if name in listed else next(same, None)
-    commit = listed.get(known) or None
+    known, commit = listed_model(name, api) or (None, None)
     if revision not in (None, commit):
         raise LoraMvpError("model_forbidden", "the revision of a model is not a client's to choose; leave it out.")
     if known:
         return known, commit
-    folders = "folders and files in the service's model folder"
     try:
         if not name.lower().endswith(".safetensors"):
             return str(check_model_folder(name, api.models_dir)), None
@@ -153,8 +166,22 @@ def check_model(
     except LoraMvpError as error:
         if error.code != "path_missing":
             raise
-    offer = f"There are {', '.join(sorted(listed))}, and {folders}."
-    raise LoraMvpError("model_forbidden", f"the model {quoted(name)} is not one that jobs may use. {offer}")
+    raise LoraMvpError("model_forbidden", f"the model {quoted(name)} is not one that jobs may use. {offer_text(api)}")
+
+# %% ../../nbs/6_api/12_access.ipynb #61ec54ac
+def check_saved(
+    name: str,  # of a folder or a .safetensors file, relative to `api.models_dir`
+    api: ApiConfig,
+) -> Path:
+    "A saved model that is to be evaluated; raises `LoraMvpError`: `model_forbidden`, `unsafe_weights`, `path_forbidden`."
+    try:
+        path, _ = check_model(name, None, api.model_copy(update={"models": []}))
+    except LoraMvpError as error:
+        if error.code != "model_forbidden":
+            raise
+        text = f"there is no model {quoted(name)}: name a training that succeeded, or what lies below the models folder of the service."
+        raise LoraMvpError("model_forbidden", text) from None
+    return Path(path)
 
 # %% ../../nbs/6_api/12_access.ipynb #31025655
 NOT_OFFERED = {

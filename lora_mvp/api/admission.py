@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/6_api/23_admission.ipynb #536e086a
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -16,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .access import check_manifest, check_overrides
+from .access import check_manifest, check_overrides, check_saved, read_list
 from .engines import Engine
-from .job_settings import write_settings
-from .jobs import TERMINAL, Job, JobSpec, Kind
+from .job_settings import check_base, check_effective, write_settings
+from .jobs import TERMINAL, Job, JobSpec, Kind, is_job
 from .records import Records
 from ..config import ApiConfig, AppConfig, load_config
 from ..errors import LoraMvpError
@@ -124,6 +123,32 @@ def check_trained(trained: Job) -> None:
         text = f"job {trained.id} is {trained.kind}, {trained.status}; only a training that succeeded has a model."
         raise LoraMvpError("invalid_request", text)
 
+# %% ../../nbs/6_api/23_admission.ipynb #0b8b0d96
+def check_split(
+    manifest: str,  # checked, relative to `api.data_dir`
+    split: str,  # train or val
+    api: ApiConfig,
+) -> None:
+    "Refuse real pictures that are too few to compare with; `LoraMvpError`: `too_few_images`."
+    found = sum(row.get("split", split) == split for row in read_list(manifest, api.data_dir))
+    if found < 2:
+        text = f"scores need two real pictures at least, and {manifest} has {found} for {split}; see real_split."
+        raise LoraMvpError("too_few_images", text)
+
+# %% ../../nbs/6_api/23_admission.ipynb #6ad6f699
+def check_judged(
+    model: Path,  # checked, below `api.models_dir`
+    config: AppConfig,  # of the job
+) -> None:
+    "Refuse a saved model that there is nothing to compare with; `LoraMvpError`: `invalid_request`, those of `check_base`."
+    if (model / "run.json").is_file():
+        return
+    if not (model / "model_index.json").is_file():
+        check_base(config)  # an adapter is drawn on it
+    elif config.evaluation.baseline_model_path is None:
+        text = "this model is a pipeline: name one to compare it with in evaluation.baseline_model_path."
+        raise LoraMvpError("invalid_request", text)
+
 # %% ../../nbs/6_api/23_admission.ipynb #99a73700
 def link_file(file: Path, copy: Path) -> None:
     "Have a file in a second place, without its bytes where that is possible."
@@ -151,14 +176,29 @@ class Admission:
         if (spec.gpus or 0) > gpus:
             raise LoraMvpError("invalid_request", f"{spec.gpus} GPUs are asked for, and there are {gpus}.")
         if kind == "evaluate":
-            if not re.fullmatch("[0-9A-Z]{26}", spec.model or ""):
-                raise LoraMvpError("invalid_request", "an evaluation needs a model: the id of a training job.")
-            check_trained(self.records.get(spec.model))
+            self.check_evaluation(spec, config)
         elif spec.manifest is None:
             raise LoraMvpError("invalid_request", "a training needs a manifest.")
         else:
             check_manifest(spec.manifest, self.config.api)
+            commit = check_base(config)
+            config.training.revision = commit or config.training.revision
         return config
+
+    def check_evaluation(self, spec: JobSpec, config: AppConfig) -> None:
+        "Refuse an evaluation that cannot be done; `LoraMvpError`."
+        if is_job(spec.model):
+            check_trained(self.records.get(spec.model))
+            manifest = spec.manifest or self.records.folder(self.records.get(spec.model)).read_job().spec.manifest
+        else:
+            manifest = spec.manifest
+            check_judged(check_saved(spec.model or "", self.config.api), config)
+        if manifest is None:
+            text = "an evaluation of a saved model needs a manifest: that of the real pictures to compare with."
+            raise LoraMvpError("invalid_request", text)
+        check_manifest(manifest, self.config.api)
+        check_split(manifest, spec.real_split, self.config.api)
+        check_effective(config, base=False)
 
     def fill(self, job: Job, settings: AppConfig) -> None:
         "Write what the runner needs."

@@ -6,35 +6,63 @@
 __all__ = []
 
 # %% ../../nbs/6_api/08_artifacts.ipynb #e5418561
-import functools
 import os
-import stat
 from pathlib import Path
 from typing import Literal
 
+from .hashes import Hashes
 from .jobs import FrozenRecord
-from ..files import file_sha256
 
 # %% ../../nbs/6_api/08_artifacts.ipynb #a305171d
+ArtifactKind = Literal[
+    "adapter",
+    "kohya",  # the adapter in the form of other programs
+    "checkpoint",
+    "sample",  # a picture that was drawn
+    "picture",  # a chart, or a sheet of pictures
+    "table",
+    "record",
+    "metrics",  # what an evaluation found
+    "report",  # a page for people
+    "features",  # of pictures, kept for the next evaluation
+    "pipeline",
+    "other",
+]
+
+
 class Artifact(FrozenRecord):
     "A file that a job made."
 
     name: str  # POSIX, relative to `run/`
     size: int  # bytes
     sha256: str
-    kind: Literal["adapter", "kohya", "checkpoint", "sample", "picture", "table", "record", "pipeline"]
+    kind: ArtifactKind
 
 # %% ../../nbs/6_api/08_artifacts.ipynb #d062423d
+PIPELINE = [
+    "model_index.json",
+    "unet",
+    "vae",
+    "scheduler",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+]
+PIPELINE += ["feature_extractor", "image_encoder", "safety_checker"]
+
+
 def kind_of(
     name: str,  # of an artifact
 ) -> str:
     "What an artifact is, by its name."
     first, ending = name.split("/")[0], name.rpartition(".")[2]
-    folders = {"lora_adapter": "adapter", "samples": "sample", "samples.png": "sample", "run.safetensors": "kohya"}
-    if first in folders or first.startswith("checkpoint-"):
-        return folders.get(first, "checkpoint")
-    inside = {"png": "picture", "csv": "table"} | {"json": "record"} if "/" not in name else {}
-    return inside.get(ending, "pipeline") if name != "model_index.json" else "pipeline"
+    known = {"lora_adapter": "adapter", "samples": "sample", "samples.png": "sample", "run.safetensors": "kohya"}
+    known |= {"features": "features", "metrics.json": "metrics"} | dict.fromkeys(PIPELINE, "pipeline")
+    if first in known or first.startswith("checkpoint-"):
+        return known.get(first, "checkpoint")
+    endings = {"png": "picture", "csv": "table", "jsonl": "table", "json": "record", "html": "report"}
+    return endings.get(ending, "other")
 
 # %% ../../nbs/6_api/08_artifacts.ipynb #108f860d
 def files_below(
@@ -51,23 +79,26 @@ def files_below(
     return found
 
 # %% ../../nbs/6_api/08_artifacts.ipynb #6c4a63f6
-@functools.lru_cache(maxsize=4096)
-def _digest(path: str, size: int, changed: int) -> str:
-    "The SHA-256 of a file, read once for each state that it is in."
-    return file_sha256(path)
+def _artifact(name: str, hashes: Hashes) -> Artifact | None:
+    "One file; None where it was removed this moment, such as an old checkpoint."
+    try:
+        size, sha256 = hashes.of(name)
+    except OSError:
+        return None
+    return Artifact(name=name, size=size, sha256=sha256, kind=kind_of(name))
+
+# %% ../../nbs/6_api/08_artifacts.ipynb #d094f5e3
+def find_artifact(
+    run: Path,  # of a job
+    name: str,  # as in the list
+) -> Artifact | None:
+    "What the job has made under a name; None where there is nothing."
+    return _artifact(name, Hashes(run)) if name in files_below(run) else None
 
 # %% ../../nbs/6_api/08_artifacts.ipynb #e112791e
 def list_artifacts(
     run: Path,  # of a job
 ) -> list[Artifact]:
     "What the job has made so far."
-    found = []
-    for name, path in files_below(run).items():
-        try:
-            info = os.lstat(path)
-            digest = _digest(str(path), info.st_size, info.st_mtime_ns)
-        except OSError:
-            continue  # an old checkpoint that was removed this moment
-        if stat.S_ISREG(info.st_mode):
-            found.append(Artifact(name=name, size=info.st_size, sha256=digest, kind=kind_of(name)))
-    return found
+    hashes = Hashes(run)
+    return [artifact for name in files_below(run) if (artifact := _artifact(name, hashes))]

@@ -15,10 +15,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from .admission import free_disk
 from .edge import Buckets
 from .engines import Engine, LocalEngine
+from .job_settings import check_server
 from .jobs import Kind, Status
 from .ownership import open_jobs
 from .service import Service
-from .tokens import Tokens
+from .tokens import Tokens, first_token, tokens_place
 from ..config import AppConfig
 
 # %% ../../nbs/6_api/29_backend.ipynb #98823bd9
@@ -98,8 +99,11 @@ class Backend:
         self,
         config: AppConfig,
         engine: Engine | None = None,  # None: this machine
+        guarded: bool = False,  # whether tokens are asked for in any case
     ):
-        self.config, self.tokens = config, Tokens(config.api.tokens_file)
+        check_server(config)
+        named = guarded or config.api.tokens_file is not None
+        self.config, self.tokens = config, Tokens(tokens_place(config.api), needed=named)
         self.buckets, self.stopping = Buckets(config.api.requests_per_minute), False
         self.stop_jobs = False  # when it is closed
         self.store = open_jobs(config.api)
@@ -107,6 +111,8 @@ class Backend:
             self.engine = engine or LocalEngine(config.api)
             self.service = Service(config, self.store, self.engine)
             self.metrics = ServiceMetrics(self)
+            if named:
+                first_token(self.tokens.file)
             self.service.start()
         except BaseException:
             self.store.close()

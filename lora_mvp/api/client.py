@@ -6,9 +6,12 @@
 __all__ = ['Client']
 
 # %% ../../nbs/6_api/35_client.ipynb #3057a209
+import hashlib
 import json
 import os
+import re
 import secrets
+import tempfile
 import time
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator
@@ -20,6 +23,7 @@ from urllib.parse import quote
 import httpx
 from httpx_sse import EventSource
 
+from .archives import pack
 from .connection import Connection
 from .jobs import TERMINAL
 from ..errors import LoraMvpError
@@ -134,6 +138,27 @@ def wanted_rows(
         raise LoraMvpError("artifact_not_found", text)
     return [known[name] for name in names] if names else [row for row in listed if row["kind"] != "checkpoint"]
 
+# %% ../../nbs/6_api/35_client.ipynb #39c58d20
+class FileBody:
+    "The content of a file as a body that can be sent again."
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __iter__(self) -> Iterator[bytes]:
+        with self.path.open("rb") as file:
+            yield from iter(lambda: file.read(2**20), b"")
+
+# %% ../../nbs/6_api/35_client.ipynb #4d8bab39
+def upload_name(
+    folder: Path,
+    archive: Path,  # its tar
+    settings: list[str],
+) -> str:
+    "A name that is the same for the same pictures and settings: that of the folder, and a hash."
+    digest = hashlib.sha256(json.dumps([file_sha256(archive), sorted(settings)]).encode()).hexdigest()
+    return f"{re.sub('[^A-Za-z0-9_-]+', '-', folder.resolve().name).strip('-') or 'pictures'}"[:60] + f"-{digest[:10]}"
+
 # %% ../../nbs/6_api/35_client.ipynb #9ca3b718
 class Client:
     "Talks to one job service. Close it, or use it in a `with` statement."
@@ -159,9 +184,9 @@ class Client:
 
     def submit(
         self,
-        route: str,  # /train or /evaluate
+        route: str,  # /train, /evaluate, or that of a retry
         body: dict[str, Any],
-        key: str | None = None,  # names this request for 24 hours: sent again, it gives the same job
+        key: str | None = None,  # names this request: sent again, it gives the same job, as long as that is kept
     ) -> dict[str, Any]:
         "Hand in a job; the service keeps it from then on."
         head = {"Idempotency-Key": key or secrets.token_urlsafe(16)}
@@ -179,13 +204,45 @@ class Client:
 
     def evaluate(
         self,
-        job_id: str,  # a training that succeeded
+        model: str,  # a training that succeeded, or a model below the service's models folder
         config: dict[str, Any] | None = None,  # settings to change
         real_split: str = "val",  # the pictures to compare with: val or train
         key: str | None = None,
-    ) -> dict[str, Any]:
-        "Submit the evaluation of a trained adapter."
-        return self.submit("/evaluate", {"model": job_id, "real_split": real_split, "config": config or {}}, key)
+        manifest: str | None = None,  # of the real pictures; None: that of the training
+    ) -> dict[str, Any]:  # its `result` has the scores once it has succeeded
+        "Submit the evaluation of a trained model."
+        body = {"model": model, "manifest": manifest, "real_split": real_split, "config": config or {}}
+        return self.submit("/evaluate", body, key)
+
+    def upload(
+        self,
+        folder: str | os.PathLike,  # pictures, as `lora-mvp prepare-data` takes them
+        settings: list[str] = (),  # data.key=value, to prepare them with
+    ) -> dict[str, Any]:  # its `manifest` is for `train`; `summary` and `rejected` say what was found
+        "Send a folder of pictures; one that was sent before is not sent again."
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise LoraMvpError("raw_missing", f"There is no folder {folder}.")
+        with tempfile.TemporaryDirectory() as place:
+            archive = Path(place, "upload.tar")
+            pack(folder, archive)
+            name = upload_name(folder, archive, settings)
+            try:
+                return self.connection.ask("GET", f"/v1/datasets/{name}")
+            except LoraMvpError as error:
+                if error.code != "dataset_not_found":
+                    raise
+            head = {"Content-Type": "application/octet-stream", "Content-Length": str(archive.stat().st_size)}
+            sent = {"params": {"name": name, "set": list(settings)}, "content": FileBody(archive), "headers": head}
+            return self.connection.ask("POST", "/v1/datasets", timeout=3600.0, **sent)
+
+    def datasets(self) -> list[dict[str, Any]]:  # manifest, train, val
+        "The manifests that a training can name."
+        return self.connection.ask("GET", "/v1/datasets")["data"]
+
+    def models(self) -> list[dict[str, Any]]:  # name, kind, here
+        "The bases and adapters that a job can name."
+        return self.connection.ask("GET", "/v1/models")["data"]
 
     def status(self, job_id: str) -> dict[str, Any]:
         "A job as it is now."
@@ -216,9 +273,10 @@ class Client:
         self,
         job_id: str,  # a job that is over
         fresh: bool = False,  # start anew and not from its last good checkpoint
+        key: str | None = None,
     ) -> dict[str, Any]:
         "A new job that goes on where another one stopped."
-        return self.connection.ask("POST", job_path(job_id, "retry"), repeatable=False, json={"fresh": fresh})
+        return self.submit(job_path(job_id, "retry"), {"fresh": fresh}, key)
 
     def delete(
         self,

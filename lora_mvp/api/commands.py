@@ -13,12 +13,14 @@ import logging
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from .client import Client
-from .watching import Bar, job_paragraph, jobs_table, leaving, watch
+from .fetching import cmd_fetch
+from .watching import Bar, job_paragraph, jobs_table, leaving, terminal_text, watch
 from ..config import override_values
 from ..errors import LoraMvpError
 
@@ -57,15 +59,20 @@ def cmd_serve(args: argparse.Namespace) -> None:
     import uvicorn
 
     from lora_mvp.api.main import create_app, server_config
-    from lora_mvp.api.tokens import Tokens, check_listen
+    from lora_mvp.api.tokens import is_loopback
 
     config = server_config(args.config, args.set or [])
-    check_listen(args.host, Tokens(config.api.tokens_file))
     with listen(args.host, args.port) as listener:
         host, port = listener.getsockname()[:2]
-        app = create_app(config)
+        app = create_app(config, guarded=not is_loopback(args.host))
         logging.getLogger("uvicorn.error").addFilter(lambda record: not hasattr(app.state, "failure"))  # said below
-        options = {"log_config": None, "log_level": "error", "access_log": False, "server_header": False}
+        options = {
+            "log_config": None,
+            "log_level": "error",
+            "access_log": False,
+            "server_header": False,
+            "proxy_headers": False,
+        }
         server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=10, **options))
         server.startup = announced(server.startup, f"http://{f'[{host}]' if ':' in host else host}:{port}")
         try:
@@ -79,16 +86,23 @@ def cmd_serve(args: argparse.Namespace) -> None:
 
 # %% ../../nbs/6_api/37_commands.ipynb #8b1341b5
 def cmd_token(args: argparse.Namespace) -> None:
-    "Make an access token; its secret is shown once and kept nowhere."
+    "Make an access token, list those that there are, or revoke some; a secret is shown once and kept nowhere."
     from lora_mvp.api.main import server_config
-    from lora_mvp.api.tokens import new_token
+    from lora_mvp.api.tokens import new_token, read_tokens, revoke_token, tokens_place
 
-    file = server_config(args.config, args.set or []).api.tokens_file
-    if file is None:
-        advice = "Say where they are kept: api.tokens_file in the configuration, or --set api.tokens_file=state/tokens."
-        raise LoraMvpError("no_tokens_file", f"This service has no tokens. {advice}")
-    print(new_token(file, args.name, args.scope))
-    print(f"{args.name} may {args.scope}; the hash is in {file}", file=sys.stderr)
+    file, (name, *names) = tokens_place(server_config(args.config, args.set or []).api), args.name
+    if name == "list" and not names:
+        print(*(f"{token.scope:<7}{token.id}" for token in read_tokens(file)), sep="\n")
+    elif name == "revoke" and names:
+        for gone in names:
+            revoke_token(file, gone)
+            print(f"{gone} may nothing any more", file=sys.stderr)
+    elif name in ("list", "revoke") or names or not args.scope:
+        text = "Write `lora-mvp token NAME --scope SCOPE` to make one, `lora-mvp token list`, or `lora-mvp token revoke NAME`."
+        raise LoraMvpError("token_invalid", text)
+    else:
+        print(new_token(file, name, args.scope))
+        print(f"{name} may {args.scope}; the hash is in {file}", file=sys.stderr)
 
 # %% ../../nbs/6_api/37_commands.ipynb #f7577d1c
 def client_for(args: argparse.Namespace) -> Client:
@@ -103,25 +117,54 @@ def announce_job(client: Client, args: argparse.Namespace, job: dict[str, Any]) 
     if args.wait:
         watch(client, job["job_id"])
 
+# %% ../../nbs/6_api/37_commands.ipynb #767952f8
+SHAPING = ("data.", "training.pretrained_model=", "training.resolution=", "training.aspect_buckets=")
+
+
+def sent_first(client: Client, args: argparse.Namespace) -> str:  # the manifest that the service has made of it
+    "Send a folder of pictures with the settings that shape them, and show what the service says of it."
+    found = client.upload(args.manifest, [change for change in args.set or [] if change.startswith(SHAPING)])
+    print(terminal_text(found["summary"]), file=sys.stderr)
+    print(
+        f"sent as {found['manifest']}: {found['train']} pictures to train on, {found['val']} to validate",
+        file=sys.stderr,
+    )
+    return found["manifest"]
+
 # %% ../../nbs/6_api/37_commands.ipynb #61d8915b
 def jobs_submit(args: argparse.Namespace) -> None:
-    "Submit a training; prints the job's name."
+    "Submit a training; prints the job's name. A folder of this machine is sent to the service first."
     with client_for(args) as client:
         config = override_values(args.set or [])
-        announce_job(client, args, client.train(args.manifest, config, args.gpus, args.key))
+        manifest = sent_first(client, args) if Path(args.manifest).is_dir() else args.manifest
+        announce_job(client, args, client.train(manifest, config, args.gpus, args.key))
+
+# %% ../../nbs/6_api/37_commands.ipynb #aa3d3d42
+def jobs_datasets(args: argparse.Namespace) -> None:
+    "List the manifests that a training can name, and how many pictures they hold."
+    with client_for(args) as client:
+        for row in client.datasets():
+            print(terminal_text(f"{row['manifest']}  {row['train']} train, {row['val']} val"))
+
+# %% ../../nbs/6_api/37_commands.ipynb #dd0dfb9c
+def jobs_models(args: argparse.Namespace) -> None:
+    "List the bases and adapters that a job can name."
+    with client_for(args) as client:
+        for row in client.models():
+            print(terminal_text(f"{row['kind']:<8}{row['name']}{'' if row['here'] else '  (would be fetched)'}"))
 
 # %% ../../nbs/6_api/37_commands.ipynb #7894df2c
 def jobs_evaluate(args: argparse.Namespace) -> None:
-    "Submit the evaluation of a training that succeeded; prints the new job's name."
+    "Submit the evaluation of a trained model; prints the new job's name."
     with client_for(args) as client:
         config = override_values(args.set or [])
-        announce_job(client, args, client.evaluate(args.job, config, args.real_split, args.key))
+        announce_job(client, args, client.evaluate(args.model, config, args.real_split, args.key, args.manifest))
 
 # %% ../../nbs/6_api/37_commands.ipynb #86063348
 def jobs_retry(args: argparse.Namespace) -> None:
     "Go on with a job that is over from its last good checkpoint; prints the new job's name."
     with client_for(args) as client:
-        announce_job(client, args, client.retry(args.job, fresh=args.fresh))
+        announce_job(client, args, client.retry(args.job, fresh=args.fresh, key=args.key))
 
 # %% ../../nbs/6_api/37_commands.ipynb #463b835a
 def jobs_list(args: argparse.Namespace) -> None:
@@ -195,23 +238,27 @@ def add_starting(actions) -> None:
     "Add what starts a job: `submit`, `evaluate`, `retry`."
     submit = add_command(actions, "submit", jobs_submit)
     evaluate, retry = add_command(actions, "evaluate", jobs_evaluate), add_command(actions, "retry", jobs_retry)
-    submit.add_argument("manifest", help="manifest.json of prepared data, below the service's data folder")
+    which = "manifest.json of prepared data, below the service's data folder; or a folder of pictures of this machine"
+    submit.add_argument("manifest", metavar="MANIFEST|FOLDER", help=which)
     submit.add_argument("--gpus", type=int, help="how many (default: one where there is one)")
     pictures = {"choices": ["val", "train"], "default": "val"}
     evaluate.add_argument("--real-split", **pictures, help="pictures to compare with (default: val)")
     retry.add_argument("--fresh", action="store_true", help="start anew")
-    for parser in (evaluate, retry):
-        parser.add_argument("job", help=JOB_HELP)
+    evaluate.add_argument("model", help="a training that succeeded, or a model below the service's models folder")
+    evaluate.add_argument("--manifest", help="of the real pictures (default: that of the training)")
+    retry.add_argument("job", help=JOB_HELP)
     for parser in (submit, evaluate):
         add_settings(parser, "setting")
-        parser.add_argument("--key", help="name of this request: sent again within a day, it gives the same job")
     for parser in (submit, evaluate, retry):
+        parser.add_argument("--key", help="name of this request: sent again, it gives the same job")
         parser.add_argument("--wait", action="store_true", help="stay until the job is over, with a progress bar")
 
 # %% ../../nbs/6_api/37_commands.ipynb #cc3e3a39
 def add_looking(actions) -> None:
     "Add what looks at jobs: `list`, `status`, `logs`."
     listed, status = add_command(actions, "list", jobs_list), add_command(actions, "status", jobs_status)
+    add_command(actions, "datasets", jobs_datasets)
+    add_command(actions, "models", jobs_models)
     logs = add_command(actions, "logs", jobs_logs)
     listed.add_argument("--status", help="only those that are queued, running, succeeded ...")
     listed.add_argument("--kind", choices=["train", "evaluate"])
@@ -236,14 +283,19 @@ def add_ending(actions) -> None:
 
 # %% ../../nbs/6_api/37_commands.ipynb #a9f2462b
 def add_service(commands) -> None:
-    "Add `serve`, `token` and `jobs` to the commands of `lora-mvp`."
+    "Add `serve`, `token`, `fetch` and `jobs` to the commands of `lora-mvp`."
     serve = add_command(commands, "serve", cmd_serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
     token = add_command(commands, "token", cmd_token)
-    token.add_argument("name", help="whose it is; shown with the jobs it submits")
-    token.add_argument("--scope", required=True, choices=["read", "submit", "admin"], help="what it allows")
-    for parser in (serve, token):
+    whose = "whose it is, shown with the jobs it submits; or `list`, or `revoke` and names"
+    token.add_argument("name", nargs="+", metavar="NAME", help=whose)
+    token.add_argument("--scope", choices=["read", "submit", "admin"], help="what it allows")
+    fetch = add_command(commands, "fetch", cmd_fetch)
+    fetch.add_argument("model", help="name in the hub, such as stable-diffusion-v1-5/stable-diffusion-v1-5")
+    fetch.add_argument("--revision", help="branch, tag or commit (default: the newest)")
+    fetch.add_argument("--name", help="of the folder below api.models_dir (default: the model's own)")
+    for parser in (serve, token, fetch):
         parser.add_argument("--config", help="YAML file (default: LORA_MVP_CONFIG, then config.yaml where it is there)")
         add_settings(parser, "value")
     jobs = commands.add_parser("jobs", help="Submit and follow jobs of a service", description="Use a job service.")

@@ -22,14 +22,16 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 
-from .artifacts import Artifact
+from .artifacts import Artifact, find_artifact
 from .backend import Backend
 from .edge import READ
 from .folders import JobFolder
 from .jobs import TERMINAL
 from .paths import open_confined
+from .problems import errors
 from .routes import JobId, folder_of
 from .service import Service
+from .tokens import Token
 from .views import ArtifactPage, CheckpointPage, CheckpointView, EventPage, artifact_view
 from ..errors import LoraMvpError
 
@@ -76,26 +78,34 @@ def pieces(
 router = APIRouter()
 
 
-@router.get("/v1/jobs/{job_id}/artifacts", tags=["files"])
+@router.get("/v1/jobs/{job_id}/artifacts", tags=["files"], responses=errors(404, 503))
 def artifacts(job_id: JobId, request: Request, token=READ) -> ArtifactPage:
     "The files that a job has made so far."
     return ArtifactPage(data=[artifact_view(job_id, artifact) for artifact in folder_of(request, job_id).artifacts()])
 
+# %% ../../nbs/6_api/31_downloads.ipynb #58e03ca9
+def size_of(file: Path) -> int:
+    "Bytes in a file; none when there is no file yet."
+    try:
+        return os.stat(file).st_size
+    except FileNotFoundError:
+        return 0
+
 # %% ../../nbs/6_api/31_downloads.ipynb #b9c7e7d0
-@router.get("/v1/jobs/{job_id}/checkpoints", name="checkpoints", tags=["files"])
+@router.get("/v1/jobs/{job_id}/checkpoints", name="checkpoints", tags=["files"], responses=errors(404, 503))
 def list_checkpoints(job_id: JobId, request: Request, token=READ) -> CheckpointPage:
     "The checkpoints of a training."
-    steps: dict[int, list[Artifact]] = {}
-    for artifact in folder_of(request, job_id).artifacts():
-        if found := re.match(r"checkpoint-0*([0-9]+)/", artifact.name):
-            steps.setdefault(int(found[1]), []).append(artifact)
-    rows = [(step, sum(a.size for a in files), [a.name for a in files]) for step, files in sorted(steps.items())]
+    steps: dict[int, dict[str, int]] = {}  # step -> name -> bytes
+    for name, file in folder_of(request, job_id).files().items():
+        if found := re.match(r"checkpoint-0*([0-9]+)/", name):
+            steps.setdefault(int(found[1]), {})[name] = size_of(file)
+    rows = [(step, sum(files.values()), list(files)) for step, files in sorted(steps.items())]
     return CheckpointPage(data=[CheckpointView(step=step, size=size, artifacts=names) for step, size, names in rows])
 
 # %% ../../nbs/6_api/31_downloads.ipynb #53959f44
 def open_artifact(folder: JobFolder, name: str) -> tuple[Artifact, BinaryIO]:
     "A file of a job, open; raises `LoraMvpError`: `artifact_not_found`, `artifact_gone`."
-    found = next((artifact for artifact in folder.artifacts() if artifact.name == name), None)
+    found = find_artifact(folder.run, name)
     if found is None:
         raise LoraMvpError("artifact_not_found", "This job has no such file; its list of artifacts has the names.")
     try:
@@ -118,18 +128,22 @@ def headers_of(
     return headers | ({"Content-Range": f"bytes {start}-{end - 1}/{size}"} if part else {})
 
 # %% ../../nbs/6_api/31_downloads.ipynb #15bbdad0
+_SENT = {name: {"schema": {"type": "string"}} for name in ("ETag", "Content-Disposition", "Accept-Ranges")}
 _FILE = {
     "description": "the bytes",
+    "headers": _SENT,
     "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
 }
-_PART = {**_FILE, "description": "the part that Range asks for"}
+_RANGE = {"Content-Range": {"schema": {"type": "string"}}}
+_PART = {**_FILE, "description": "the part that Range asks for", "headers": _SENT | _RANGE}
+_UNCHANGED = {"description": "as it was", "headers": {"ETag": _SENT["ETag"]}}
 
 
 @router.get(
     "/v1/jobs/{job_id}/artifacts/{name:path}",
     tags=["files"],
     response_class=StreamingResponse,
-    responses={200: _FILE, 206: _PART, 304: {"description": "as it was"}},
+    responses={200: _FILE, 206: _PART, 304: _UNCHANGED} | errors(404, 410, 416, 503),
 )
 def artifact(
     job_id: JobId,
@@ -150,23 +164,34 @@ def artifact(
     sent = pieces(file, *(part or (0, size)), None if part else found.sha256)
     return StreamingResponse(sent, 206 if part else 200, headers_of(found, size, part), "application/octet-stream")
 
+# %% ../../nbs/6_api/31_downloads.ipynb #0cf0bc17
+_METRICS = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Metrics"}}}}
+
+
+@router.get(
+    "/v1/jobs/{job_id}/metrics",
+    name="metrics_of",
+    tags=["files"],
+    response_class=Response,
+    responses={200: {"description": "metrics.json", **_METRICS}} | errors(404, 410, 503),
+)
+def metrics_file(job_id: JobId, request: Request, token=READ) -> Response:
+    "Everything that an evaluation found: its artifact metrics.json."
+    with open_artifact(folder_of(request, job_id), "metrics.json")[1] as file:
+        return Response(file.read(), media_type="application/json")
+
 # %% ../../nbs/6_api/31_downloads.ipynb #79457860
-_TEXT = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+_SIZE = {"X-Log-Size": {"description": "bytes of the whole log so far", "schema": {"type": "integer"}}}
+_TEXT = {"content": {"text/plain": {"schema": {"type": "string"}}}, "headers": _SIZE}
 _LOG = {
     200: {"description": "the log, or a part", **_TEXT},
     206: {"description": "the part that Range asks for", **_TEXT},
 }
 
-
-def size_of(file: Path) -> int:
-    "Bytes in a file; none when there is no file yet."
-    try:
-        return os.stat(file).st_size
-    except FileNotFoundError:
-        return 0
-
 # %% ../../nbs/6_api/31_downloads.ipynb #8c855a79
-@router.get("/v1/jobs/{job_id}/logs", tags=["files"], response_class=Response, responses=_LOG)
+@router.get(
+    "/v1/jobs/{job_id}/logs", tags=["files"], response_class=Response, responses=_LOG | errors(404, 416, 422, 503)
+)
 def logs(
     job_id: JobId,
     request: Request,
@@ -203,10 +228,14 @@ async def event_stream(
     job_id: str,
     folder: JobFolder,
     after: int,  # number of the last event that the reader has
+    token: Token | None = None,  # of the reader
 ) -> AsyncIterator[bytes]:
     "The events of a job as they come, in the form of server-sent events."
     size, asked, pinged = -1, 0.0, time.monotonic()
     while not backend.stopping:
+        if token and not await run_in_threadpool(backend.tokens.holds, token):
+            yield format_sse_event(data_str=json.dumps({"reason": "token_revoked"}), event="end")
+            return
         now, new = time.monotonic(), size_of(folder.events_file)
         found = await run_in_threadpool(folder.events, after, 1000) if new != size else []
         size = new if len(found) < 1000 else -1
@@ -234,7 +263,7 @@ _SSE = {
 }
 
 
-@router.get("/v1/jobs/{job_id}/events", tags=["jobs"], response_model=EventPage, responses=_SSE)
+@router.get("/v1/jobs/{job_id}/events", tags=["jobs"], response_model=EventPage, responses=_SSE | errors(404, 422, 503))
 async def events(
     job_id: JobId,
     request: Request,
@@ -250,6 +279,7 @@ async def events(
     if "text/event-stream" in accept:
         seen = int(last_event_id) if re.fullmatch("[0-9]{1,15}", last_event_id or "") else after
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return EventSourceResponse(event_stream(backend, job_id, folder, seen), headers=headers)
+        return EventSourceResponse(event_stream(backend, job_id, folder, seen, token), headers=headers)
     found = await run_in_threadpool(folder.events, after, limit)
-    return EventPage(data=[{"seq": seq} | event for seq, event in found], next=found[-1][0] if found else after)
+    page = {"data": [{"seq": seq} | event for seq, event in found], "next": found[-1][0] if found else after}
+    return Response(json.dumps(page), media_type="application/json")  # what a newer version wrote is passed on

@@ -6,27 +6,30 @@
 __all__ = []
 
 # %% ../../nbs/6_api/27_edge.ipynb #39868d3a
+import ipaddress
 import json
 import logging
 import os
 import re
 import secrets
+import socket
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
 from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as Connection
 
+from .plain import quoted
 from .problems import CODE_OF, PROBLEM_TYPE, STATUS_OF, problem
 from .redaction import known_secrets, redact
 from .tokens import Scope, Token, Tokens, is_loopback
@@ -90,6 +93,13 @@ class Buckets:
 # %% ../../nbs/6_api/27_edge.ipynb #ce9220a7
 BODY_SECONDS, SEND_SECONDS = 30, 60
 MAX_BODY = 2**20  # bytes
+UPLOADS, UPLOAD_PACE = "/v1/datasets", 50_000  # where more is read, and at least how fast: bytes a second
+
+
+def most_bytes(scope: Connection) -> int:
+    "How much of a body is read."
+    upload = scope["method"] == "POST" and scope["path"] == UPLOADS
+    return round(scope["app"].state.backend.config.api.max_upload_gb * 1e9) if upload else MAX_BODY
 
 
 def request_id(
@@ -120,6 +130,7 @@ class Exchange:
         self.scope, self._receive, self._send = scope, receive, send
         self.began, self.body_ends = time.monotonic(), time.monotonic() + BODY_SECONDS
         self.whole_body, self.size, self.status, self.mended = False, 0, 0, None
+        self.most = most_bytes(scope)
         self.id = request_id(Headers(scope=scope).get("x-request-id", ""))
         scope.setdefault("state", {})["request_id"] = self.id
 
@@ -141,15 +152,16 @@ class Exchange:
         "The next piece of the body, if it comes in time and is not too much."
         if self.whole_body:
             return await self._receive()
-        declared = Headers(scope=self.scope).get("content-length", "0")
+        declared = int(Headers(scope=self.scope).get("content-length", "0"))
+        ends = self.body_ends + (self.size / UPLOAD_PACE if self.most > MAX_BODY else 0)
         try:
-            with anyio.fail_after(max(0.0, self.body_ends - time.monotonic())):
-                message = {"more_body": True} if int(declared) > MAX_BODY else await self._receive()
+            with anyio.fail_after(max(0.0, ends - time.monotonic())):
+                message = {"more_body": True} if declared > self.most else await self._receive()
         except TimeoutError:
-            raise HTTPException(408, f"The body did not arrive within {BODY_SECONDS} seconds.") from None
+            raise HTTPException(408, "The body did not arrive in time.") from None
         self.whole_body, self.size = not message.get("more_body", False), self.size + len(message.get("body", b""))
-        if self.size > MAX_BODY or int(declared) > MAX_BODY:
-            raise HTTPException(413, f"At most {MAX_BODY} bytes are read.")
+        if max(self.size, declared) > self.most:
+            raise HTTPException(413, f"At most {self.most} bytes are read.")
         return message
 
     async def send(self, message: Message) -> None:
@@ -199,6 +211,25 @@ def plain_failure(scope: Connection, send: Send) -> Send:
 
     return sent
 
+# %% ../../nbs/6_api/27_edge.ipynb #50097066
+def client_address(
+    scope: Connection,
+    trusted: list[str],  # `api.trusted_proxies`: addresses and networks
+) -> str:
+    "Where a request comes from."
+    peer = (scope.get("client") or [""])[0]
+    given = ",".join(Headers(scope=scope).getlist("x-forwarded-for"))
+    hops = [hop.strip().strip("[]") for hop in given.split(",") if hop.strip()]
+    peer = "127.0.0.1" if peer in hops else peer  # uvicorn has put it there
+    for hop in reversed(hops):
+        try:
+            if not any(ipaddress.ip_address(peer) in ipaddress.ip_network(network) for network in trusted):
+                break
+            peer = str(ipaddress.ip_address(hop))
+        except ValueError:  # no address
+            break
+    return peer
+
 # %% ../../nbs/6_api/27_edge.ipynb #e399c49d
 class Edge:
     "The outermost layer: request ids, the log, slow clients, errors in one form."
@@ -210,9 +241,42 @@ class Edge:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, plain_failure(scope, send))
         if scope["type"] == "http":
+            trusted = scope["app"].state.backend.config.api.trusted_proxies
+            scope["client"] = (client_address(scope, trusted), (scope.get("client") or ("", 0))[1])
             await Exchange(scope, receive, send).answer(self.app)
 
+# %% ../../nbs/6_api/27_edge.ipynb #178e77f1
+def known_host(
+    host: str,  # the header, NAME or NAME:PORT
+    allowed: list[str],  # `api.allowed_hosts`; *.example.org and * are possible
+    guarded: bool,  # whether tokens are asked for
+) -> bool:
+    "Whether the service is called that."
+    name = re.sub(r":[0-9]*$", "", host).lower()
+    if any(
+        name == pattern.lower() or (pattern[:1] == "*" and name.endswith(pattern[1:].lower())) for pattern in allowed
+    ):
+        return True
+    try:
+        return guarded and bool(name == socket.gethostname().lower() or ipaddress.ip_address(name.strip("[]")))
+    except ValueError:
+        return False
+
+# %% ../../nbs/6_api/27_edge.ipynb #6da116cc
+def check_origin(
+    scope: Connection,
+) -> None:
+    "Refuse what a page of another site sends; `LoraMvpError` (`origin_forbidden`)."
+    headers = Headers(scope=scope)
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+    foreign = origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower()
+    if scope["method"] not in ("GET", "HEAD") and (foreign or site not in ("none", "same-origin")):
+        raise LoraMvpError("origin_forbidden", "A page of another site asks for this; it is not done.")
+
 # %% ../../nbs/6_api/27_edge.ipynb #1457ab5c
+OPEN_PAGES = {"/", "/docs"}
+
+
 def admitted(
     scope: Connection,
     tokens: Tokens,
@@ -222,13 +286,11 @@ def admitted(
     address, client = scope.get("server") or ("", None), (scope.get("client") or [""])[0]
     if not tokens and address[1] is not None and not is_loopback(address[0]):
         raise LoraMvpError("token_required", "Without tokens this service answers its own machine only.")
-    site = Headers(scope=scope).get("sec-fetch-site", "none")
-    if scope["method"] != "GET" and site not in ("none", "same-origin"):
-        raise LoraMvpError("origin_forbidden", "A page of another site asks for this; it is not done.")
+    check_origin(scope)
     token = tokens.check(Headers(scope=scope).get("authorization")) if tokens else None
     if not buckets.take(f"token {token.id}" if token else client):
         raise LoraMvpError("rate_limited", "Too many requests; wait a little.")
-    if tokens and not token and scope["path"] != "/":
+    if tokens and not token and scope["path"] not in OPEN_PAGES:
         raise LoraMvpError("token_missing", "Send a token of this service as Authorization: Bearer.")
     return token
 
@@ -242,13 +304,14 @@ class Gate:
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] == "/healthz":
             return await self.app(scope, receive, send)
-        hosts = scope["app"].state.backend.config.api.allowed_hosts
-        await TrustedHostMiddleware(self.known_host, hosts, www_redirect=False)(scope, receive, send)
-
-    async def known_host(self, scope: Connection, receive: Receive, send: Send) -> None:
-        "Let a request in, or say why not."
         backend, refused = scope["app"].state.backend, None
+        host = Headers(scope=scope).get("host", "")
         try:
+            if not known_host(host, backend.config.api.allowed_hosts, bool(backend.tokens)):
+                text = (
+                    f"This service does not answer to {quoted(host)}; who runs it adds the name to api.allowed_hosts."
+                )
+                raise LoraMvpError("host_unknown", text)
             scope["state"]["token"] = admitted(scope, backend.tokens, backend.buckets)
         except LoraMvpError as error:
             refused = problem(scope["state"]["request_id"], STATUS_OF[error.code], error.code, error.message)

@@ -83,7 +83,7 @@ def events_from_the_end(
             end = start
 
 # %% ../../nbs/6_api/07_events.ipynb #015f6918
-EventType = Literal["state", "progress", "checkpoint", "sample"]
+EventType = Literal["state", "progress", "checkpoint", "sample", "result"]
 
 
 class Events:
@@ -115,18 +115,26 @@ class Events:
         "The next events."
         return read_events(self.path, seq, limit)
 
+    def newest(
+        self,
+        type: EventType,
+        attempt: int | None = None,  # only of this one
+    ) -> dict | None:
+        "The newest event of a type."
+        for event in events_from_the_end(self.path):
+            if attempt is not None and event["attempt"] < attempt:
+                return None
+            if event["type"] == type and attempt in (None, event["attempt"]):
+                return event
+        return None
+
     def progress(
         self,
         attempt: int | None = None,  # only of this one
     ) -> dict | None:
         "The newest progress."
-        for event in events_from_the_end(self.path):
-            if attempt is not None and event["attempt"] < attempt:
-                return None
-            if event["type"] == "progress" and attempt in (None, event["attempt"]):
-                return event
-        return None
+        return self.newest("progress", attempt)
 
     def last_state(self) -> dict | None:
         "The newest event that says what state the job is in."
-        return next((event for event in events_from_the_end(self.path) if event["type"] == "state"), None)
+        return self.newest("state")

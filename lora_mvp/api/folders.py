@@ -131,6 +131,10 @@ class JobFolder:
         "The newest progress, of an attempt or of any."
         return self._events.progress(attempt)
 
+    def result(self, attempt: int) -> dict | None:
+        "What an evaluation found, as its attempt said."
+        return self._events.newest("result", attempt)
+
     def last_state(self) -> dict | None:
         "The newest event that says what state the job is in."
         return self._events.last_state()
@@ -160,7 +164,7 @@ class JobFolder:
         return path
 
 # %% ../../nbs/6_api/09_folders.ipynb #081f531d
-def _job_again(folder: JobFolder) -> Job | None:
+def job_again(folder: JobFolder) -> Job | None:
     "What the store may say of a job, by its folder."
     job, attempt, beat = _read(Job, folder.job_file), folder.current_attempt(), folder.heartbeat()
     if job is None:
@@ -181,5 +185,5 @@ def jobs_in(
     jobs_dir: Path,  # `api.jobs_dir`
 ) -> list[Job]:
     "The jobs of all folders, for a store that has lost them."
-    folders = sorted(path for path in Path(jobs_dir).glob("*") if path.is_dir()) if Path(jobs_dir).is_dir() else []
-    return [job for job in map(_job_again, map(JobFolder, folders)) if job]
+    folders = sorted(Path(jobs_dir).glob("[!.]*"))  # one that is being removed has a name with a dot
+    return [job for job in map(job_again, map(JobFolder, folders)) if job]

@@ -37,6 +37,13 @@ class JobIds:
             self.last = max(fresh, self.last + 1)
             return "".join(ALPHABET[self.last >> 5 * k & 31] for k in reversed(range(26)))
 
+# %% ../../nbs/6_api/01_jobs.ipynb #1374c4d6
+def is_job(
+    name: str | None,
+) -> bool:
+    "Whether a name is one that `JobIds` makes."
+    return bool(name) and len(name) == 26 and set(name) <= set(ALPHABET)
+
 # %% ../../nbs/6_api/01_jobs.ipynb #c03eef18
 Kind = Literal["train", "evaluate"]
 Status = Literal["queued", "starting", "running", "cancelling", "succeeded", "failed", "cancelled"]
@@ -88,13 +95,13 @@ class JobError(FrozenRecord):
 class JobSpec(FrozenRecord):
     "What is to be done, as a client asked for it; checked when it came."
 
-    manifest: str | None = None  # of the training data, relative to api.data_dir
-    model: str | None = None  # evaluate: the job whose result is evaluated
-    real_split: Literal["train", "val"] = "val"  # evaluate: the real pictures to compare with
+    manifest: str | None = Field(None, description="of the pictures, relative to api.data_dir")
+    model: str | None = Field(None, description="evaluate: a job, or a model below api.models_dir")
+    real_split: Literal["train", "val"] = Field("val", description="evaluate: the real pictures to compare with")
     config: dict[str, Any] = Field(
         default={}, description='settings to change, as "section.key": value; at most 64 KiB of JSON'
     )
-    gpus: int | None = Field(None, ge=0, le=64)  # None: one where there is one
+    gpus: int | None = Field(None, ge=0, le=64, description="null: one where there is one")
 
 # %% ../../nbs/6_api/01_jobs.ipynb #79ffec15
 class Job(FrozenRecord):
@@ -128,7 +135,7 @@ class Store(Protocol):
     "Keeps the jobs; one server holds it at a time."
 
     def create(self, job: Job) -> tuple[Job, bool]:
-        """Keep a new job, and True; with a `key` that its owner used in the last 24 hours, the job from then, and False.
+        """Keep a new job, and True; with a `key` of its owner that a kept job came with, that job, and False.
 
         Raises `LoraMvpError`: `key_reused` when that key came with another request (`key_digest`), `store_full`, `store_failed`.
         """
@@ -151,6 +158,9 @@ class Store(Protocol):
 
     def counts(self) -> dict[tuple[str, str], int]:
         "How many jobs there are of each (kind, status)."
+
+    def ids(self) -> set[str]:
+        "The names of all jobs."
 
     def delete(self, id: str) -> None:
         "Forget a job; no error when there is none."

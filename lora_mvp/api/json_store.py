@@ -10,10 +10,11 @@ import logging
 import queue
 import threading
 from bisect import bisect_left, bisect_right, insort
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from heapq import merge
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -33,50 +34,64 @@ class _Kept(NamedTuple):
     def copy(self) -> Job:
         return Job.model_validate_json(self.line)
 
+# %% ../../nbs/6_api/04_json_store.ipynb #3d5adbc6
+def _beyond(
+    ids: list[str],  # in order
+    after: str | None,
+    oldest_first: bool,
+) -> Iterator[str]:
+    "The names beyond one, in the order asked for."
+    if oldest_first:
+        places = range(bisect_right(ids, after) if after is not None else 0, len(ids))
+    else:
+        places = reversed(range(bisect_left(ids, after) if after is not None else len(ids)))
+    return (ids[k] for k in places)
+
 # %% ../../nbs/6_api/04_json_store.ipynb #717707b2
 class JobTable:
-    "Jobs by name, in order, and by key."
+    "Jobs by name, by state in order, and by key; no question takes longer for jobs that it is not about."
 
     def __init__(self):
         self.kept: dict[str, _Kept] = {}
-        self.ids: list[str] = []  # in order
+        self.ids: dict[str, list[str]] = defaultdict(list)  # status -> names in order
         self.keys: dict[tuple[str, str], str] = {}  # (owner, key) -> the newest job
+        self.numbers: Counter = Counter()  # by (kind, status)
         self.lock = threading.Lock()
 
     def take(self, changes: dict[str, _Kept | None]) -> None:
         "Make changes the truth; None is a job that is gone."
         with self.lock:
             for id, change in changes.items():
-                if id not in self.kept:
-                    insort(self.ids, id)
-                if change is None:
-                    self._drop(id)
-                    continue
-                self.kept[id] = change
-                if change.job.key is not None:
-                    self.keys[change.job.owner, change.job.key] = max(
-                        id, self.keys.get((change.job.owner, change.job.key), "")
-                    )
+                if old := self.kept.get(id):
+                    self._drop(old.job)
+                if change:
+                    self.kept[id] = change
+                    self._add(change.job)
+                elif old:
+                    del self.kept[id]
 
-    def _drop(self, id: str) -> None:
-        del self.ids[bisect_left(self.ids, id)]
-        old = self.kept.pop(id, None)
-        if old and self.keys.get((old.job.owner, old.job.key)) == id:
-            del self.keys[old.job.owner, old.job.key]
+    def _add(self, job: Job) -> None:
+        insort(self.ids[job.status], job.id)
+        self.numbers[job.kind, job.status] += 1
+        if job.key is not None:
+            self.keys[job.owner, job.key] = max(job.id, self.keys.get((job.owner, job.key), ""))
+
+    def _drop(self, job: Job) -> None:
+        del self.ids[job.status][bisect_left(self.ids[job.status], job.id)]
+        self.numbers[job.kind, job.status] -= 1
+        if self.keys.get((job.owner, job.key)) == job.id:
+            del self.keys[job.owner, job.key]
 
     def page(self, status, kind, after, limit, oldest_first) -> list[_Kept]:
         with self.lock:
-            if oldest_first:
-                places = range(bisect_right(self.ids, after) if after is not None else 0, len(self.ids))
-            else:
-                places = reversed(range(bisect_left(self.ids, after) if after is not None else len(self.ids)))
-            found = (self.kept[self.ids[k]] for k in places)
-            fit = (f for f in found if (status is None or f.job.status in status) and kind in (None, f.job.kind))
+            lists = [ids for name, ids in self.ids.items() if status is None or name in status]
+            names = merge(*(_beyond(ids, after, oldest_first) for ids in lists), reverse=not oldest_first)
+            fit = (self.kept[id] for id in names if kind in (None, self.kept[id].job.kind))
             return list(islice(fit, limit))
 
     def counts(self) -> dict[tuple[str, str], int]:
         with self.lock:
-            return dict(Counter((kept.job.kind, kept.job.status) for kept in self.kept.values()))
+            return dict(+self.numbers)
 
 # %% ../../nbs/6_api/04_json_store.ipynb #e12381cf
 class _Stage:
@@ -105,7 +120,13 @@ class _Stage:
         return max(same, key=lambda kept: kept.job.id, default=None)
 
     def lines(self) -> Iterable[bytes]:
+        "All jobs."
         return (kept.line for kept in (self.memory.kept | self.changes).values() if kept)
+
+    def news(self) -> tuple[list[bytes], list[str]]:  # lines of jobs, names of those that are gone
+        "What the waiting changes come to."
+        gone = [id for id, kept in self.changes.items() if kept is None]
+        return [kept.line for kept in self.changes.values() if kept], gone
 
 # %% ../../nbs/6_api/04_json_store.ipynb #41a8af79
 class _GroupCommit:
@@ -143,6 +164,10 @@ class _GroupCommit:
                 batch.append(self.waiting.get())
             going = batch[-1] is not None
             self._write(batch if going else batch[:-1])
+        if self.file.journal:
+            self.file.due = True
+            self._write([])
+        self.file.close()
 
     def _write(self, batch: list[tuple[Callable, Future]]) -> None:
         stage, answers = _Stage(self.memory), []
@@ -152,10 +177,13 @@ class _GroupCommit:
             except Exception as error:  # the caller gets it
                 answers.append((future.set_exception, error))
         try:
-            if stage.changes or self.failure:
+            if self.failure or self.file.due:
                 self.file.write(stage.lines())
+            elif stage.changes:
+                self.file.append(*stage.news())
+            if stage.changes:
                 self.memory.take(stage.changes)
-                self.failure = None
+            self.failure = None
         except Exception as error:  # all callers get it
             self.failure = f"{self.file.path} cannot be written: {getattr(error, 'strerror', None) or error}."
             _logger.error("%s Nothing has changed.", self.failure)
@@ -179,7 +207,9 @@ def _create(
         raise ValueError(f"job {job.id} is there already")
     if stage.size >= max_jobs:
         text = f"The state file holds {max_jobs:,} jobs, all that a .json file is good for. Delete finished"
-        raise LoraMvpError("store_full", f"{text} jobs, or let api.db_path end in .db: SQLite takes more.")
+        raise LoraMvpError(
+            "store_full", f"{text} jobs, set api.keep_jobs, or let api.db_path end in .db: SQLite takes more."
+        )
     stage.put(job)
     return stage.get(job.id), True
 
@@ -199,7 +229,7 @@ class JsonStore:
         self,
         path: str | Path,
         rebuild: Rebuild = tuple,  # asked when the file is missing or cannot be read
-        max_jobs: int = 10_000,  # beyond it the file takes too long to write
+        max_jobs: int = 10_000,  # beyond it the file takes too long to read and to write
     ):
         self.path, self.max_jobs = Path(path).resolve(), max_jobs
         self._held, self._memory = hold(self.path), JobTable()
@@ -212,6 +242,9 @@ class JsonStore:
         self.recovered = file.recovered  # what was wrong with the file, and what became of it
         self._memory.take({job.id: _Kept(job, job.model_dump_json().encode()) for job in jobs})
         self._change = _GroupCommit(file, self._memory)
+        if file.due:
+            with suppress(LoraMvpError):  # `problem` says it, and the journal has what the file lacks
+                self._change(lambda stage: None)
 
     @property
     def problem(self) -> str | None:
@@ -243,6 +276,9 @@ class JsonStore:
 
     def counts(self) -> dict[tuple[str, str], int]:
         return self._memory.counts()
+
+    def ids(self) -> set[str]:
+        return set(self._memory.kept)
 
     def close(self) -> None:
         self._change.close()

@@ -19,11 +19,12 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from . import downloads, operation, routes
+from . import datasets, downloads, operation, routes
 from .backend import Backend
+from .contract import complete
 from .edge import Edge, Gate, log_as_json
 from .engines import Engine
-from .problems import ERRORS, on_error, on_http_error, on_invalid, on_os_error, with_problems
+from .problems import on_error, on_http_error, on_invalid, on_os_error
 from ..config import AppConfig, find_config, load_config
 from ..errors import LoraMvpError
 
@@ -60,7 +61,7 @@ class noticed_signals:
 # %% ../../nbs/6_api/33_main.ipynb #9a8892df
 def open_backend(app: FastAPI) -> Backend:
     "Open what stands behind the routes; raises `LoraMvpError`."
-    return Backend(app.state.config or server_config(), app.state.engine)
+    return Backend(app.state.config or server_config(), app.state.engine, app.state.guarded)
 
 # %% ../../nbs/6_api/33_main.ipynb #22bcaf87
 @asynccontextmanager
@@ -80,29 +81,28 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             await run_in_threadpool(backend.close)
 
 # %% ../../nbs/6_api/33_main.ipynb #17fd6e5f
-ABOUT = """Trainings and evaluations as jobs. Submit one, follow it, fetch its files.
+_TEXT = """Trainings and evaluations as jobs. Submit one, follow it, fetch its files.
 
 Where the service has tokens, send one as `Authorization: Bearer`. Everything that is read needs the scope `read`; to submit, and to cancel, retry or delete
-jobs of its own, a token needs `submit`; jobs of others, `admin`. Only `/healthz` and the page at `/` are open."""
+jobs of its own, a token needs `submit`; jobs of others, `admin`. Only `/healthz` and the pages at `/` and `/docs` are open."""
+ABOUT = {"title": "lora_mvp", "version": "1", "description": _TEXT}
+ABOUT |= {"docs_url": None, "redoc_url": None}  # FastAPI's pages would come from another host; ours is in `operation`
 
 # %% ../../nbs/6_api/33_main.ipynb #da21a681
 def create_app(
     config: AppConfig | None = None,  # None: as `server_config` finds it when the server starts
     engine: Engine | None = None,  # None: this machine
+    guarded: bool = False,  # whether tokens are asked for in any case; the first start makes one
 ) -> FastAPI:
     "The service as an ASGI app. Opens nothing before it is started."
     app = FastAPI(
-        title="lora_mvp",
-        version="1",
-        description=ABOUT,
-        docs_url=None,  # its page would come from another host; docs/API.md is the same in text
-        redoc_url=None,
         lifespan=lifespan,
+        generate_unique_id_function=lambda route: route.name,  # what generated clients call it
         telemetry={"logs": False},  # it would write exceptions without `redact`
-        responses=ERRORS,
+        **ABOUT,
     )
-    app.state.config, app.state.engine = config, engine
-    for part in (routes, downloads, operation):
+    app.state.config, app.state.engine, app.state.guarded = config, engine, guarded
+    for part in (routes, downloads, datasets, operation):
         app.include_router(part.router)
     handlers = {LoraMvpError: on_error, RequestValidationError: on_invalid, HTTPException: on_http_error}
     handlers |= {OSError: on_os_error}
@@ -110,8 +110,8 @@ def create_app(
         app.add_exception_handler(error, handler)
     app.add_middleware(Gate)
     app.add_middleware(Edge)  # the outermost
-    app.openapi = lambda build=app.openapi: with_problems(build())
+    app.openapi = lambda build=app.openapi: complete(build())
     return app
 
 # %% ../../nbs/6_api/33_main.ipynb #beba6ec3
-app = create_app()
+app = create_app(guarded=True)

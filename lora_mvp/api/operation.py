@@ -17,7 +17,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from .edge import READ
-from .problems import ProblemPart, problem, without_paths
+from .problems import ProblemPart, errors, problem, without_paths
 from .views import Health, Ready
 from ..errors import LoraMvpError
 
@@ -31,7 +31,7 @@ async def healthz() -> Health:
     return Health()
 
 # %% ../../nbs/6_api/32_operation.ipynb #761b6286
-@router.get("/readyz", tags=["operation"], response_model=Ready)
+@router.get("/readyz", tags=["operation"], response_model=Ready, responses=errors(503))
 def readyz(request: Request, token=READ) -> Any:
     "Whether jobs are taken. Where they are not, 503, and `errors` says for each part what is wrong with it."
     backend = request.app.state.backend
@@ -48,7 +48,7 @@ def readyz(request: Request, token=READ) -> Any:
 _NUMBERS = {200: {"description": "for Prometheus", "content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
-@router.get("/metrics", tags=["operation"], response_class=Response, responses=_NUMBERS)
+@router.get("/metrics", tags=["operation"], response_class=Response, responses=_NUMBERS | errors(503))
 def metrics(request: Request, token=READ) -> Response:
     "Numbers for a monitor."
     return Response(request.app.state.backend.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -70,17 +70,21 @@ def page_policy(
 
 # %% ../../nbs/6_api/32_operation.ipynb #a0f63e9d
 @cache
-def web_page() -> tuple[str, str] | None:
-    "The page and its policy; None where the installation has none."
-    file = Path(str(resources.files("lora_mvp"))) / "assets" / "web" / "index.html"
+def web_page(
+    name: str = "index.html",  # or docs.html
+) -> tuple[str, str] | None:
+    "A page and its policy; None where the installation has none."
+    file = Path(str(resources.files("lora_mvp"))) / "assets" / "web" / name
     return (file.read_text(encoding="utf-8"), page_policy(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 # %% ../../nbs/6_api/32_operation.ipynb #77779aef
 @router.get("/", include_in_schema=False)
-def show_page() -> Response:
-    "The page; it holds no data."
-    if not web_page():
+@router.get("/docs", include_in_schema=False)
+def show_page(request: Request) -> Response:
+    "The page of the jobs, or that of the routes; it holds no data."
+    name = "docs.html" if request.url.path == "/docs" else "index.html"
+    if not web_page(name):
         raise LoraMvpError("page_not_found", "This installation has no page.")
-    html, policy = web_page()
+    html, policy = web_page(name)
     headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
     return Response(html, 200, headers, "text/html; charset=utf-8")

@@ -78,12 +78,12 @@ def hold_folders(api: ApiConfig) -> FileLock:
     return lock
 
 # %% ../../nbs/6_api/09b_ownership.ipynb #debc4a4d
-def is_behind(store: Store, job: Job) -> bool:
+def is_behind(store: Store, folder: JobFolder, job: Job) -> bool:
     "Whether a store knows less of a job than its folder; a folder may be one attempt ahead, where a server died."
     try:
         kept = store.get(job.id)
     except LoraMvpError:
-        return job.attempt > 0  # one that was never started may have been left by a submit that failed
+        return folder.last_state() is not None  # else it was left by a submit that broke off
     return job.attempt > kept.attempt + 1 or (job.status in TERMINAL and kept.status not in TERMINAL)
 
 # %% ../../nbs/6_api/09b_ownership.ipynb #680ded89
@@ -92,7 +92,8 @@ def refuse_other_store(api: ApiConfig, store: Store) -> None:
     owner, ours = read_folder_owner(api), store_name(api)
     if owner is None or owner.store == ours:
         return
-    behind = next((job.id for job in jobs_in(api.jobs_dir) if is_behind(store, job)), None)
+    jobs = ((JobFolder(api.jobs_dir / job.id), job) for job in jobs_in(api.jobs_dir))
+    behind = next((job.id for folder, job in jobs if is_behind(store, folder, job)), None)
     if behind:
         text = f"{api.jobs_dir} holds the jobs of the store {owner.store}, and {ours} does not know how far they are, such as {behind}."
         advice = "Set api.db_path back, or give this server an api.jobs_dir of its own."

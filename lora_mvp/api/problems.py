@@ -62,14 +62,16 @@ def problem(
 
 # %% ../../nbs/6_api/26_problems.ipynb #4939ce7b
 _CODES = {
+    400: "host_unknown",
     401: "token_missing",
-    403: "scope_missing not_yours token_required origin_forbidden path_forbidden model_forbidden unsafe_weights",
-    404: "job_not_found artifact_not_found page_not_found",
-    409: "job_not_terminal job_not_succeeded",
+    403: "uploads_off scope_missing not_yours token_required origin_forbidden path_forbidden model_forbidden unsafe_weights",
+    404: "job_not_found artifact_not_found page_not_found dataset_not_found",
+    409: "job_not_terminal job_not_succeeded dataset_exists",
     410: "artifact_gone",
+    413: "archive_too_large",
     416: "range_not_satisfiable",
     429: "queue_full store_full rate_limited",
-    503: "disk_low draining not_ready engine_unavailable store_failed not_writable storage_failed",
+    503: "disk_low draining not_ready engine_unavailable store_failed not_writable storage_failed intake_failed",
 }
 STATUS_OF = {code: status for status, codes in _CODES.items() for code in codes.split()}  # 422 for all others
 
@@ -135,9 +137,8 @@ _PROBLEMS = {
     401: "no token, or not one of this service",
     403: "not with this token, not from this address, or a path or model that is not for jobs",
     404: "there is none",
-    405: "not with this method",
     408: "the body did not arrive in time",
-    409: "not in the state that the job is in",
+    409: "not in the state that the job is in, or there is something of that name",
     410: "the file is gone",
     413: "the body is too large",
     415: "the body is not JSON",
@@ -147,14 +148,18 @@ _PROBLEMS = {
     500: "a mistake of the service",
     503: "not now; Retry-After says when to ask again",
 }
-_ANSWER = {"content": {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}}
-ERRORS = {status: {"description": text, **_ANSWER} for status, text in _PROBLEMS.items()}
 
-# %% ../../nbs/6_api/26_problems.ipynb #4bfa716e
-def with_problems(
-    document: dict[str, Any],  # OpenAPI
-) -> dict[str, Any]:
-    "The same document, which now has the schemas that `ERRORS` refers to."
-    schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-    document["components"]["schemas"] |= schema.pop("$defs") | {"Problem": schema}
-    return document
+# %% ../../nbs/6_api/26_problems.ipynb #5fb95cd0
+_ANSWER = {"content": {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}}
+_SECONDS = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
+_HEADERS = {401: {"WWW-Authenticate": {"schema": {"type": "string"}}}, 429: _SECONDS, 503: _SECONDS}
+ALWAYS, BODY = (400, 401, 403, 429, 500), (408, 413, 415, 422)  # of every route; of one that reads a body
+
+
+def errors(
+    *statuses: int,  # that a route can answer with, beside those that every route can
+) -> dict[int | str, dict[str, Any]]:
+    "The errors of a route, for its document."
+    found = sorted({*ALWAYS, *statuses})
+    headers = {status: {"headers": _HEADERS[status]} for status in found if status in _HEADERS}
+    return {status: {"description": _PROBLEMS[status], **_ANSWER, **headers.get(status, {})} for status in found}

@@ -7,15 +7,14 @@ __all__ = []
 
 # %% ../../nbs/6_api/30_routes.ipynb #915379cc
 import hashlib
-import re
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Request, Response
-from pydantic import Field
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 
 from .edge import READ, SUBMIT
 from .folders import JobFolder
-from .jobs import ALPHABET, TERMINAL, Job, JobSpec, Kind, Status
+from .jobs import ALPHABET, TERMINAL, Job, JobSpec, Kind, Status, is_job
+from .problems import BODY, errors
 from .service import Service
 from .tokens import Token
 from .views import EvaluateRequest, IdempotencyKey, JobPage, JobView, RetryRequest, TrainRequest, view
@@ -23,8 +22,9 @@ from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/30_routes.ipynb #37a8dba9
 router = APIRouter()
-JobId = Annotated[str, Field(max_length=64)]
 ULID = f"[{ALPHABET}]{{26}}"
+_FORM = {"pattern": f"^{ULID}$"}  # only said: what has another is answered with 404
+JobId = Annotated[str, Path(examples=["01JX0S4T5VYQW8W6D1N3M2K7RA"], json_schema_extra=_FORM)]
 
 
 def service_of(request: Request) -> Service:
@@ -34,7 +34,7 @@ def service_of(request: Request) -> Service:
 # %% ../../nbs/6_api/30_routes.ipynb #04c5c4bd
 def job_of(request: Request, job_id: str) -> Job:
     "A job; raises `LoraMvpError` (`job_not_found`), also for what no store needs to be asked about."
-    if not re.fullmatch(ULID, job_id):
+    if not is_job(job_id):
         raise LoraMvpError("job_not_found", "There is no such job; ids are as POST /train answered them.")
     return service_of(request).get(job_id)
 
@@ -69,10 +69,12 @@ def submit(
     return view(service_of(request), job)
 
 # %% ../../nbs/6_api/30_routes.ipynb #34424121
-_KNOWN = {200: {"model": JobView, "description": "the job of that key"}}
+_PLACE = {"headers": {"Location": {"description": "path of the job", "schema": {"type": "string"}}}}
+_KNOWN = {200: {"model": JobView, "description": "the job of that key", **_PLACE}}
+_TAKEN = _KNOWN | {202: {"description": "it waits its turn", **_PLACE}}
 
 
-@router.post("/train", name="train", status_code=202, tags=["jobs"], responses=_KNOWN)
+@router.post("/train", name="train", status_code=202, tags=["jobs"], responses=_TAKEN | errors(*BODY, 503))
 def submit_training(
     body: TrainRequest, request: Request, response: Response, key: IdempotencyKey = None, token=SUBMIT
 ) -> JobView:
@@ -80,19 +82,23 @@ def submit_training(
     return submit(request, response, "train", JobSpec(**body.model_dump()), key, token)
 
 # %% ../../nbs/6_api/30_routes.ipynb #08a56829
-@router.post("/evaluate", name="evaluate", status_code=202, tags=["jobs"], responses=_KNOWN)
+_JUDGED = _TAKEN | errors(404, 409, *BODY, 503)
+
+
+@router.post("/evaluate", name="evaluate", status_code=202, tags=["jobs"], responses=_JUDGED)
 def submit_evaluation(
     body: EvaluateRequest, request: Request, response: Response, key: IdempotencyKey = None, token=SUBMIT
 ) -> JobView:
-    "Draw with the result of a training, and measure."
+    "Draw with a trained model, and measure; the job's `result` tells the scores once it has succeeded."
     return submit(request, response, "evaluate", JobSpec(**body.model_dump()), key, token)
 
 # %% ../../nbs/6_api/30_routes.ipynb #04b0062c
-_SAME = {304: {"description": "as it was"}}
+_TAG = {"headers": {"ETag": {"description": "for If-None-Match", "schema": {"type": "string"}}}}
+_SAME = {200: _TAG, 304: {"description": "as it was", **_TAG}} | errors(404, 503)
 
 
 @router.get("/status/{job_id}", tags=["jobs"], response_model=JobView, responses=_SAME)
-@router.get("/v1/jobs/{job_id}", tags=["jobs"], response_model=JobView, responses=_SAME)
+@router.get("/v1/jobs/{job_id}", name="job", tags=["jobs"], response_model=JobView, responses=_SAME)
 def status(
     job_id: JobId, request: Request, if_none_match: Annotated[str | None, Header()] = None, token=READ
 ) -> Response:
@@ -104,7 +110,7 @@ def status(
     return Response(body, headers={"ETag": tag, "Cache-Control": "no-cache"}, media_type="application/json")
 
 # %% ../../nbs/6_api/30_routes.ipynb #c624f9e6
-@router.get("/v1/jobs", tags=["jobs"])
+@router.get("/v1/jobs", tags=["jobs"], responses=errors(422, 503))
 def jobs(
     request: Request,
     status: Annotated[list[Status] | None, Query(description="one or more")] = None,
@@ -126,7 +132,7 @@ def jobs(
     "/v1/jobs/{job_id}/cancel",
     status_code=202,
     tags=["jobs"],
-    responses={200: {"model": JobView, "description": "it was over"}},
+    responses={200: {"model": JobView, "description": "it was over"}} | errors(404, 503),
 )
 def cancel(job_id: JobId, request: Request, response: Response, token=SUBMIT) -> JobView:
     "Stop a job; a training saves a checkpoint first. 200 when it is over."
@@ -136,20 +142,28 @@ def cancel(job_id: JobId, request: Request, response: Response, token=SUBMIT) ->
     return view(service_of(request), job)
 
 # %% ../../nbs/6_api/30_routes.ipynb #0a538447
-@router.post("/v1/jobs/{job_id}/retry", status_code=201, tags=["jobs"])
+_AGAIN = _KNOWN | {201: {"description": "it waits its turn", **_PLACE}} | errors(404, 409, *BODY, 503)
+
+
+@router.post("/v1/jobs/{job_id}/retry", status_code=201, tags=["jobs"], responses=_AGAIN)
 def retry(
-    job_id: JobId, request: Request, response: Response, body: RetryRequest | None = None, token=SUBMIT
+    job_id: JobId,
+    request: Request,
+    response: Response,
+    body: RetryRequest | None = None,
+    key: IdempotencyKey = None,
+    token=SUBMIT,
 ) -> JobView:
     "A new job that does the same, going on from the last good checkpoint."
     old = owned(request, job_id, token)
     check_stopping(request)
     owner = token.id if token else ""
-    job = service_of(request).retry(old.id, owner, fresh=body.fresh if body else False)
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    job, created = service_of(request).retry(old.id, owner, fresh=body.fresh if body else False, key=key)
+    response.headers["Location"], response.status_code = f"/v1/jobs/{job.id}", 201 if created else 200
     return view(service_of(request), job)
 
 # %% ../../nbs/6_api/30_routes.ipynb #7cb4be5c
-@router.delete("/v1/jobs/{job_id}", status_code=204, tags=["jobs"])
+@router.delete("/v1/jobs/{job_id}", status_code=204, tags=["jobs"], responses=errors(404, 409, 422, 503))
 def delete(job_id: JobId, request: Request, artifacts: bool = False, token=SUBMIT) -> None:
     "Forget a job that is over; its files stay unless `artifacts` is true."
     service_of(request).delete(owned(request, job_id, token).id, artifacts=artifacts)

@@ -9,7 +9,6 @@ __all__ = []
 import hashlib
 import json
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from .engines import LATE, Engine
 from .folders import JobFolder
 from .jobs import ACTIVE, TERMINAL, Job, JobIds, JobSpec, Kind, Store, now
 from .records import Queue, Records
+from .retention import Retention, remove_folder
 from ..config import AppConfig
 from ..errors import LoraMvpError
 from ..files import make_folder
@@ -59,12 +59,13 @@ class Loop:
         records: Records,
         attempts: Attempts,
         starts: Starts,
+        retention: Retention,
         interval: float,  # seconds between two turns
     ):
         self.records, self.attempts, self.starts, self.interval = records, attempts, starts, interval
         self.turn, self.wake, self.thread = threading.Lock(), threading.Event(), None
         self.draining, self.reconciled, self.troubles = False, False, Troubles()
-        self.unsaid = records.without_last_word()
+        self.unsaid, self.retention = records.without_last_word(), retention
 
     def tick(self) -> None:
         "Compare store and world once, and act."
@@ -74,6 +75,7 @@ class Loop:
                 continue
             self.start_queued()
             self.reconciled = True
+            self.retention.turn()
 
     def look_after(self) -> list[Job]:  # those that ran when it was called
         "Compare every job that should run with what is."
@@ -132,9 +134,9 @@ class Loop:
                 time.sleep(0.05)
 
 # %% ../../nbs/6_api/25_service.ipynb #d177f7d0
-def digest_of(kind: Kind, spec: JobSpec) -> str:
+def digest_of(kind: Kind, spec: JobSpec, *more: Any) -> str:
     "What a request asks for, in short; equal for equal requests."
-    text = json.dumps([kind, spec.model_dump(mode="json")], sort_keys=True)
+    text = json.dumps([kind, spec.model_dump(mode="json"), *more], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../../nbs/6_api/25_service.ipynb #5e40daa3
@@ -157,7 +159,9 @@ class Service:
         self.door = Door(lambda: check_room(self.api, self.counts()))
         self.attempts = Attempts(self.records, engine, self.api, clock, backoff, lease)
         starts = Starts(self.attempts, self.admission)
-        self.loop = Loop(self.records, self.attempts, starts, self.api.poll_interval)
+        retention = Retention(self.records, self.api, clock)
+        retention.adopt()
+        self.loop = Loop(self.records, self.attempts, starts, retention, self.api.poll_interval)
         newest = store.page(limit=1)
         self.new_id = JobIds(newest[0].id if newest else "")
 
@@ -242,15 +246,18 @@ class Service:
         id: str,
         owner: str = "",
         fresh: bool = False,  # begin anew, not from the last checkpoint
-    ) -> Job:  # a new one
+        key: str | None = None,  # idempotency key
+    ) -> tuple[Job, bool]:  # the job; whether it is a new one
         "Do an ended job once more; raises `LoraMvpError`, among them `job_not_terminal`."
         old = self.ended(id)
         self.check_room()
         settings = self.admission.settings(old.kind, old.spec)
         job = self.new_job(old.kind, old.spec, owner).model_copy(update={"retry_of": old.id})
+        digest = digest_of(old.kind, old.spec, f"retry of {old.id}", fresh) if key else None
+        job = job.model_copy(update={"key": key, "key_digest": digest})
         files = {} if fresh else self.folder(old).files()
         kept = {name: file for name, file in files.items() if name.startswith(("checkpoint-", "samples/step-"))}
-        return self.take(job, settings, kept)[0]
+        return self.take(job, settings, kept)
 
     def delete(
         self,
@@ -263,7 +270,7 @@ class Service:
         self.store.delete(id)
         folder.job_file.unlink(missing_ok=True)  # or the job would come back when a lost store is made anew
         if artifacts:
-            shutil.rmtree(folder.root, ignore_errors=True)
+            remove_folder(folder.root)
 
     def tick(self) -> None:
         "Compare store and world once, and act."

@@ -376,5 +376,8 @@ class SqlStore:
         rows = self._database.rows(sa.select(*columns, sa.func.count()).group_by(*columns))
         return {(kind, status): count for kind, status, count in rows}
 
+    def ids(self) -> set[str]:
+        return {row.id for row in self._database.rows(sa.select(_jobs.c.id))}
+
     def close(self) -> None:
         self._database.close()

@@ -8,16 +8,23 @@ __all__ = []
 # %% ../../nbs/6_api/03_state_file.ipynb #a857e7ac
 import contextlib
 import json
+import logging
 import os
+import re
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 from .jobs import Job
-from .store_rules import SCHEMA, Rebuild, recover, store_failed
+from .journal import Journal, read_journal, replay
+from .store_rules import Rebuild, recover, store_failed
 from ..files import sync
 
+_logger = logging.getLogger(__name__)
+
 # %% ../../nbs/6_api/03_state_file.ipynb #a2822308
+SCHEMA = 2  # of the file
 _MARK = b', "jobs": [\n'
 
 
@@ -31,7 +38,16 @@ def pack_jobs(
     return json.dumps(head).encode()[:-1] + _MARK + body + b"\n]}\n"
 
 # %% ../../nbs/6_api/03_state_file.ipynb #3bbe129b
-def unpack_jobs(raw: bytes) -> tuple[int, list[Job]]:  # generation, jobs
+class Generation(NamedTuple):
+    "A file of a `JsonStore`, as it is read."
+
+    number: int
+    schema: int
+    sha256: str  # of the lines of the jobs
+    jobs: list[Job]
+
+# %% ../../nbs/6_api/03_state_file.ipynb #57f0f268
+def unpack_jobs(raw: bytes) -> Generation:
     "What `pack_jobs` wrote; raises `ValueError` for anything else."
     head, _, rest = raw.partition(_MARK)
     try:
@@ -40,12 +56,13 @@ def unpack_jobs(raw: bytes) -> tuple[int, list[Job]]:  # generation, jobs
         facts = None
     if not isinstance(facts, dict) or not isinstance(facts.get("generation"), int):
         raise ValueError("it is empty" if not raw else "it is not a state file, or only the beginning of one")
-    if facts.get("schema_version") != SCHEMA:
-        raise ValueError(f"its schema_version is {facts.get('schema_version')}, this version reads {SCHEMA}")
+    if (schema := facts.get("schema_version")) not in (1, SCHEMA):
+        raise ValueError(f"its schema_version is {schema}, this version reads 1 and {SCHEMA}")
     body = rest.removesuffix(b"\n]}\n")
     if facts.get("sha256") != sha256(body).hexdigest():
         raise ValueError("its checksum does not match: it was cut off or changed")
-    return facts["generation"], [Job.model_validate_json(line) for line in body.split(b",\n") if line]
+    jobs = [Job.model_validate_json(line) for line in body.split(b",\n") if line]
+    return Generation(facts["generation"], schema, facts["sha256"], jobs)
 
 # %% ../../nbs/6_api/03_state_file.ipynb #3cf4d16a
 def write_synced(path: Path, content: bytes) -> None:
@@ -72,20 +89,53 @@ def keep_old(
         os.replace(path, backup)
     return True
 
-# %% ../../nbs/6_api/03_state_file.ipynb #24428316
+# %% ../../nbs/6_api/03_state_file.ipynb #83ef1937
+def journal_of(path: Path, generation: int, sha256: str) -> Path:
+    "The journal of a file."
+    return path.with_name(f"{path.name}.journal-{generation}-{sha256[:12]}")
+
+# %% ../../nbs/6_api/03_state_file.ipynb #3fd64ee2
+def journals_of(path: Path) -> list[tuple[int, Path]]:
+    "The generations and paths of all journals beside a file, oldest first."
+    pattern = re.compile(re.escape(path.name) + r"\.journal-([0-9]+)-[0-9a-f]{12}")
+    found = [(pattern.fullmatch(file.name), file) for file in path.parent.iterdir()]
+    return sorted((int(match[1]), file) for match, file in found if match)
+
+# %% ../../nbs/6_api/03_state_file.ipynb #6daf7d40
+def _sha256_of(content: bytes) -> str:
+    "The hash of the jobs that a file of ours names in its first line."
+    return json.loads(content[:300].partition(_MARK)[0] + b"}")["sha256"]
+
+# %% ../../nbs/6_api/03_state_file.ipynb #0130a0c6
+def _bytes_of(file: Path) -> bytes:
+    "What is in a file; raises `FileNotFoundError`, `IsADirectoryError`, and `LoraMvpError` `store_failed` for all else."
+    try:
+        return file.read_bytes()
+    except (FileNotFoundError, IsADirectoryError):
+        raise
+    except OSError as error:
+        raise store_failed(f"{file} cannot be read: {error.strerror}.") from error
+
+# %% ../../nbs/6_api/03_state_file.ipynb #acad2ec6
+LEAST_JOURNAL = 2**20  # bytes that a journal may have however small its file is
+
+
 class StateFile:
-    "The file of a `JsonStore`, and the generation before it beside it."
+    "The file of a `JsonStore`, its journal, and the generation before it beside it."
 
     def __init__(self, path: Path):
-        self.path, self.generation = path, 0
+        self.path, self.generation = path, 0  # the highest number so far
         self.backup, self.temp, self.link = (path.with_name(f"{path.name}.{end}") for end in ("bak", "tmp", "old"))
+        self.journal: Journal | None = None
+        self.number, self.sha256, self.size = 0, "", 0  # of the file
+        self.due = True  # to be written anew before anything is added
         self.recovered: str | None = None  # what was wrong when it was read
 
     def write(self, lines: Iterable[bytes]) -> None:
-        "Put a new generation on the disk, or leave all as it was; raises `OSError`."
-        replaced = False
+        "Put a new generation with all jobs on the disk, or leave all as it was; raises `OSError`."
+        replaced, content = False, pack_jobs(self.generation + 1, lines)
         try:
-            write_synced(self.temp, pack_jobs(self.generation + 1, lines))
+            write_synced(self.temp, content)
             replaced = keep_old(self.path, self.backup, self.link)
             os.replace(self.temp, self.path)
             sync(self.path.parent)
@@ -96,26 +146,68 @@ class StateFile:
         finally:
             with contextlib.suppress(OSError):  # what went wrong before is what is said
                 self.temp.unlink(missing_ok=True)
-        self.generation += 1
+        self.close()
+        if replaced:  # what is the backup now needs none of the earlier journals
+            self._drop_journals(self.number)
+        self.generation = self.number = self.generation + 1
+        self.sha256, self.size, self.due = _sha256_of(content), len(content), False
+
+    def append(self, jobs: Iterable[bytes], gone: Iterable[str]) -> None:
+        "Put a change on the disk, or leave all as it was; raises `OSError`, and everything is to be written anew then."
+        try:
+            self.journal = self.journal or Journal(journal_of(self.path, self.number, self.sha256))
+            self.journal.append(jobs, gone)
+        except OSError:
+            self.due = True
+            raise
+        self.due = self.journal.size > max(LEAST_JOURNAL, self.size)
+
+    def close(self) -> None:
+        if self.journal:
+            self.journal.close()
+        self.journal = None
 
     def read(self, rebuild: Rebuild) -> list[Job]:
-        "The jobs; from the backup and `rebuild` where the file does not give them. Raises `LoraMvpError` `store_failed`."
-        jobs, broken = [], {}
-        for file in (self.path, self.backup):
-            try:
-                self.generation, jobs = unpack_jobs(file.read_bytes())
-            except FileNotFoundError:
-                continue
-            except (ValueError, IsADirectoryError) as error:
-                broken[file] = str(getattr(error, "strerror", None) or error).split("\n")[0]
-                continue
-            except OSError as error:
-                raise store_failed(f"{file} cannot be read: {error.strerror}.") from error
-            if file == self.path:
-                return jobs
-            break
-        jobs, self.recovered = recover(self.path, broken, jobs, rebuild, self._write_jobs)
-        return jobs
+        "The jobs; from the backup and `rebuild` where the files do not give them. Raises `LoraMvpError` `store_failed`."
+        for left in (self.temp, self.link):  # by a server that was killed
+            with contextlib.suppress(OSError):  # a place where nothing can be removed may still be read
+                left.unlink(missing_ok=True)
+        broken: dict[Path, str] = {}
+        main = self._generation(self.path, broken)
+        base = main or self._generation(self.backup, broken) or Generation(0, SCHEMA, "", [])
+        jobs, beside = {job.id: job for job in base.jobs}, journals_of(self.path)
+        own = journal_of(self.path, base.number, base.sha256)
+        used = [file for number, file in beside if file == own or (not main and number > base.number)]
+        for file in used:
+            changes, flaw = read_journal(_bytes_of(file))
+            replay(jobs, changes)
+            broken |= {file: flaw} if flaw else {}
+        for number, file in beside:
+            if file not in used and number >= base.number:
+                _logger.warning("%s belongs to another %s and is not used", file.name, self.path.name)
+        self.generation = max(base.number, *(number for number, _ in beside), 0)
+        if not main or broken:
+            jobs, self.recovered = recover(self.path, broken, list(jobs.values()), rebuild, self._write_jobs)
+            return jobs
+        self.number, self.sha256, self.size = main.number, main.sha256, self.path.stat().st_size
+        self.due = bool(used) or main.schema != SCHEMA
+        return list(jobs.values())
+
+    def _generation(self, file: Path, broken: dict[Path, str]) -> Generation | None:
+        "What a file holds; None, and a word in `broken`, where it cannot be believed."
+        try:
+            return unpack_jobs(_bytes_of(file))
+        except FileNotFoundError:
+            return None
+        except (ValueError, IsADirectoryError) as error:
+            broken[file] = str(getattr(error, "strerror", None) or error).split("\n")[0]
+            return None
+
+    def _drop_journals(self, before: int) -> None:
+        for number, file in journals_of(self.path):
+            if number < before:
+                with contextlib.suppress(OSError):  # a file too many harms nothing, and is tried again
+                    file.unlink()
 
     def _write_jobs(self, jobs: list[Job]) -> None:
         self.write(job.model_dump_json().encode() for job in jobs)

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/6_api/02_store_rules.ipynb #350ae557
 import logging
 from collections.abc import Callable, Iterable
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -84,17 +84,14 @@ def recover(
     if not jobs:
         return jobs, None
     what = " and ".join(what) or f"{path} was missing"
-    told = f"{what}. {len(jobs)} jobs recovered: {len(kept)} from a backup, {len(found)} from job folders."
+    told = f"{what}. {len(jobs)} jobs recovered: {len(kept)} from what could be read, {len(found)} from job folders."
     _logger.warning("%s", told)
     return jobs, told
 
 # %% ../../nbs/6_api/02_store_rules.ipynb #942e5567
-KEY_LIFE = timedelta(hours=24)
-
-
 def replayed(old: Job | None, job: Job) -> bool:
     "Whether `job` repeats the request that made `old`; raises `LoraMvpError` `key_reused` when it is another."
-    if old is None or old.created_at <= job.created_at - KEY_LIFE:
+    if old is None:
         return False
     if old.key_digest != job.key_digest:
         text = f"The idempotency key {job.key!r} came with another request before. Use a new key for a new request."

@@ -12,6 +12,7 @@ import ipaddress
 import logging
 import os
 import secrets
+import sys
 import threading
 from pathlib import Path
 from typing import Literal
@@ -20,8 +21,9 @@ from pydantic import Field, ValidationError
 
 from .jobs import FrozenRecord
 from .plain import quoted
+from ..config import ApiConfig
 from ..errors import LoraMvpError
-from ..files import atomic_write
+from ..files import atomic_write, make_folder
 
 # %% ../../nbs/6_api/13_tokens.ipynb #4d003fd0
 Scope = Literal["read", "submit", "admin"]
@@ -51,7 +53,15 @@ def read_tokens(file: Path) -> list[Token]:
         why = "a line is not {id, scope, sha256}" if isinstance(error, ValidationError) else "it cannot be read"
         raise LoraMvpError("tokens_unreadable", f"the tokens file is no good: {why}. Mend {file}.") from None
 
+# %% ../../nbs/6_api/13_tokens.ipynb #e077406d
+def write_tokens(file: Path, tokens: list[Token]) -> None:
+    "Write the file anew, for its owner alone; raises `LoraMvpError` (`not_writable`)."
+    make_folder(file.parent, "api.tokens_file")
+    atomic_write(file, "".join(token.model_dump_json() + "\n" for token in tokens))
+    os.chmod(file, 0o600)
+
 # %% ../../nbs/6_api/13_tokens.ipynb #9ee61ba5
+MEANT = {"list", "revoke"}  # words of `lora-mvp token`, which no token can have as its name
 PREFIX = "lmvp_"  # so that scanners for leaked secrets, and `redact`, know one when they see it
 
 
@@ -63,16 +73,30 @@ def new_token(
     "Make a token and add it to the file; raises `LoraMvpError`: `token_exists`, `token_invalid`, `tokens_unreadable`, `not_writable`."
     tokens, secret = read_tokens(file), PREFIX + secrets.token_urlsafe(32)
     if any(token.id == id for token in tokens):
-        raise LoraMvpError("token_exists", f"there is a token {quoted(id)}; take its line out of {file} first.")
-    try:
-        tokens.append(Token(id=id, scope=scope, sha256=hashlib.sha256(secret.encode()).hexdigest()))
-    except ValidationError:
         raise LoraMvpError(
-            "token_invalid", f"{quoted(id)}: a name has letters, digits, ., _ and -, at most 64."
-        ) from None
-    atomic_write(file, "".join(token.model_dump_json() + "\n" for token in tokens))
-    os.chmod(file, 0o600)
+            "token_exists", f"there is a token {quoted(id)}; `lora-mvp token revoke {id}` takes it back."
+        )
+    try:
+        if id in MEANT:
+            raise ValueError(id)
+        tokens.append(Token(id=id, scope=scope, sha256=hashlib.sha256(secret.encode()).hexdigest()))
+    except ValueError:  # pydantic's among them
+        text = f"{quoted(id)}: a name has letters, digits, ., _ and -, at most 64, and is not list or revoke."
+        raise LoraMvpError("token_invalid", text) from None
+    write_tokens(file, tokens)
     return secret
+
+# %% ../../nbs/6_api/13_tokens.ipynb #1315d166
+def revoke_token(
+    file: Path,  # `api.tokens_file`
+    id: str,
+) -> None:
+    "Take a token back: it is worth nothing from the next request on; raises `LoraMvpError` (`token_unknown`)."
+    tokens = read_tokens(file)
+    if not any(token.id == id for token in tokens):
+        text = f"there is no token {quoted(id)}; there are {', '.join(token.id for token in tokens) or 'none'}."
+        raise LoraMvpError("token_unknown", text)
+    write_tokens(file, [token for token in tokens if token.id != id])
 
 # %% ../../nbs/6_api/13_tokens.ipynb #06aafaee
 _logger = logging.getLogger("lora_mvp.api")
@@ -83,15 +107,16 @@ class Tokens:
 
     def __init__(
         self,
-        file: Path | None,  # None: there are none, and whoever reaches the service may use it
+        file: Path,
+        needed: bool = True,  # whether one is asked for while there is no file
     ):
-        self.file, self.lock, self.seen, self.tokens = file, threading.Lock(), None, []
-        if file:
-            read_tokens(file)  # a mistake is said at the start
+        self.file, self.needed, self.lock, self.seen, self.tokens = file, needed, threading.Lock(), None, []
+        read_tokens(file)  # a mistake is said at the start
 
     def __bool__(self) -> bool:
-        "Whether a token is asked for at all."
-        return self.file is not None
+        "Whether a token is asked for at all: once there was a file, always."
+        self.needed = self.needed or self.file.exists()
+        return self.needed
 
     def now(self) -> list[Token]:
         "The tokens; read again when the file has changed."
@@ -120,6 +145,30 @@ class Tokens:
         good = [token for token in self.now() if hmac.compare_digest(token.sha256, digest)]  # all are compared
         return good[0] if good and kind.lower() == "bearer" else None
 
+    def holds(self, token: Token) -> bool:
+        "Whether a token is still good."
+        return token in self.now()
+
+# %% ../../nbs/6_api/13_tokens.ipynb #a90ff22f
+def tokens_place(api: ApiConfig) -> Path:
+    "The file of the tokens: the one of the settings, else one beside the folder of the jobs."
+    return api.tokens_file or api.jobs_dir.parent / "tokens"
+
+# %% ../../nbs/6_api/13_tokens.ipynb #bfaa2695
+def first_token(
+    file: Path,
+) -> str | None:  # the secret; None where there is a file, even one without tokens
+    "Make the first token, and show it."
+    if file.exists():
+        if not read_tokens(file):
+            _logger.warning("%s holds no token: nobody is let in. Make one with `lora-mvp token`.", file)
+        return None
+    secret = new_token(file, "first", "admin")
+    about = f"There was no token. This one may do everything; {file} keeps its hash, and nothing shows it again:"
+    use = "Programs send it as LORA_MVP_TOKEN, the page asks for it. More of them, for others: lora-mvp token NAME --scope submit"
+    print(f"{about}\n\n    {secret}\n\n{use}", file=sys.stderr, flush=True)
+    return secret
+
 # %% ../../nbs/6_api/13_tokens.ipynb #fa695f61
 def is_loopback(
     host: str,  # an address, or a name
@@ -130,13 +179,3 @@ def is_loopback(
     except ValueError:
         return host.lower() == "localhost"
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
-
-# %% ../../nbs/6_api/13_tokens.ipynb #aa5fac96
-def check_listen(
-    host: str,  # to bind to
-    tokens: Tokens,
-) -> None:
-    "Refuse to be reachable from elsewhere without tokens: `LoraMvpError` (`token_required`)."
-    if not (is_loopback(host) or (tokens and tokens.now())):
-        advice = "Set api.tokens_file and make a token with `lora-mvp token`, or listen on 127.0.0.1"
-        raise LoraMvpError("token_required", f"{quoted(host)} can be reached from other machines. {advice}.")

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 from fastapi import Header
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from .artifacts import Artifact
+from .artifacts import Artifact, ArtifactKind
 from .jobs import TERMINAL, Job, JobError, JobSpec, Kind, Status
+from .outcomes import EvaluationResult
 from .plain import plain
 from .service import Service
 
@@ -43,10 +44,15 @@ class TrainRequest(_Asked):
 
 # %% ../../nbs/6_api/28_views.ipynb #74d380e6
 class EvaluateRequest(_Asked):
-    "An evaluation of a job's result."
+    "An evaluation of a trained model."
 
     model: str = Field(
-        max_length=64, description="id of a training that succeeded", examples=["01JX0S4T5VYQW8W6D1N3M2K7RA"]
+        max_length=1024,
+        description="id of a training that succeeded, or an adapter or a pipeline below api.models_dir",
+        examples=["01JX0S4T5VYQW8W6D1N3M2K7RA"],
+    )
+    manifest: str | None = Field(
+        None, max_length=1024, description="of the real pictures; null: that of the training; a saved model needs one"
     )
     real_split: Literal["train", "val"] = Field("val", description="the pictures to compare with")
     config: PlainConfig = Field(
@@ -89,8 +95,18 @@ class JobView(BaseModel):
     spec: JobSpec
     error: JobError | None
     progress: Progress | None
+    result: EvaluationResult | None = Field(description="of an evaluation that succeeded")
     queue_position: int | None = Field(description="of a queued job; 1 is the next to start")
     links: dict[str, str]
+
+# %% ../../nbs/6_api/28_views.ipynb #2020c726
+def result_view(service: Service, job: Job) -> EvaluationResult | None:
+    "What an evaluation found; None for other jobs, and for one whose words cannot be read."
+    said = service.folder(job).result(job.attempt) if (job.kind, job.status) == ("evaluate", "succeeded") else None
+    try:
+        return EvaluationResult.model_validate(said) if said else None
+    except ValidationError:  # of another version
+        return None
 
 # %% ../../nbs/6_api/28_views.ipynb #0da88e06
 def view(
@@ -104,6 +120,7 @@ def view(
     return JobView(
         job_id=job.id,
         progress=service.folder(job).progress() if job.attempt else None,
+        result=result_view(service, job),
         queue_position=service.queue_position(job) if job.status == "queued" else None,
         links=links,
         **{name: getattr(job, name) for name in JobView.model_fields if name in Job.model_fields},
@@ -117,13 +134,64 @@ class JobPage(BaseModel):
     has_more: bool
     next: str | None
 
+# %% ../../nbs/6_api/28_views.ipynb #e0a31cda
+class SomeEvent(BaseModel):
+    "What all events have."
+
+    seq: int = Field(description="number of the event; ask for more `after` it")
+    time: datetime
+    attempt: int
+    dropped: int | None = Field(None, description="events before it that could not be written")
+
+# %% ../../nbs/6_api/28_views.ipynb #7bde9f1d
+class StateEvent(SomeEvent):
+    "The job came into a state."
+
+    type: Literal["state"]
+    status: Status
+    error: JobError | None = None
+
+# %% ../../nbs/6_api/28_views.ipynb #37abf87a
+class ProgressEvent(SomeEvent):
+    "A step was done."
+
+    type: Literal["progress"]
+    step: int
+    total: int
+    epoch: float | None = None
+    loss: float | None = None
+    learning_rate: float | None = None
+    images_per_second: float | None = None
+    eta_seconds: float | None = None
+
+# %% ../../nbs/6_api/28_views.ipynb #be4185f9
+class CheckpointEvent(SomeEvent):
+    "There is a checkpoint from which a retry can go on."
+
+    type: Literal["checkpoint"]
+    step: int
+
+# %% ../../nbs/6_api/28_views.ipynb #9d9d2028
+class SampleEvent(SomeEvent):
+    "There is a sample picture."
+
+    type: Literal["sample"]
+    name: str = Field(description="of the artifact")
+
+# %% ../../nbs/6_api/28_views.ipynb #1116929b
+class ResultEvent(SomeEvent, EvaluationResult):
+    "An evaluation has found something."
+
+    type: Literal["result"]
+
+# %% ../../nbs/6_api/28_views.ipynb #b82df5f0
+Event = Annotated[StateEvent | ProgressEvent | CheckpointEvent | SampleEvent | ResultEvent, Field(discriminator="type")]
+
 # %% ../../nbs/6_api/28_views.ipynb #647bf5e6
 class EventPage(BaseModel):
     "Some events of a job; ask again with `after` = `next` for more."
 
-    data: list[dict[str, Any]] = Field(
-        examples=[[{"seq": 181, "type": "progress", "step": 1, "total": 20, "loss": 0.41}]]
-    )
+    data: list[Event]
     next: int = Field(description="also when there is nothing yet")
 
 # %% ../../nbs/6_api/28_views.ipynb #473b9d74
@@ -133,7 +201,7 @@ class ArtifactView(BaseModel):
     name: str = Field(examples=["lora_adapter/pytorch_lora_weights.safetensors"])
     size: int = Field(description="bytes")
     sha256: str
-    kind: str
+    kind: ArtifactKind
     url: str
 
 # %% ../../nbs/6_api/28_views.ipynb #a1af3a74

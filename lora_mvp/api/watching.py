@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .client import Client
+from .outcomes import outcome_text
 from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/36_watching.ipynb #41eca35d
@@ -61,7 +62,9 @@ def job_paragraph(job: dict[str, Any]) -> str:
     rows |= {name: job.get(f"{name}_at") for name in ("created", "started", "finished")}
     rows |= {"progress": pace_text(progress) if progress else None}
     rows |= {"attempt": job["attempt"] or None, "error": f"{error['message']} ({error['code']})" if error else None}
-    return terminal_text("\n".join(f"{name:<9} {value}" for name, value in rows.items() if value is not None))
+    lines = [f"{name:<9} {value}" for name, value in rows.items() if value is not None]
+    lines += [outcome_text(job["result"])] if job.get("result") else []
+    return terminal_text("\n".join(lines))
 
 # %% ../../nbs/6_api/36_watching.ipynb #8f51022b
 class Bar:
@@ -99,6 +102,8 @@ class Bar:
             self.say(f"{clock} {event['status']}{': ' + error['message'] if error else ''}\n")
         elif event["type"] == "checkpoint":
             self.say(f"{clock} checkpoint of step {event['step']}\n")
+        elif event["type"] == "result":
+            self.say(f"{outcome_text(event)}\n")
 
 # %% ../../nbs/6_api/36_watching.ipynb #10d321f4
 @contextmanager

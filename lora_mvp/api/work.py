@@ -18,11 +18,12 @@ from pathlib import Path
 
 import psutil
 
-from .access import check_manifest, check_overrides
+from .access import check_manifest, check_overrides, check_saved
 from .failures import job_error
 from .folders import JobFolder, Result
 from .job_settings import read_settings
-from .jobs import Job
+from .jobs import Job, JobSpec, is_job
+from .outcomes import evaluation_result
 from .reporter import FENCED, Reporter
 from ..config import ApiConfig, AppConfig
 from ..errors import LoraMvpError
@@ -58,21 +59,38 @@ def run_training(folder: JobFolder, job: Job, attempt: int, config: AppConfig) -
         if report.speaks:
             report.news()
 
+# %% ../../nbs/6_api/18_work.ipynb #3e7e77ae
+def evaluated(
+    spec: JobSpec,
+    config: AppConfig,
+) -> tuple[
+    Path, str, str | None
+]:  # the model; manifest of the real pictures; base, where the model does not name its own
+    "What an evaluation is of: the result of a training, or something below `api.models_dir`."
+    if is_job(spec.model):
+        trained = JobFolder(config.api.jobs_dir / spec.model)
+        return trained.run, spec.manifest or trained.read_job().spec.manifest, None
+    model = check_saved(spec.model, config.api)
+    own = (model / "model_index.json").is_file() or (model / "run.json").is_file()
+    return model, spec.manifest, None if own else config.training.pretrained_model
+
 # %% ../../nbs/6_api/18_work.ipynb #d7492ced
 def run_evaluation(folder: JobFolder, job: Job, attempt: int, config: AppConfig) -> None:
-    "Compare a trained model with its base."
+    "Compare a trained model with its base, and say what was found."
     from lora_mvp.data.manifest import read_manifest
     from lora_mvp.eval.evaluator import evaluate
 
-    trained, real = JobFolder(config.api.jobs_dir / job.spec.model), folder.root / "real"
-    manifest = read_manifest(check_manifest(trained.read_job().spec.manifest, config.api))
+    model, pictures, base = evaluated(job.spec, config)
+    manifest, real = read_manifest(check_manifest(pictures, config.api)), folder.root / "real"
     shutil.rmtree(real, ignore_errors=True)
     real.mkdir()
     for number, row in enumerate(manifest.rows(job.spec.real_split)):
         copy = real / f"{number:06d}{Path(row.file).suffix}"
         shutil.copyfile(manifest.path_of(row), copy)
-    evaluate(config, os.path.relpath(trained.run), f"{real.name}/*", out=folder.run.name)
+    found = evaluate(config, os.path.relpath(model), f"{real.name}/*", out=folder.run.name, base=base)
     shutil.rmtree(real)
+    if folder.current_attempt() == attempt:
+        folder.append("result", attempt, **evaluation_result(found).model_dump())
 
 # %% ../../nbs/6_api/18_work.ipynb #f3204dc9
 def do_job(folder: JobFolder, job: Job, attempt: int) -> None:

@@ -6,29 +6,34 @@
 __all__ = ['check_data', 'prepare_data']
 
 # %% ../../nbs/1_data/16_prepare.ipynb #bc0296a0
-import hashlib
 import logging
 import os
-from collections import Counter, defaultdict
+import shutil
+import tempfile
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from ..config import AppConfig, DataConfig
 from .assess import Assessment, Taken, assess, automatic_captions, known_captions
 from .captions import render_caption
-from .images import decode, read_regular
+from .images import REASONS
 from .looks import ImageRecord
 from .manifest import Manifest, ManifestImage, parse_manifest
 from .raw import check_raw, scan
 from lora_mvp.data.storage import (
+    Made,
     announce_files,
-    crop_to,
     locked,
+    make,
     pending_files,
     place_bytes,
+    place_file,
     portable_name,
     remove_stale,
     remove_unfinished,
@@ -38,8 +43,9 @@ from lora_mvp.data.storage import (
     true_ending,
     unique_name,
 )
+from .workers import Task, ask_workers, name_bytes, reference, usable_processors
 from ..errors import LoraMvpError
-from ..files import file_sha256, make_folder, not_writable, png_bytes
+from ..files import file_sha256, make_folder, not_writable
 from ..words import printable
 
 # %% ../../nbs/1_data/16_prepare.ipynb #ff6af755
@@ -193,8 +199,8 @@ class Target:
     source: Path  # raw file
     mask: Path | None  # raw file
     row: ManifestImage  # what is known before it is stored
-    mode: str  # `process`, `copy` or `link`
-    size: tuple[int, int] | None  # width and height of a processed picture; None: its own
+    mode: Literal["process", "copy", "link"]
+    size: tuple[int, int]  # width and height of the stored picture
 
 # %% ../../nbs/1_data/16_prepare.ipynb #de7676c3
 def plan_files(
@@ -209,7 +215,9 @@ def plan_files(
         name = unique_name(portable_name(taken.path.stem), r.sha256, names[folder.casefold()])
         ending = ".png" if mode == "process" else true_ending(r.format)
         row = row_of(taken).model_copy(update={"file": f"{taken.split}/{folder}/{name}{ending}"})
-        size = target_size(r.facts, data.image_size, data.aspect_buckets) if data.materialise == "process" else None
+        size = r.facts.width, r.facts.height
+        if data.materialise == "process":
+            size = target_size(r.facts, data.image_size, data.aspect_buckets)
         mask = {"mask": f"masks/{taken.split}/{folder}/{name}.png"} if taken.mask else {}
         targets.append(Target(taken.path, taken.mask, row.model_copy(update=mask), mode, size))
     return targets
@@ -245,58 +253,154 @@ def files_of(
     "The files that a manifest names."
     return {file for row in manifest.images for file in (row.file, row.mask) if file} if manifest else set()
 
-# %% ../../nbs/1_data/16_prepare.ipynb #260ee3ec
-def store_mask(
+# %% ../../nbs/1_data/16_prepare.ipynb #eb2ba419
+def claim(
+    targets: list[Target],
+    out: Path,  # processed folder
+    before: Manifest | None,  # of an earlier run
+) -> set[str]:  # POSIX, relative to it: what an earlier run of ours wrote and this one may replace
+    "Clear away what killed runs left unfinished, and say what is going to be written."
+    kept = files_of(before)
+    ours = kept | pending_files(out)
+    remove_unfinished({out / file for file in {*ours, "manifest.json", ".prepare/pending.json"}})
+    for left in state_file(out, "").glob("new-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    wanted = {file for t in targets for file in (t.row.file, t.row.mask) if file}
+    new = {file for file in wanted if not os.path.lexists(out / file)}  # what lies there already is not ours
+    announce_files(out, (ours | new) - kept)
+    return ours
+
+# %% ../../nbs/1_data/16_prepare.ipynb #066c1744
+def same_settings(
+    data: DataConfig,
+    before: Manifest | None,  # of an earlier run
+) -> bool:
+    "Whether an earlier run stored pictures as this one does."
+    decide = ("image_size", "aspect_buckets", "background", "materialise")
+    return before is not None and all(before.config.get(key) == getattr(data, key) for key in decide)
+
+# %% ../../nbs/1_data/16_prepare.ipynb #369cd7d9
+def store_as_it_is(
     target: Target,
     out: Path,  # processed folder
-    made: dict[str, Any],  # width and height of the stored picture
-    max_pixels: int,  # data.max_pixels
-    ours: bool,  # whether an earlier run of ours wrote that path
-) -> str:  # SHA-256 of what was written
-    "Store the mask of an image; raises `LoraMvpError` (`changed`)."
-    facts = target.row.facts
+    old: ManifestImage | None,  # the row of an earlier run with the same settings
+    ours: set[str],  # of `claim`
+) -> ManifestImage | LoraMvpError | None:  # None: it must be made; `changed`: it is not what it was
+    "Store an image without looking into it, if that will do."
+    row = target.row
+    made_from = {"file": row.file, "source_sha256": row.source_sha256}
+    if still_there(target.source, out, old, made_from, same_pixels(old, row)):
+        return row.model_copy(update={key: getattr(old, key) for key in ("stored", "width", "height", "sha256")})
+    if target.mode == "process":
+        return None
     try:
-        im = decode(read_regular(target.mask), max_pixels)[0].resize((facts.width, facts.height))
+        stored = store(target.source, out / row.file, target.mode, row.file in ours, row.source_sha256)
     except LoraMvpError as e:
-        raise LoraMvpError("changed", f"its mask could be read, and cannot now: {e}") from e
-    data = png_bytes(crop_to(im, made["width"], made["height"]).convert("L"))
-    place_bytes(data, out / target.row.mask, ours)
-    return hashlib.sha256(data).hexdigest()
+        if e.code != "changed":
+            raise
+        return e
+    return row.model_copy(update={"stored": stored, "sha256": row.source_sha256})
+
+# %% ../../nbs/1_data/16_prepare.ipynb #b7db954c
+def new_file(
+    new: Path,  # folder for what is made
+    task: Task,
+) -> Path:
+    "Where a worker writes what it makes."
+    return new / f"{task.index}-{task.kind}.png"
+
+# %% ../../nbs/1_data/16_prepare.ipynb #7c0ecea4
+def tasks_for(
+    targets: list[Target],
+    rows: list[ManifestImage | LoraMvpError | None],  # of `store_as_it_is`
+    data: DataConfig,
+    new: Path,  # folder for what is made
+) -> deque[Task]:  # one for each picture or mask that must be made
+    "What the workers have to do."
+    tasks = deque()
+    for i, (target, row) in enumerate(zip(targets, rows, strict=True)):
+        how = {"size": target.size, "max_pixels": data.max_pixels}
+        if row is None:
+            seen = {"sha256": target.row.source_sha256, "background": data.background}
+            tasks.append(Task(i, target.source, "picture", how | seen))
+        if target.mask and not isinstance(row, LoraMvpError):
+            shape = {"shape": (target.row.facts.width, target.row.facts.height)}
+            tasks.append(Task(i, target.mask, "mask", how | shape))
+    for task in tasks:
+        task.options["new"] = name_bytes(new_file(new, task))
+    return tasks
+
+# %% ../../nbs/1_data/16_prepare.ipynb #170426c1
+FEW = 30e6  # pixels; decoded in about half a second, which is what a worker takes to start
+
+
+def makers(
+    tasks: deque[Task],
+    targets: list[Target],  # that they are for
+) -> int:  # 0: this process
+    "How many workers are worth their start."
+    pixels = sum(targets[task.index].row.facts.width * targets[task.index].row.facts.height for task in tasks)
+    return min(usable_processors(), len(tasks)) if pixels > FEW else 0
+
+# %% ../../nbs/1_data/16_prepare.ipynb #a1e5f930
+LIMIT = 60.0  # seconds for one file
+
+
+def make_all(
+    tasks: deque[Task],  # emptied
+    count: int,  # of `makers`
+) -> Iterator[tuple[Task, Made]]:  # as they come
+    "Have every task done; raises `LoraMvpError` for what is wrong with the folder and not with a picture."
+    tried, answers = set(), ask_workers(tasks, count, [reference(make), "{}", str(LIMIT)], LIMIT)
+    with closing(answers), tqdm(total=len(tasks), desc="write", unit="image", leave=False, disable=None) as bar:
+        for task, said in answers:
+            if "error" in said and (task.index, task.kind) not in tried:
+                tried.add((task.index, task.kind))
+                tasks.append(task)
+                continue
+            lost = {"code": "decoder_crash", "detail": said.get("error")}
+            made = Made(**said.get(task.kind, lost))
+            if made.code and made.code not in REASONS:
+                raise LoraMvpError(made.code, made.detail)
+            bar.update()
+            yield task, made
+
+# %% ../../nbs/1_data/16_prepare.ipynb #cdec162b
+def row_with(
+    target: Target,
+    row: ManifestImage | LoraMvpError | None,  # of `store_as_it_is`
+    made: dict[str, Made],  # picture, mask
+) -> ManifestImage | LoraMvpError:
+    "What is known of an image when it is stored."
+    if row is None and made["picture"].code:
+        return LoraMvpError(made["picture"].code, made["picture"].detail)
+    if "mask" in made and made["mask"].code:
+        return LoraMvpError("changed", f"its mask could be read, and cannot now: {made['mask'].detail}")
+    if row is None:
+        size = dict(zip(("width", "height"), target.size, strict=True))
+        row = target.row.model_copy(update={"stored": "processed", "sha256": made["picture"].sha256, **size})
+    return row.model_copy(update={"mask_sha256": made["mask"].sha256}) if "mask" in made else row
 
 # %% ../../nbs/1_data/16_prepare.ipynb #deb2db30
 def store_pictures(
     targets: list[Target],  # by path
     data: DataConfig,
     before: Manifest | None,  # of an earlier run
-) -> list[ManifestImage | LoraMvpError]:  # per target: its row and what was stored; `changed`: it is not what it was
+) -> list[ManifestImage | LoraMvpError]:  # per target: its row and what was stored; or why it is not what it was
     "Store every accepted image that is not there already."
-    out, earlier = Path(data.processed_dir), {row.file: row for row in before.images} if before else {}
-    kept = files_of(before)
-    ours = kept | pending_files(out)
-    remove_unfinished({out / file for file in {*ours, "manifest.json", ".prepare/pending.json"}})
-    wanted = {file for t in targets for file in (t.row.file, t.row.mask) if file}
-    new = {file for file in wanted if not os.path.lexists(out / file)}  # what lies there already is not ours
-    announce_files(out, (ours | new) - kept)
-    decide = ("image_size", "aspect_buckets", "background", "materialise")
-    same_settings = before is not None and all(before.config.get(k) == getattr(data, k) for k in decide)
-    rows = []
-    for target in tqdm(targets, "write", unit="image", leave=False, disable=None):
-        file, old, sha256 = target.row.file, earlier.get(target.row.file), target.row.source_sha256
-        made_from, same = {"file": file, "source_sha256": sha256}, same_settings and same_pixels(old, target.row)
-        try:
-            if still_there(target.source, out, old, made_from, same):
-                made = {key: getattr(old, key) for key in ("stored", "width", "height", "sha256")}
-            else:
-                how = (target.mode, target.size, data.background, data.max_pixels)
-                made = store(target.source, out, file, *how, ours=file in ours, sha256=sha256)
-            if target.mask:
-                made["mask_sha256"] = store_mask(target, out, made, data.max_pixels, ours=target.row.mask in ours)
-            rows.append(target.row.model_copy(update=made))
-        except LoraMvpError as e:
-            if e.code != "changed":
-                raise
-            rows.append(e)
-    return rows
+    out = Path(data.processed_dir)
+    ours, made = claim(targets, out, before), defaultdict(dict)
+    old = {row.file: row for row in before.images} if same_settings(data, before) else {}
+    shown = tqdm(targets, "store", unit="image", leave=False, disable=None)
+    rows = [store_as_it_is(target, out, old.get(target.row.file), ours) for target in shown]
+    with tempfile.TemporaryDirectory(dir=state_file(out, ""), prefix="new-", ignore_cleanup_errors=True) as new:
+        tasks = tasks_for(targets, rows, data, Path(new))
+        for task, done in make_all(tasks, makers(tasks, targets)):
+            row, made[task.index][task.kind] = targets[task.index].row, done
+            file = row.mask if task.kind == "mask" else row.file
+            if not done.code:
+                place_file(new_file(Path(new), task), out / file, file in ours)
+    return [row_with(target, row, made[i]) for i, (target, row) in enumerate(zip(targets, rows, strict=True))]
 
 # %% ../../nbs/1_data/16_prepare.ipynb #901a3abf
 def without_changed(

@@ -9,6 +9,7 @@ __all__ = []
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import combinations_with_replacement
 
 import numpy as np
 
@@ -20,28 +21,44 @@ def hash_signs(
     data = np.frombuffer(bytes.fromhex("".join(hashes)), dtype=np.uint8).reshape(len(hashes), 8)
     return np.unpackbits(data, axis=1).astype(np.float32) * 2 - 1
 
+# %% ../../nbs/1_data/03_splits.ipynb #c8739a38
+def agreements(
+    turned: list[np.ndarray],  # per orientation `hash_signs` of all images, the upright one first
+    rows: slice,  # of images
+    columns: slice,
+) -> np.ndarray:  # (rows, columns) float32: 64 - 2 * distance
+    "How well the images of one block agree with those of another, whichever way round."
+    agree = turned[0][rows] @ turned[0][columns].T
+    for hashes in turned[1:]:
+        np.maximum(agree, turned[0][rows] @ hashes[columns].T, out=agree)
+        np.maximum(agree, hashes[rows] @ turned[0][columns].T, out=agree)
+    return agree
+
 # %% ../../nbs/1_data/03_splits.ipynb #89e09c67
+BLOCK = 512  # images; 1 MB of agreements, which stays in a processor's cache
+
+
 def near_duplicates(
     phashes: list[list[str]],  # per image the hashes of its orientations, as it is first; empty: takes no part
     within: int = 8,  # largest distance, bits of 64
-) -> list[tuple[int, int, int]]:  # positions i < j and their distance, sorted
-    "Pairs of images that look the same, mirrored and turned copies included."
+) -> list[tuple[int, int, int]]:  # positions i < j and their distance, sorted; fewer than images
+    "Pairs of images that look the same, mirrored and turned copies included, as many as join all that do."
     places = np.array([i for i, hashes in enumerate(phashes) if hashes], dtype=int)
-    if len(places) < 2:
-        return []
-    turns = max(len(phashes[i]) for i in places)
+    turns = max((len(phashes[i]) for i in places), default=0)
     turned = [hash_signs([phashes[i][min(k, len(phashes[i]) - 1)] for i in places]) for k in range(turns)]
-    pairs = []
-    for start in range(0, len(places), 256):  # 256 rows at a time: the memory grows with n, not with n * n
-        rows = slice(start, start + 256)
-        agree = np.full((len(places[rows]), len(places) - start), -64, dtype=np.float32)
-        for hashes in turned:
-            np.maximum(agree, turned[0][rows] @ hashes[start:].T, out=agree)
-            np.maximum(agree, hashes[rows] @ turned[0][start:].T, out=agree)
-        i, j = np.nonzero(np.triu(agree >= 64 - 2 * within, k=1))
-        distances = (64 - agree[i, j]).astype(int) // 2
-        pairs += zip(places[start + i].tolist(), places[start + j].tolist(), distances.tolist(), strict=True)
-    return pairs
+    pairs, group_of = [], np.arange(len(places))
+    for top, left in combinations_with_replacement(range(0, len(places), BLOCK), 2):
+        agree = agreements(turned, slice(top, top + BLOCK), slice(left, left + BLOCK))
+        close = np.triu(agree >= 64 - 2 * within, k=1 + top - left)
+        for row in np.flatnonzero(close.any(axis=1)):
+            i, others = top + row, left + np.flatnonzero(close[row])
+            others = others[group_of[others] != group_of[i]]
+            if len(others):
+                groups, first = np.unique(group_of[others], return_index=True)
+                found = [(places[i], places[j], (64 - agree[row, j - left]) // 2) for j in others[first]]
+                pairs += [tuple(map(int, pair)) for pair in found]
+                group_of[np.isin(group_of, groups)] = group_of[i]
+    return sorted(pairs)
 
 # %% ../../nbs/1_data/03_splits.ipynb #7c5d5732
 def group(

@@ -15,16 +15,17 @@ import unicodedata
 from collections import defaultdict
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import cv2
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel
 
 from .images import decode, read_regular
 from .looks import Facts
 from ..errors import LoraMvpError
-from ..files import atomic_write, file_sha256, folder_lock, png_bytes
+from ..files import atomic_write, file_sha256, folder_lock, not_writable, png_bytes
 from ..words import printable
 
 # %% ../../nbs/1_data/11_storage.ipynb #8ef59de2
@@ -134,6 +135,22 @@ def true_ending(
     "The file ending that belongs to a format, whatever the raw file's was."
     return ENDINGS.get(format, f".{format.lower()}")
 
+# %% ../../nbs/1_data/11_storage.ipynb #01d68f3f
+def is_in_place(
+    data: bytes,  # what shall be there
+    path: Path,
+    ours: bool,  # whether an earlier run of ours wrote that path
+) -> bool:  # False: it may be written
+    "Whether a file is there already; raises `LoraMvpError` (`output_occupied`) where a foreign one is."
+    if not os.path.lexists(path):
+        return False
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
+        return True
+    if not ours:
+        advice = "move it away, or choose another data.processed_dir"
+        raise LoraMvpError("output_occupied", f"{path} is in the way and was not written by prepare-data; {advice}")
+    return False
+
 # %% ../../nbs/1_data/11_storage.ipynb #439f1ab2
 def place_bytes(
     data: bytes,  # content
@@ -141,14 +158,22 @@ def place_bytes(
     ours: bool,  # whether an earlier run of ours wrote that path
 ) -> None:
     "Write a file unless it is there already; raises `LoraMvpError` rather than replace a foreign file."
-    if os.path.lexists(path):
-        if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
-            return
-        if not ours:
-            advice = "move it away, or choose another data.processed_dir"
-            raise LoraMvpError("output_occupied", f"{path} is in the way and was not written by prepare-data; {advice}")
+    if not is_in_place(data, path, ours):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, data)
+
+# %% ../../nbs/1_data/11_storage.ipynb #f90dbd9f
+def place_file(
+    new: Path,  # on the same file system; is gone afterwards
+    path: Path,  # where to
+    ours: bool,  # whether an earlier run of ours wrote that path
+) -> None:
+    "As `place_bytes`, for a file that is written already."
+    if os.path.lexists(path) and is_in_place(new.read_bytes(), path, ours):
+        new.unlink()
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, data)
+    os.replace(new, path)
 
 # %% ../../nbs/1_data/11_storage.ipynb #4db6ec4c
 def place_link(
@@ -188,29 +213,70 @@ def same_bytes(
 # %% ../../nbs/1_data/11_storage.ipynb #9d76f423
 def store(
     source: Path,  # raw image
-    out: Path,  # processed folder
-    file: str,  # POSIX, relative to it
-    mode: Literal["process", "copy", "link"],
-    size: tuple[int, int] | None,  # width and height of a processed picture; None: its own
-    background: str,  # data.background
-    max_pixels: int,  # data.max_pixels
+    path: Path,  # where to
+    mode: Literal["copy", "link"],
     ours: bool,  # whether an earlier run of ours wrote that path
     sha256: str,  # of the raw file's bytes when they were looked at
-) -> dict[str, Any]:  # stored, width, height, sha256 of what was written
-    "Put one image into the processed folder; the raw file is only read. Raises `LoraMvpError` (`changed`)."
-    path, data = out / file, same_bytes(source, sha256)
-    im, _ = decode(data, max_pixels, background)
-    if mode == "process":
-        im, stored = crop_to(im, *size) if size else im, "processed"
-        data = png_bytes(im)
-    else:
-        stored = "linked" if mode == "link" and place_link(source, path, ours) else "copied"
-    if stored != "linked":
+) -> str:  # `copied` or `linked`
+    "Put one image into the processed folder as it is; the raw file is only read. Raises `LoraMvpError` (`changed`)."
+    data = same_bytes(source, sha256)
+    if mode == "copy" or not place_link(source, path, ours):
         place_bytes(data, path, ours)
-    elif file_sha256(path) != sha256:
+        return "copied"
+    if file_sha256(path) != sha256:
         path.unlink()
         raise LoraMvpError("changed", "its content changed while it was linked")
-    return {"stored": stored, "width": im.width, "height": im.height, "sha256": hashlib.sha256(data).hexdigest()}
+    return "linked"
+
+# %% ../../nbs/1_data/11_storage.ipynb #38a00185
+class Made(BaseModel):
+    "What became of one file that was to be made."
+
+    sha256: str = ""  # of what was written
+    code: str | None = None  # why it could not be made, as in a `LoraMvpError`
+    detail: str = ""
+
+# %% ../../nbs/1_data/11_storage.ipynb #4c82e555
+def picture_for(
+    data: bytes,  # a raw file
+    size: tuple[int, int],  # width and height of the stored picture
+    max_pixels: int,  # data.max_pixels
+    background: str,  # data.background
+) -> Image.Image:  # RGB
+    "A picture as it is stored; raises `LoraMvpError` as `decode`."
+    return crop_to(decode(data, max_pixels, background)[0], *size)
+
+# %% ../../nbs/1_data/11_storage.ipynb #30770e79
+def mask_for(
+    data: bytes,  # a raw file
+    size: tuple[int, int],  # width and height of the stored picture
+    max_pixels: int,  # data.max_pixels
+    shape: tuple[int, int],  # width and height of the raw picture
+) -> Image.Image:  # grey
+    "A mask as it is stored, cut and scaled as its picture was; raises `LoraMvpError` as `decode`."
+    return crop_to(decode(data, max_pixels)[0].resize(shape), *size).convert("L")
+
+# %% ../../nbs/1_data/11_storage.ipynb #58f40ba8
+def make(
+    path: str,  # a raw picture, or the mask of one
+    *,
+    new: str,  # `name_bytes` of the file to write
+    sha256: str | None = None,  # of a picture's bytes when they were looked at; None: a mask
+    **how,  # arguments of `picture_for` or `mask_for`
+) -> Made:
+    "Decode, cut, scale, compress and write one file."
+    new = os.fsdecode(new.encode("latin-1"))
+    try:
+        if sha256 is None:
+            data = png_bytes(mask_for(read_regular(path), **how))
+        else:
+            data = png_bytes(picture_for(same_bytes(path, sha256), **how))
+        atomic_write(new, data)
+    except LoraMvpError as e:
+        return Made(code=e.code, detail=e.message)
+    except OSError as e:
+        return Made(code="not_writable", detail=not_writable(new, e).message)
+    return Made(sha256=hashlib.sha256(data).hexdigest())
 
 # %% ../../nbs/1_data/11_storage.ipynb #9c0beb5d
 def state_file(

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from . import looks
 from .kinds import readers
-from .workers import Task, ask_workers, name_bytes, reference, stamp_of
+from .workers import Task, ask_workers, name_bytes, reference, stamp_of, usable_processors
 from ..errors import LoraMvpError
 from ..files import atomic_write
 
@@ -182,9 +182,8 @@ FEW = 50  # files; below, a second worker takes longer to start than it saves
 def default_workers(
     tasks: int,  # files to look at
 ) -> int:
-    "One for each processor, at most eight, and one for a few files."
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if tasks < FEW else min(usable, 8)
+    "One for each processor, and one for a few files."
+    return 1 if tasks < FEW else usable_processors()
 
 # %% ../../nbs/1_data/07_survey.ipynb #2775d96f
 def look_in(

@@ -23,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
@@ -104,45 +104,54 @@ def sha256_of(
 
 # %% ../../nbs/1_data/06_workers.ipynb #9a273e42
 def answer(
-    kind: str,  # look | hash
+    kind: str,  # `hash`, or what the function does: look | make
     path: str,
-    look: Callable,
-    options: dict,  # keyword arguments of `look`
-) -> dict:  # with one of the keys look, sha256, error
+    function: Callable,  # gives a pydantic model
+    options: dict,  # its keyword arguments
+) -> dict:  # with one of the keys sha256, the kind, error
     "What a worker says to one task."
     try:
-        return {"look": look(path, **options).model_dump()} if kind == "look" else {"sha256": sha256_of(path)}
-    except BaseException as e:  # sys.exit too
+        return {"sha256": sha256_of(path)} if kind == "hash" else {kind: function(path, **options).model_dump()}
+    except (Exception, SystemExit) as e:
         return {"error": f"the decoder raised {type(e).__name__}: {e}"}
+
+# %% ../../nbs/1_data/06_workers.ipynb #6371b436
+def called(
+    name: str,  # `reference`
+) -> Callable:
+    "The function of that name."
+    module, _, inner = name.partition(":")
+    return operator.attrgetter(inner)(importlib.import_module(module))
 
 # %% ../../nbs/1_data/06_workers.ipynb #cda3a77a
 def serve(
-    name: str,  # `reference` of the function that looks
+    name: str,  # `reference` of the function
     options: str,  # its keyword arguments, JSON
     limit: str,  # seconds for one file
 ) -> None:
     "What a worker does, until its input ends."
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
-    module, _, inner = name.partition(":")
-    look, options = operator.attrgetter(inner)(importlib.import_module(module)), json.loads(options)
+    function, options = called(name), json.loads(options)
     settle_in()
     tasks = queue.SimpleQueue()
     threading.Thread(target=end_with_input, args=(tasks,), daemon=True).start()
     print(json.dumps("ready"), file=answers, flush=True)
     while True:
-        kind, path = json.loads(tasks.get())
+        kind, path, own = json.loads(tasks.get())
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_PROF, 2 * float(limit))  # the caller is there to stop it sooner
-        print(json.dumps(answer(kind, os.fsdecode(path.encode("latin-1")), look, options)), file=answers, flush=True)
+        said = answer(kind, os.fsdecode(path.encode("latin-1")), function, options | own)
+        print(json.dumps(said), file=answers, flush=True)
 
 # %% ../../nbs/1_data/06_workers.ipynb #e724b190
 @dataclass
 class Task:
-    "One file to look at."
+    "One file to read, and what for."
 
     index: int  # its position among the paths
     path: Path
-    kind: str  # look | hash
+    kind: str  # as for `answer`
+    options: dict = field(default_factory=dict)  # keyword arguments for this file only; ready for JSON
     stamp: list[int] | None = None  # `stamp_of`, taken before the file was read
 
 # %% ../../nbs/1_data/06_workers.ipynb #609b6334
@@ -178,8 +187,9 @@ class Worker:
         "Hand over a task."
         stamp = stamp_of(task.path)
         task.stamp = stamp if stamp and settled(stamp) else None
+        line = json.dumps([task.kind, name_bytes(task.path), task.options])
         try:
-            self.program.stdin.write(json.dumps([task.kind, name_bytes(task.path)]).encode() + b"\n")
+            self.program.stdin.write(line.encode() + b"\n")
         except OSError:
             return False
         self.task, self.waited = task, 0.0
@@ -280,7 +290,7 @@ class Team:
         if self.failures == 3:
             self.errors.seek(0)
             said = self.errors.read().decode(errors="replace").strip().splitlines() or [how]
-            raise LoraMvpError("workers_fail", f"The programs that look at images do not start: {said[-1]}.")
+            raise LoraMvpError("workers_fail", f"The programs that decode images do not start: {said[-1]}.")
         if task:
             yield task, {"error": how}
 
@@ -297,14 +307,28 @@ class Team:
             worker.end()
         self.errors.close()
 
+# %% ../../nbs/1_data/06_workers.ipynb #1039add3
+def ask_oneself(
+    tasks: deque[Task],  # emptied; whoever gets the answers may add to it
+    arguments: list[str],  # of `serve`
+) -> Iterator[tuple[Task, dict]]:  # `answer` for each task, in their order
+    "Do in this process what a worker would do."
+    function, options = called(arguments[0]), json.loads(arguments[1])
+    while tasks:
+        task = tasks.popleft()
+        yield task, answer(task.kind, str(task.path), function, options | task.options)
+
 # %% ../../nbs/1_data/06_workers.ipynb #d71b8249
 def ask_workers(
     tasks: deque[Task],  # emptied; whoever gets the answers may add to it
-    count: int,  # workers
+    count: int,  # workers; 0: this process, for a few files that were decoded before without harm
     arguments: list[str],  # of `serve`
     limit: float,  # seconds for one file
 ) -> Iterator[tuple[Task, dict]]:  # `answer` for each task, as they come
     "Have every task answered; a worker that dies or stays silent answers with `error`."
+    if not count:
+        yield from ask_oneself(tasks, arguments)
+        return
     with closing(Team(tasks, count, arguments, limit)) as team:
         while True:
             team.hand_out()
@@ -313,3 +337,9 @@ def ask_workers(
             team.recruit()
             yield from team.listen()
             yield from team.end_overdue()
+
+# %% ../../nbs/1_data/06_workers.ipynb #333f0a40
+def usable_processors() -> int:  # at most eight: then the disk is the limit
+    "How many processors this process may use."
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, 8)

@@ -44,7 +44,7 @@ from .verdicts import confirms
 from ..files import atomic_write, make_folder, save_png
 from ..infer import LoadedRun
 from ..models.adapters import adapter_parameters, add_lora, restore_adapter, save_adapter, set_scale
-from ..models.base import load_base
+from ..models.base import load_base, usual_device
 from ..stats import group_means
 from ..train.checkpoints import MANIFEST, checkpoints, damage, step_of
 from ..train.objectives import sampling_scheduler
@@ -92,7 +92,7 @@ class Drawer:
     "The base with an adapter into which any checkpoint can be put."
 
     def __init__(self, training: TrainingConfig):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = usual_device()
         dtype = torch.float16 if device == "cuda" else torch.float32
         self.pipe = load_base(training.pretrained_model, device, dtype, training.revision, training.vae)
         self.pipe.scheduler = sampling_scheduler(self.pipe.scheduler, training.zero_terminal_snr)

@@ -36,9 +36,12 @@ def cmd_inspect(args: argparse.Namespace) -> None:
 # %% ../../nbs/2_models/11b_adapter_commands.ipynb #5a0966f1
 def cmd_export(args: argparse.Namespace) -> None:
     "Write an adapter in another form, and verify what was written."
-    from lora_mvp.models.exports import export_adapter
+    from lora_mvp.models.exports import FILES, export_adapter
+    from lora_mvp.models.inspection import inspect_adapter
 
     print(f"wrote {export_adapter(args.adapter, args.to, args.out, args.base, partial=args.partial)}")
+    for remark in inspect_adapter(args.out).remarks if args.to in FILES else ():
+        print(f"note: {remark}")
 
 # %% ../../nbs/2_models/11b_adapter_commands.ipynb #899e6e8c
 def read_weights(
@@ -84,6 +87,9 @@ def cmd_resize(args: argparse.Namespace) -> None:
     _merge(args, [(args.adapter, 1.0)])
 
 # %% ../../nbs/2_models/11b_adapter_commands.ipynb #3bedabaf
+_TO = "the form to write: kohya for ComfyUI, A1111 and Forge; diff for a DoRA there; diffusers; fused into its base"
+
+
 def add_adapters(commands) -> None:
     "Add `export`, `inspect`, `merge` and `resize` to the commands of `lora-mvp`."
     one, what = "a .safetensors file of any trainer, an adapter folder or the output folder of a training", "adapter"
@@ -91,8 +97,8 @@ def add_adapters(commands) -> None:
     merge, resize = _command(commands, "merge", cmd_merge), _command(commands, "resize", cmd_resize)
     for parser in (export, inspect, resize):
         parser.add_argument(what, help=one)
-    export.add_argument("--to", required=True, choices=["kohya", "diffusers", "fused"], help="the form to write")
-    export.add_argument("--out", required=True, help="file for kohya, folder for the others; must not exist")
+    export.add_argument("--to", required=True, choices=["kohya", "diff", "diffusers", "fused"], help=_TO)
+    export.add_argument("--out", required=True, help="file for kohya and diff, folder for the others; must not exist")
     inspect.add_argument("--json", action="store_true", help="as JSON")
     merge.add_argument("adapters", nargs="+", metavar="ADAPTER", help=one)
     merge.add_argument("--weights", metavar="W,W", help="a weight for each, such as 0.8,0.5 (default: 1 for each)")

@@ -163,6 +163,11 @@ def read_pipeline(
 # %% ../../nbs/2_models/05_base.ipynb #d4f4768a
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of `training.mixed_precision`
 
+# %% ../../nbs/2_models/05_base.ipynb #458d5552
+def usual_device() -> str:  # cuda, mps or cpu
+    "Where this machine computes when nothing else is said: on its GPU, Apple's too, else on its CPU."
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
 # %% ../../nbs/2_models/05_base.ipynb #7e5483ee
 def with_precision(
     t: TrainingConfig,
@@ -338,12 +343,56 @@ def weights_hash(
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
+# %% ../../nbs/2_models/05_base.ipynb #a75dae70
+def part_hashes(
+    pipe: Pipeline,
+    dtype: torch.dtype | None = None,  # of `load_base`, if it had been loaded in another precision
+) -> dict[str, str]:  # by the name of the network
+    "The hash of each network's weights."
+    kinds = {"vae": family_of(pipe).vae_dtype or dtype}
+    return {name: weights_hash(part, kinds.get(name, dtype)) for name, part in networks(pipe).items()}
+
+# %% ../../nbs/2_models/05_base.ipynb #a1b4ddb6
+def joint_hash(parts: dict[str, str]) -> str:
+    "One for all of them."
+    return hashlib.sha256("".join(parts.values()).encode()).hexdigest()
+
 # %% ../../nbs/2_models/05_base.ipynb #5eda540b
 def base_hash(
     pipe: Pipeline,
     dtype: torch.dtype | None = None,  # of `load_base`, if it had been loaded in another precision
 ) -> str:
     "sha256 over the hashes of a base's networks; an adapter in it does not count."
-    kinds = {"vae": family_of(pipe).vae_dtype or dtype}
-    hashes = [weights_hash(part, kinds.get(name, dtype)) for name, part in networks(pipe).items()]
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return joint_hash(part_hashes(pipe, dtype))
+
+# %% ../../nbs/2_models/05_base.ipynb #2afb821a
+def _place(
+    source: str,  # a path or a hub id
+    index: str,  # a file that it holds in the hub
+    revision: str | None = None,
+) -> Path | None:  # None: not on this machine
+    "Where a folder, a file, or a model of the hub's cache is."
+    if Path(source).expanduser().exists():
+        return Path(source).expanduser()
+    try:
+        return Path(hf_hub_download(source, index, revision=revision, local_files_only=True)).parent
+    except (OSError, ValueError):  # not in the cache; no name that the hub could have
+        return None
+
+
+def base_files(
+    name: str,  # as for `load_base`
+    revision: str | None = None,
+    vae: str | None = None,
+) -> list[Path]:
+    "All files that `load_base` may read; none where it would have to download some, or would refuse the base."
+    try:
+        places = [_place(find_base(name), "model_index.json", revision), *([_place(vae, "config.json")] if vae else [])]
+        if places[0] and places[0].is_file():
+            places.append(config_folder(places[0], check_file(places[0])[0]))
+    except LoraMvpError:
+        return []
+    if None in places:
+        return []
+    files = {file for place in places for file in [place, *place.glob("*"), *place.glob("*/*")] if file.is_file()}
+    return sorted(file for file in files if file.suffix in (".safetensors", ".json", ".txt", ".model"))

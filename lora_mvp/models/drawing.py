@@ -6,13 +6,28 @@
 __all__ = ['sample']
 
 # %% ../../nbs/2_models/06_drawing.ipynb #71e0cc7f
+from collections.abc import Callable
+from copy import copy
+
 import torch
 from PIL import Image
 
 from ..errors import LoraMvpError
-from ..files import no_remarks
-from .families import Pipeline, native_size, text_parts
+from .families import Pipeline, encode_text, family_of, native_size, text_parts
 from ..screen import sign_of_life
+
+# %% ../../nbs/2_models/06_drawing.ipynb #8abbbe30
+VAE_PIXELS = 2**20  # through the autoencoder at a time: one picture of 1,024 px, or four of 512
+UNET_PIXELS = 2**21  # through the UNet at a time, where nothing is learned
+
+# %% ../../nbs/2_models/06_drawing.ipynb #096a07f8
+def together(
+    size: int | tuple[int, int],  # side of a square picture, or height and width, pixels
+    most: int,  # `VAE_PIXELS` or `UNET_PIXELS`
+) -> int:
+    "How many pictures of a size go through a network at a time; one in any case."
+    height, width = size if isinstance(size, tuple) else (size, size)
+    return max(1, most // (height * width))
 
 # %% ../../nbs/2_models/06_drawing.ipynb #43821f0c
 @torch.no_grad()
@@ -24,6 +39,7 @@ def decode_latents(
     pictures, vae = [], pipe.vae
     with torch.autocast(vae.device.type, enabled=False):
         for latent in (latents.to(vae.dtype) / vae.config.scaling_factor).split(1):
+            sign_of_life()
             values = vae.decode(latent, return_dict=False)[0]
             if not values.isfinite().all():
                 text = f"the autoencoder gave NaN or infinity in {str(vae.dtype).removeprefix('torch.')}, which would be a black picture"
@@ -33,6 +49,48 @@ def decode_latents(
                 raise LoraMvpError("picture_not_finite", f"{text}; {advice}.")
             pictures += pipe.image_processor.postprocess(values, output_type="pil")
     return pictures
+
+# %% ../../nbs/2_models/06_drawing.ipynb #4f603cdc
+def prompt_arguments(
+    pipe: Pipeline,
+    prompts: list[str],
+    guidance_scale: float,
+    embed: Callable[[list[str]], dict[str, torch.Tensor]],  # as `encode_text`
+) -> dict[str, torch.Tensor]:
+    "What diffusers' pipelines take in place of prompts: the embeddings, and with guidance those of no prompt."
+    wanted, found = embed(prompts), {}
+    empty = {}
+    if guidance_scale > 1:
+        zeros = family_of(pipe).pooled and pipe.config.force_zeros_for_empty_prompt
+        empty = {k: torch.zeros_like(v) for k, v in wanted.items()} if zeros else embed([""] * len(prompts))
+    for prefix, embeds in (("", wanted), ("negative_", empty)):
+        found |= {f"{prefix}{'pooled_' * (k == 'pooled')}prompt_embeds": v for k, v in embeds.items()}
+    return found
+
+# %% ../../nbs/2_models/06_drawing.ipynb #4eb68bcc
+@torch.no_grad()
+def draw_latents(
+    pipe: Pipeline,
+    prompts: list[str],
+    seeds: list[int],  # one per prompt
+    num_inference_steps: int = 30,
+    guidance_scale: float = 7.5,
+    size: int | None = None,  # pixels; None is the base's own
+    batch_size: int = 4,
+    embed: Callable[[list[str]], dict[str, torch.Tensor]] | None = None,  # as `encode_text`; None: that, with `pipe`
+) -> torch.Tensor:  # (n, channels, h, w), scaled as the UNet sees them
+    "Latents for pairs of prompt and seed; text encoders and autoencoder may be elsewhere if `embed` is given."
+    size, found, bare = size or native_size(pipe), [], copy(pipe)
+    for name in text_parts(pipe):  # the pipeline works where its UNet is
+        setattr(bare, name, None)
+    for start in range(0, len(prompts), batch_size):
+        sign_of_life()
+        part = slice(start, start + batch_size)
+        asked = prompt_arguments(pipe, prompts[part], guidance_scale, embed or (lambda some: encode_text(pipe, some)))
+        generators = [torch.Generator().manual_seed(s) for s in seeds[part]]
+        how = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "generator": generators}
+        found.append(bare(height=size, width=size, output_type="latent", **asked, **how).images)
+    return torch.cat(found)
 
 # %% ../../nbs/2_models/06_drawing.ipynb #83081a18
 def sample(
@@ -45,16 +103,8 @@ def sample(
     batch_size: int = 4,
 ) -> list[Image.Image]:
     "Pictures for pairs of prompt and seed."
-    size, pictures = size or native_size(pipe), []
-    for start in range(0, len(prompts), batch_size):
-        sign_of_life()
-        part = slice(start, start + batch_size)
-        generators = [torch.Generator().manual_seed(s) for s in seeds[part]]
-        how = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "generator": generators}
-        with no_remarks():  # on the length of prompts; `cut_prompts` is for that
-            out = pipe(prompts[part], height=size, width=size, output_type="latent", **how)
-        pictures += decode_latents(pipe, out.images)
-    return pictures
+    latents = draw_latents(pipe, prompts, seeds, num_inference_steps, guidance_scale, size, batch_size)
+    return decode_latents(pipe, latents)
 
 # %% ../../nbs/2_models/06_drawing.ipynb #cbd9c5be
 def cut_prompts(

@@ -18,14 +18,15 @@ import torch
 from safetensors import safe_open
 
 from ..errors import LoraMvpError
-from ..files import make_folder, no_bars
-from .adapters import fuse, save_adapter
+from ..files import atomic_write, make_folder, no_bars
+from .adapters import adapter_layers, fuse, safetensors_bytes, save_adapter
 from .base import load_base
 from .families import Pipeline, family_of, networks, text_parts
 from .inspection import inspect_adapter
-from .kohya import write_kohya
+from .keys import ADAPTER, kohya_name
+from .kohya import kohya_header, write_kohya
 from .proof import ROUNDING, demand, differences, effect_of, probe, prove
-from .reading import base_for, load_lora
+from .reading import base_for, decomposed, load_lora
 
 # %% ../../nbs/2_models/11_exports.ipynb #2286a2a0
 @contextmanager
@@ -99,22 +100,49 @@ def export_fused(
         _check_written(pipe, stage)
     return Path(folder)
 
+# %% ../../nbs/2_models/11_exports.ipynb #49496e03
+@torch.no_grad()
+def diff_state(pipe: Pipeline) -> dict[str, torch.Tensor]:
+    "What the adapter adds to each whole weight at strength 1, in float32 under kohya's names."
+    state = {}
+    for name, layer in adapter_layers(pipe).items():
+        weight, delta = layer.get_base_layer().weight.float(), layer.get_delta_weight(ADAPTER).float()
+        if ADAPTER in layer.lora_magnitude_vector:
+            delta = decomposed(weight, delta, layer.lora_magnitude_vector[ADAPTER].weight.flatten())
+        state[f"{kohya_name(pipe, name)}.diff"] = delta.cpu().contiguous()
+    return state
+
+# %% ../../nbs/2_models/11_exports.ipynb #a14b4557
+def write_diff(
+    pipe: Pipeline,  # holds the adapter
+    file: str | Path,
+    facts: dict | None = None,  # as for `write_kohya`
+) -> Path:
+    "Write what the adapter adds to whole weights, in float32, for ComfyUI, A1111 and Forge."
+    header = kohya_header(pipe, facts or {})
+    header |= {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": "full"})}
+    header = {name: value for name, value in header.items() if name not in ("ss_network_dim", "ss_network_alpha")}
+    return atomic_write(file, safetensors_bytes(diff_state(pipe), header))
+
 # %% ../../nbs/2_models/11_exports.ipynb #41c18c48
+FILES = {"kohya": write_kohya, "diff": write_diff}  # forms that are one file
+
+
 def _check_name(to: str, out: str | Path) -> None:
     "`LoraMvpError` (`output_name`) where a file has the name of a folder, or a folder that of a file."
-    if to == "kohya" and Path(out).suffix != ".safetensors":
-        raise LoraMvpError("output_name", f"{out}: a file in kohya's form must end in .safetensors.")
-    if to != "kohya" and Path(out).suffix == ".safetensors":
+    if to in FILES and Path(out).suffix != ".safetensors":
+        raise LoraMvpError("output_name", f"{out}: a file in the form {to} must end in .safetensors.")
+    if to not in FILES and Path(out).suffix == ".safetensors":
         raise LoraMvpError("output_name", f"{out}: the form {to} is a folder, whose name must not end so.")
 
 # %% ../../nbs/2_models/11_exports.ipynb #bf4918df
 def export_adapter(
     source: str | Path,  # a run's adapter folder, or a file of any program
-    to: Literal["kohya", "diffusers", "fused"],
-    out: str | Path,  # a file for kohya, a folder otherwise; must not be there
+    to: Literal["kohya", "diff", "diffusers", "fused"],
+    out: str | Path,  # a file for kohya and diff, a folder otherwise; must not be there
     base: str | None = None,  # None: the one that the adapter names
     dtype: torch.dtype | None = None,  # of a fused model; None: as the base is kept
-    facts: dict | None = None,  # for kohya's header
+    facts: dict | None = None,  # for the header of a file
     partial: bool = False,  # layers that do not fit are left out
 ) -> Path:
     "Write an adapter in another form, and compare before it is put in place."
@@ -128,10 +156,9 @@ def export_adapter(
     load_lora(pipe, source, partial)
     wanted, _, tolerance = effect_of(pipe)
     with staged(out) as stage:
-        if to == "kohya":
-            file = write_kohya(
-                pipe, stage, {"title": Path(out).stem, "base": base, "trigger": found.trigger} | (facts or {})
-            )
+        if to in FILES:
+            known = {"title": Path(out).stem, "base": base, "trigger": found.trigger}
+            file = FILES[to](pipe, stage, known | (facts or {}))
         else:
             file = save_adapter(pipe, stage, base)
         prove(pipe, file, wanted, tolerance, str(out))

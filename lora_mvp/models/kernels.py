@@ -22,7 +22,9 @@ def lean_forward(layer: LoraLayer, x: torch.Tensor, *args, **kwargs) -> torch.Te
     if layer.disable_adapters or layer.merged or list(layer.active_adapters) != [ADAPTER] or args or kwargs:
         return type(layer).forward(layer, x, *args, **kwargs)
     result, down, up = layer.base_layer(x), layer.lora_A[ADAPTER], layer.lora_B[ADAPTER].weight
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != up.dtype and not (
+        x.is_meta or torch.is_autocast_enabled(x.device.type)
+    ):  # on meta, whoever counts bytes sees to types
         x = x.to(up.dtype)
     product = F.linear if isinstance(layer, Linear) else F.conv2d
     return (result + product(down(x), up * layer.scaling[ADAPTER])).to(result.dtype)

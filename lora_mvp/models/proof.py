@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ import torch
 from pydantic import BaseModel
 from safetensors.torch import load_file
 
+from .. import __version__
 from ..errors import LoraMvpError
 from ..files import atomic_write
 from .adapters import adapter_layers, adapter_parameters, adapter_state, lifted, load_public, set_scale
@@ -83,7 +85,8 @@ def probe(pipe: Pipeline) -> dict[str, torch.Tensor]:
         embeds = encode_text(pipe, ["a photo of a red apple", "a house by the sea"])
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(2, pipe.unet.config.in_channels, 16, 16, generator=generator).to(pipe.unet.device)
-        asked = unet_arguments(pipe, embeds, time_ids((128, 128), (0, 0), (128, 128)))
+        there = {name: value.to(noise.device) for name, value in embeds.items()}  # the encoders may be elsewhere
+        asked = unet_arguments(pipe, there, time_ids((128, 128), (0, 0), (128, 128)))
         answer = pipe.unet(noise, torch.tensor([200, 800], device=noise.device), **asked).sample
     return {name: value.float().cpu() for name, value in {"unet": answer, **embeds}.items()}
 
@@ -132,7 +135,8 @@ def variant_of(pipe: Pipeline) -> str:
 
 # %% ../../nbs/2_models/10_proof.ipynb #1829cff0
 _DORA_REMARK = (
-    "diffusers leaves .dora_scale out; ComfyUI and Forge take rows for up to {:.1%} longer or shorter than they are"
+    "diffusers leaves .dora_scale out; ComfyUI (as of commit a125cd84) and Forge divide by the rows of the base, "
+    "from which those of the sum differ by up to {:.1%} in length; lora-mvp export --to diff writes what they read exactly"
 )
 
 
@@ -153,7 +157,7 @@ class FormCheck(BaseModel, extra="forbid"):
     file: str  # relative to the adapter's folder
     sha256: str
     dtype: str
-    loader: str
+    read_by: dict[str, str]  # program -> version: the judges, and what they rest on
     difference: dict[str, float]  # output -> largest absolute difference to the trained model's
     remark: str = ""
 
@@ -161,7 +165,7 @@ class FormCheck(BaseModel, extra="forbid"):
 class Certificate(BaseModel, extra="forbid"):
     "What was written, and that it does what was trained."
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     family: str
     variant: Literal["lora", "rslora", "dora"]
     output_size: dict[str, float]  # output -> largest absolute value
@@ -220,6 +224,14 @@ def prove(
     demand(got, tolerance, what, "" if own or not _as_written(pipe, file) else _REPORT)
     return got
 
+# %% ../../nbs/2_models/10_proof.ipynb #36384fd4
+def judges_of(
+    file: Path,  # in the form of diffusers or kohya
+) -> dict[str, str]:  # program -> version
+    "Who reads a file for its certificate, and what that program rests on."
+    reader = {"lora_mvp": __version__} if own_reader(file) else {"diffusers": version("diffusers")}
+    return reader | {"peft": version("peft")}
+
 # %% ../../nbs/2_models/10_proof.ipynb #90b72a37
 def _checked(
     pipe: Pipeline,  # the trained one
@@ -234,7 +246,7 @@ def _checked(
         file=os.path.relpath(file, folder),
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
         dtype=", ".join(sorted({entry.dtype for entry in read_header(file).tensors.values()})),
-        loader="lora_mvp.models.reading.load_lora" if own else "diffusers load_lora_weights",
+        read_by=judges_of(file),
         difference=prove(pipe, file, wanted, tolerance, str(file)),
         remark=_DORA_REMARK.format(comfyui_dora_error(pipe)) if own and variant_of(pipe) == "dora" else "",
     )

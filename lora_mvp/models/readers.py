@@ -47,7 +47,7 @@ _NOWHERE = [style for style, letters in _STYLES.items() if letters == "nnnn"]
 _NOTES = {
     "diffusers": "for ComfyUI, A1111 and Forge, export it to kohya's form",
     "nowhere": "none of the programs finds these names; `lora-mvp export` writes them as they need them",
-    "rows": "DoRA with lengths of rows: diffusers leaves them out, ComfyUI, A1111 and Forge read them otherwise; export it fused",
+    "rows": "DoRA with lengths of rows, as LyCORIS and this package read them: diffusers leaves them out, ComfyUI (as of commit a125cd84: by the base's rows), A1111 and Forge read them otherwise; `lora-mvp export --to diff` or `--to fused` writes what they read exactly",
     "columns": "DoRA: diffusers leaves the lengths out",
     "alphas": "several alphas: diffusers gives attention layers the commonest of them; export it to the form of diffusers",
     "text": "diffusers drops the text encoder's attention where its out_proj is missing",

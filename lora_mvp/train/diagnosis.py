@@ -29,7 +29,7 @@ from ..data.steps import MULTIPLE, count_steps, frame_of, is_enlarged
 from ..data.tables import trigger_note
 from ..files import NAME_BYTES
 from ..models.adapters import adapter_layers, add_lora
-from ..models.base import find_base, read_vae
+from ..models.base import find_base, read_vae, usual_device
 from ..models.families import family_of, granularity, native_size, text_parts
 from ..models.headers import broken_numbers, oddities, read_header
 from ..models.inspection import inspect_adapter, title_of
@@ -37,7 +37,7 @@ from ..models.keys import beside_blocks
 from ..models.layouts import check_file, check_tokenizers, config_folder
 from ..models.views import tidy
 from .foresight import amount, disk_need
-from .memory import MemoryEstimate, advice, largest, skeleton
+from .memory import MemoryEstimate, advice, largest, skeleton, waiting_text
 from .objectives import noise_schedule
 from .pictures import photo_warning, picture_variants, regularization_sources, sources
 from .runs import RunFolder
@@ -76,7 +76,7 @@ def _version_problem(requirement: str) -> str | None:
 def precision_findings(wanted: str, device: str) -> Iterator[Finding]:
     "Whether the device computes in the precision that is asked for."
     topic, key = "environment", f"training.mixed_precision: {wanted}"
-    if wanted == "fp16" and device == "cpu":
+    if wanted == "fp16" and device != "cuda":
         yield Finding("error", topic, f"{key} needs a CUDA GPU; use `no` on this machine.")
     elif wanted == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield Finding("warn", topic, f"{key}: this GPU only emulates bf16, slowly; use fp16.")
@@ -122,6 +122,8 @@ def environment_findings(training: TrainingConfig, device: str) -> Iterator[Find
         for i in range(torch.cuda.device_count()):
             name, (free, total) = torch.cuda.get_device_name(i), torch.cuda.mem_get_info(i)
             yield Finding("ok", topic, f"GPU {i}: {name}, {amount(free)} of {amount(total)} free.")
+    elif device == "mps":
+        yield Finding("ok", topic, "Apple's GPU, whose memory is the machine's.")
     else:
         yield Finding("ok", topic, f"no GPU; training runs on {os.cpu_count()} CPU cores.")
     yield from precision_findings(training.mixed_precision, device)
@@ -401,7 +403,7 @@ def memory_findings(estimate: MemoryEstimate, t: TrainingConfig, memory: float |
         which = ", which is tight" if tight else ""
         yield Finding("warn" if tight else "ok", topic, f"{text}; {amount(memory)} are free{which}.")
     for phase in found:
-        yield Finding("ok", topic, f"{phase.name}: {amount(phase.total)}")
+        yield Finding("ok", topic, f"{phase.name}: {amount(phase.total)}{waiting_text(estimate, t, phase, memory)}")
     if estimate.cuda:
         host, free = estimate.host(t), cpu_memory()
         short = free is not None and host > free
@@ -466,12 +468,12 @@ def manifest_findings(config: AppConfig, path: str | Path | None, multiple: int)
 def doctor(
     config: AppConfig,
     manifest_path: str | Path | None = None,  # None: the manifest in data.processed_dir, if there is one
-    device: str | None = None,  # cpu or cuda; None: cuda where there is one
+    device: str | None = None,  # cpu, cuda or mps; None: the GPU where there is one
     memory: float | None = None,  # bytes of the device; None: what is free
 ) -> list[Finding]:
     "Look at everything that can be known before a run begins; no weights of the base are read and nothing is written."
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    findings, t = [], config.training
+    device = device or usual_device()
+    findings, t, memory_of = [], config.training, "cpu" if device == "mps" else device
 
     def look(topic: str, check, *arguments):
         try:
@@ -481,11 +483,11 @@ def doctor(
 
     look("environment", environment_findings, t, device)
     look("base", base_findings, t)
-    estimate = estimate_for(config, device)
+    estimate = estimate_for(config, memory_of)
     look("data", manifest_findings, config, manifest_path, granularity(estimate.pipe(t)[0]) if estimate else MULTIPLE)
     look("settings", settings_findings, t)
     if estimate:
         look("settings", target_findings, estimate, t)
-        look("memory", memory_findings, estimate, t, free_memory(device) if memory is None else memory)
+        look("memory", memory_findings, estimate, t, free_memory(memory_of) if memory is None else memory)
         look("disk", disk_findings, estimate, t)
     return findings

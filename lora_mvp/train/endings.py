@@ -18,19 +18,22 @@ from ..errors import LoraMvpError
 from ..files import file_sha256
 from ..models.adapters import WEIGHTS, adapter_parameters, add_lora, restore_adapter
 from ..models.keys import public_name
+from .known import KnownFiles
 from .network import Network, start_accelerator
 from .owner import claimed
 from .results import FinishedRun, missing_forms, refuse_other_base, write_forms
 from .runs import REWRITE, RunFolder, RunRecord, config_of, dataset_hash, read_run
 
 # %% ../../nbs/3_train/12a_endings.ipynb #08128c64
-def trained_network(folder: RunFolder, record: RunRecord, t: TrainingConfig) -> Network:
+def trained_network(
+    folder: RunFolder, record: RunRecord, t: TrainingConfig, known: KnownFiles | None = None
+) -> Network:
     "The network as it was at the end of a run; raises `LoraMvpError` (`adapter_has_changed`, `base_has_changed`)."
     weights = folder.adapter / WEIGHTS
     if not weights.is_file() or file_sha256(weights) != record.adapter_sha256:
         text = f"{weights} is not the adapter that {folder.record} is about. To have it back, {REWRITE}"
         raise LoraMvpError("adapter_has_changed", text)
-    network = Network(t, start_accelerator("no"))
+    network = Network(t, start_accelerator("no"), known)
     refuse_other_base(folder, record, network.base_hash)
     add_lora(network.pipe, t)
     network.economize()
@@ -56,10 +59,9 @@ def finish_forms(
     record = read_run(folder.root)
     config = config_of(record)
     forms = missing_forms(folder, config.training)
-    network = cache(lambda: trained_network(folder, record, config.training))
-    write_forms(
-        FinishedRun(folder, record, config, lambda: same_data(record, manifest or record.manifest), network), forms
-    )
+    known, data = KnownFiles(), lambda: same_data(record, manifest or record.manifest)
+    network = cache(lambda: trained_network(folder, record, config.training, known))
+    write_forms(FinishedRun(folder, record, config, data, network, known), forms)
     return forms
 
 # %% ../../nbs/3_train/12a_endings.ipynb #1d376561

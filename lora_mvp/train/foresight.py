@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 from ..config import TrainingConfig
 from ..errors import LoraMvpError
-from ..models.families import Pipeline, text_parts
+from ..models.base import stored_dtype
+from ..models.families import Pipeline, family_of, networks
+from ..models.views import tidy
 from .runs import RunFolder
 
 # %% ../../nbs/3_train/12b_foresight.ipynb #2c3270e9
@@ -28,8 +30,24 @@ def amount(
 # %% ../../nbs/3_train/12b_foresight.ipynb #7133c64c
 def full_bytes(pipe: Pipeline) -> int:
     "Bytes of the base in float32, without the adapter."
-    parts = (pipe.unet, pipe.vae, *text_parts(pipe).values())
+    parts = networks(pipe).values()
     return sum(p.numel() * 4 for part in parts for p in part.parameters() if not p.requires_grad)
+
+# %% ../../nbs/3_train/12b_foresight.ipynb #114db215
+def fused_bytes(
+    pipe,
+    folder: Path,  # of the base
+) -> int:
+    "Bytes of the base in the precision that it is kept in, which is that of the fused pipeline; where there are none that can be read, in float32."
+    try:
+        with tidy(folder) as seen:
+            kept = stored_dtype(seen / "unet").itemsize
+    except LoraMvpError:  # a damaged file, of which others tell
+        kept = 4
+    vae = family_of(pipe).vae_dtype
+    sizes = {"vae": vae.itemsize if vae else kept}
+    parts = networks(pipe).items()
+    return sum(p.numel() * sizes.get(name, kept) for name, m in parts for p in m.parameters() if not p.requires_grad)
 
 # %% ../../nbs/3_train/12b_foresight.ipynb #18f87795
 class DiskNeed(NamedTuple):

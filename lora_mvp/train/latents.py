@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from torch.nn.functional import adaptive_avg_pool2d
 from tqdm.auto import tqdm
 
@@ -22,9 +22,11 @@ from ..data.steps import frame_of
 from ..data.storage import crop_box, crop_to
 from ..errors import LoraMvpError
 from ..models.base import weights_hash
+from ..models.drawing import VAE_PIXELS, together
 from ..models.families import family_of, granularity, time_ids
-from .cache import TensorCache, plain_config
-from .pictures import Source, checked_bytes, decode_picture, is_random, picture_variants
+from .cache import Encoded, TensorCache, plain_config
+from .known import KnownFiles
+from .pictures import Source, check_bytes, checked_bytes, decode_picture, is_random, picture_variants
 from .texts import draw_caption
 
 # %% ../../nbs/3_train/04_latents.ipynb #4fff9e80
@@ -45,19 +47,33 @@ class LatentSet:
 
     ids: list[str]
     captions: list[str]
-    mean: list[torch.Tensor]  # per picture (variants, channels, height, width), scaled for the UNet
-    std: list[torch.Tensor]  # like `mean`
+    entries: list[Encoded]  # per picture, of `encode_one`
+    scale: float = 1.0  # from the autoencoder's numbers to the UNet's
     time_ids: list[torch.Tensor] | None = None  # per picture (6,), for SDXL
     others: list[tuple[str, ...]] | None = None  # per picture, more captions
-    masks: list[torch.Tensor] | None = None  # per picture (variants, 1, height, width), from 0 to 1
+    least: float | None = None  # what counts outside a mask; None: no picture has one
+
+    def __post_init__(self):
+        found = [entry["mean"].shape for entry in self.entries]
+        self.shapes = [(height, width) for *_, height, width in found]  # of each picture's latent
+        self.variants = [shape[0] for shape in found]
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        "Height and width of each picture's latent."
-        return [tuple(mean.shape[-2:]) for mean in self.mean]
+    def mean(self, i: int, which: int | slice = slice(None)) -> torch.Tensor:  # (variants, channels, height, width)
+        "The mean latent of a picture in some of its variants, or in one, float32, scaled for the UNet."
+        return self.entries[i]["mean"][which].float() * self.scale
+
+    def std(self, i: int, which: int | slice = slice(None)) -> torch.Tensor:  # like `mean`
+        "The standard deviation."
+        return self.entries[i]["std"][which].float() * self.scale
+
+    def mask(self, i: int, which: int | slice = slice(None)) -> torch.Tensor:  # (variants, 1, height, width)
+        "How much each place counts, from `least` to 1; a picture without a mask counts as a whole."
+        entry = self.entries[i]
+        mask = entry["mask"] if "mask" in entry else torch.ones(self.variants[i], 1, *self.shapes[i])
+        return self.least + (1 - self.least) * mask[which]
 
     def draw(
         self,
@@ -69,15 +85,14 @@ class LatentSet:
     ) -> Batch:
         "Latents and captions of some pictures, drawn from (seed, step, micro)."
         generator = torch.Generator().manual_seed(derive_seed(seed, "latents", step, micro))
-        variant = [int(torch.randint(len(self.mean[i]), (), generator=generator)) for i in indices]
-        mean = torch.stack([self.mean[i][v] for i, v in zip(indices, variant, strict=True)])
-        std = torch.stack([self.std[i][v] for i, v in zip(indices, variant, strict=True)])
+        chosen = [(i, int(torch.randint(self.variants[i], (), generator=generator))) for i in indices]
+        mean, std = (torch.stack([part(*one) for one in chosen]) for part in (self.mean, self.std))
         latents = mean + std * torch.randn(mean.shape, generator=generator)
         rng = np.random.default_rng(derive_seed(seed, "caption", step, micro))
         captions = [draw_caption(self.captions_of(i), training, rng) for i in indices]
         times = torch.stack([self.time_ids[i] for i in indices]) if self.time_ids else None
-        masks = [self.masks[i][v] for i, v in zip(indices, variant, strict=True)] if self.masks else None
-        return Batch([self.ids[i] for i in indices], latents, captions, times, torch.stack(masks) if masks else None)
+        masks = None if self.least is None else torch.stack([self.mask(*one) for one in chosen])
+        return Batch([self.ids[i] for i in indices], latents, captions, times, masks)
 
     def captions_of(self, i: int) -> list[str]:
         "Every caption of a picture."
@@ -88,29 +103,45 @@ class LatentSet:
         i: int,
     ) -> tuple[torch.Tensor, str, torch.Tensor | None]:  # mean (channels, height, width), caption, time ids (6,)
         "A picture without chance, for validation: its first variant's mean and its caption as written."
-        return self.mean[i][0], self.captions[i], self.time_ids[i] if self.time_ids else None
+        return self.mean(i, 0), self.captions[i], self.time_ids[i] if self.time_ids else None
+
+# %% ../../nbs/3_train/04_latents.ipynb #b32212d8
+@torch.no_grad()
+def encode_pixels(
+    vae: AutoencoderKL,
+    pictures: torch.Tensor,  # (n, 3, height, width), from -1 to 1
+) -> tuple[
+    torch.Tensor, torch.Tensor
+]:  # mean and standard deviation of the latents, on the CPU: as the autoencoder gives them, not scaled
+    "What the autoencoder makes of pictures, whole ones, as many at a time as `together` says."
+    found = []
+    for some in pictures.split(together(tuple(pictures.shape[-2:]), VAE_PIXELS)):
+        posterior = vae.encode(some.to(vae.device, vae.dtype)).latent_dist
+        found.append([x.cpu() for x in (posterior.mean, posterior.std)])
+    mean, std = zip(*found, strict=True)
+    return torch.cat(mean), torch.cat(std)
 
 # %% ../../nbs/3_train/04_latents.ipynb #d5ebb4d1
 @torch.no_grad()
 def encode_one(
     pipe: DiffusionPipeline,
     source: Source,
-    data: bytes,  # of the source's file
     training: TrainingConfig,
     augmentations: list[str],
+    known: KnownFiles | None = None,
 ) -> dict[
     str, torch.Tensor
-]:  # mean, std: float32 (variants, channels, height, width), mask: one channel, 0 to 1; size: height, width of the picture
+]:  # mean, std: (variants, channels, height, width), mask: one channel, 0 to 1; size: height, width of the picture
     "What is kept of one picture; `LoraMvpError` (`latent_not_finite`) where the autoencoder fails."
-    im, vae = decode_picture(data, source.path), pipe.vae
+    data, vae = checked_bytes(source.path, source.sha256, known), pipe.vae
+    im = decode_picture(data, source.path)
     height, width = frame_of(*im.size, training, granularity(pipe))
     image = as_array(crop_to(im, width, height))
     if training.masked_loss is not None and source.mask:
-        mask = decode_picture(checked_bytes(source.mask, source.mask_sha256), source.mask)
+        mask = decode_picture(checked_bytes(source.mask, source.mask_sha256, known), source.mask)
         image = np.concatenate([image, as_array(crop_to(mask, width, height))[:1]])
     variants = torch.from_numpy(picture_variants(image, augmentations, training.seed, source.sha256))
-    posterior = vae.encode(variants[:, :3].to(vae.device, vae.dtype)).latent_dist
-    mean, std = (x.float().cpu() * vae.config.scaling_factor for x in (posterior.mean, posterior.std))
+    mean, std = encode_pixels(vae, variants[:, :3])
     if not (mean.isfinite().all() and std.isfinite().all()):
         text = (
             f"the autoencoder gave NaN or infinity for {source.id}; use mixed_precision: no, or leave the picture out"
@@ -121,10 +152,13 @@ def encode_one(
     return found | masks
 
 # %% ../../nbs/3_train/04_latents.ipynb #4f00ed7a
-def vae_facts(pipe: DiffusionPipeline) -> dict:
+def vae_facts(
+    pipe: DiffusionPipeline,
+    parts: dict[str, str] | None = None,  # `part_hashes` of the base, where they are known
+) -> dict:
     "What a latent follows from on the side of the base."
     return {
-        "vae": weights_hash(pipe.vae),
+        "vae": parts["vae"] if parts else weights_hash(pipe.vae),
         "config": plain_config(pipe.vae.config),
         "dtype": str(pipe.vae.dtype),
         "device": pipe.vae.device.type,
@@ -165,18 +199,24 @@ def warn_of_squares(
         hint = "to keep their shapes, run `lora-mvp prepare-data --no-copy`"
         log.warning("training.aspect_buckets has no effect: all %d pictures are square; %s", len(sizes), hint)
 
-# %% ../../nbs/3_train/04_latents.ipynb #7ab4cbce
-def loss_masks(
-    entries: list[dict[str, torch.Tensor]],  # of `encode_one`
-    least: float | None,  # training.masked_loss: the weight outside a mask
-) -> (
-    list[torch.Tensor] | None
-):  # per picture (variants, 1, height, width), from `least` to 1; None: no picture has a mask
-    "How much each place of each latent counts; a picture without a mask counts as a whole."
-    if least is None or not any("mask" in entry for entry in entries):
-        return None
-    whole = [entry.get("mask", torch.ones_like(entry["mean"][:, :1])) for entry in entries]
-    return [least + (1 - least) * mask for mask in whole]
+# %% ../../nbs/3_train/04_latents.ipynb #6cae464c
+def encoded(
+    store: TensorCache,
+    common: dict,  # `vae_facts`
+    pipe: DiffusionPipeline,
+    source: Source,
+    training: TrainingConfig,
+    augmentations: list[str],
+) -> Encoded:
+    "A picture's entry, found or made; `LoraMvpError` (`image_changed`) when picture or mask are not the manifest's."
+    facts = common | image_facts(source, training, augmentations)
+    entry = store.find(facts)
+    if entry is None:
+        return store.keep(facts, encode_one(pipe, source, training, augmentations, store.known))
+    check_bytes(source.path, source.sha256, store.known)
+    if "mask" in facts:
+        check_bytes(source.mask, source.mask_sha256, store.known)
+    return entry
 
 # %% ../../nbs/3_train/04_latents.ipynb #1ea65be0
 def encode_images(
@@ -185,15 +225,14 @@ def encode_images(
     training: TrainingConfig,
     augmentations: list[str],  # [] for validation
     cache: Path | None,  # from `cache_folder`; None: nothing is kept
+    known: KnownFiles | None = None,
+    parts: dict[str, str] | None = None,  # `part_hashes` of the base, where they are known
 ) -> LatentSet:
     "Encode pictures with the base's autoencoder, or read them back."
-    store = TensorCache(cache / "latents" if cache else None)
-    common = vae_facts(pipe) if cache else {}
-    entries = []
-    for source in tqdm(sources, desc="encode", unit="image", leave=False, disable=None):
-        data = checked_bytes(source.path, source.sha256)
-        facts = common | image_facts(source, training, augmentations)
-        entries.append(store.get(facts, encode_one, pipe, source, data, training, augmentations))
+    store = TensorCache(cache / "latents" if cache else None, known)
+    common = vae_facts(pipe, parts) if cache else {}
+    seen = tqdm(sources, desc="encode", unit="image", leave=False, disable=None)
+    entries = [encoded(store, common, pipe, source, training, augmentations) for source in seen]
     log.info("latents: %d pictures encoded, %d read from the cache", store.made, store.found)
     sizes = [tuple(e["size"].tolist()) for e in entries]
     if training.aspect_buckets:
@@ -202,6 +241,6 @@ def encode_images(
     times = (
         [picture_time_ids(s, f) for s, f in zip(sizes, frames, strict=True)] if family_of(pipe).needs_time_ids else None
     )
-    mean, std, others = [e["mean"] for e in entries], [e["std"] for e in entries], [s.others for s in sources]
-    masks = loss_masks(entries, training.masked_loss)
-    return LatentSet([s.id for s in sources], [s.caption for s in sources], mean, std, times, others, masks)
+    least = training.masked_loss if any("mask" in e for e in entries) else None
+    ids, captions, others = [s.id for s in sources], [s.caption for s in sources], [s.others for s in sources]
+    return LatentSet(ids, captions, entries, pipe.vae.config.scaling_factor, times, others, least)

@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import pairwise
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -23,15 +25,17 @@ from ..data.manifest import Manifest, read_manifest
 from ..data.steps import refuse_large_batch
 from ..errors import LoraMvpError
 from ..files import atomic_write, save_png
-from ..models.base import find_base, with_precision
+from ..models.base import find_base, usual_device, with_precision
 from ..models.families import text_parts
 from ..screen import Progress
+from .cache import known_files
 from .checkpoints import checkpoints, disk_trouble, find_resume, load_checkpoint, save_checkpoint, step_of
+from .compiled import compile_checked
 from .curves import StepReport, ValidationRow, append_row, best_step, table_csv, validation_rows
 from .endings import finish_forms
 from .foresight import check_disk, check_names, disk_need, held_bytes
 from .marks import is_due, mark_losses, mark_pictures, marks_of
-from .network import Network, batch_losses, start_accelerator, visit
+from .network import Asked, Network, answer_losses, pose, start_accelerator, visit
 from .owner import Claim, claimed
 from .results import RunState, finish_run, finished_run
 from lora_mvp.train.runs import (
@@ -48,7 +52,7 @@ from lora_mvp.train.runs import (
     set_aside,
     wait_for_record,
 )
-from .streams import Stream, load_data
+from .streams import load_data
 from .updates import Updates, not_finite
 
 # %% ../../nbs/3_train/13_loop.ipynb #9352df11
@@ -67,8 +71,7 @@ def check_trainable(config: AppConfig, manifest: Manifest) -> None:
 # %% ../../nbs/3_train/13_loop.ipynb #78c23e68
 def on_device(config: AppConfig) -> AppConfig:
     "The settings as they are on this machine: `mixed_precision: auto` is decided, so that the run's record says what was done."
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return config.model_copy(update={"training": with_precision(config.training, device)})
+    return config.model_copy(update={"training": with_precision(config.training, usual_device())})
 
 # %% ../../nbs/3_train/13_loop.ipynb #1a4fd398
 def checked_identity(config: AppConfig, manifest: Manifest) -> dict[str, str]:
@@ -93,11 +96,14 @@ class Stop(threading.Event):
         return first and self.leisure
 
     @contextmanager
-    def leave(self, asked: bool = False):
-        "What can be left at once, and is not begun when somebody has `asked`; raises `KeyboardInterrupt`."
-        self.leisure = True
+    def leave(
+        self,
+        agreed: bool | None = None,  # what several processes know together; None: there is one
+    ):
+        "What is not begun after a wish, and left at once by a process that is alone; raises `KeyboardInterrupt`."
+        self.leisure = agreed is None
         try:
-            if asked or self.is_set():
+            if agreed or (self.leisure and self.is_set()):
                 raise KeyboardInterrupt
             yield
         finally:
@@ -125,11 +131,20 @@ def stop_request():
             signal.signal(number, handler)
 
 # %% ../../nbs/3_train/13_loop.ipynb #8282070c
-def asked_to_stop(accelerator: Accelerator, stop: threading.Event) -> bool:
-    "Whether any process was asked to stop."
+def step_numbers(
+    accelerator: Accelerator,
+    loss: torch.Tensor,  # scalar, the part of this process
+    norm: torch.Tensor,  # scalar, the same in all processes
+    stop: threading.Event,
+) -> tuple[float, float, bool]:  # loss over all processes, norm, whether any of them was asked to stop
+    "The numbers of a step, in one transfer: the only place in it where the host waits for the device."
     if accelerator.num_processes == 1:
-        return stop.is_set()
-    return bool(accelerator.reduce(torch.tensor(float(stop.is_set()), device=accelerator.device), "sum"))
+        loss, norm = torch.stack([loss, norm]).tolist()
+        return loss, norm, stop.is_set()
+    asked = torch.full_like(loss, float(stop.is_set()))
+    total = accelerator.reduce(torch.stack([loss, asked]), "sum")
+    loss, asked, norm = torch.cat([total, norm.view(1)]).tolist()
+    return loss, norm, asked > 0
 
 # %% ../../nbs/3_train/13_loop.ipynb #bda06b92
 log = logging.getLogger("lora_mvp")
@@ -148,51 +163,85 @@ class Trainer:
         identity = checked_identity(config, manifest) if identity is None else identity
         self.config, self.manifest, self.folder = config, manifest, RunFolder(config.training.output_dir)
         self.accelerator = start_accelerator(config.training.mixed_precision)
-        self.network = Network(config.training, self.accelerator)
+        self.network = Network(config.training, self.accelerator, known_files(config.training, manifest))
         with visit([self.network.pipe.vae, *text_parts(self.network.pipe).values()], self.network.device):
-            self.data = load_data(self.network.pipe, config, manifest)
+            self.data = load_data(self.network.pipe, config, manifest, self.network.known, self.network.parts)
+        self.network.known.save()
         self.network.park(self.data.texts)
         self.marks = marks_of(self.network, self.data, config, manifest)
         self.updates, self.state = Updates(self.network), RunState()
         self.claim: Claim | None = None  # on the folder, where there is one
         self.again = "--resume"  # how the command goes on
         self.saved, self.whole = 0, True  # the step of the newest checkpoint; whether no step is half done
+        self.ahead: dict[tuple[int, int, int], Asked] = {}  # the next one, by its place
+        self.stop, self.asked = Stop(), False  # to stop: this process; as the last step knew it, any
         processes, regularization = self.accelerator.num_processes, self.data.regularization
         self.identity = identity | base_identity(self.network.base_hash, regularization, processes)
+        if config.training.compile:
+            self.compile()
+
+    def compile(self) -> float:
+        "Compile the denoiser's blocks for the next batch; how far their gradients are from those of the plain ones."
+        return compile_checked(self.network, self.updates.params, self.question(0, self.state.step, 0))
 
     @property
     def window(self) -> int:
         "Micro-batches of a step, over all processes."
         return self.config.training.gradient_accumulation * self.accelerator.num_processes
 
-    def micro_losses(self, stream: Stream, index: int, micro: int) -> torch.Tensor:  # (images,)
-        "The losses of the images in the stream's batch `index`, the micro-batch `micro` of the current step."
-        step = self.state.step
-        batch = stream.images.draw(stream.plan.batch(index), stream.seed, step, micro, self.config.training)
-        losses, timesteps = batch_losses(self.network, batch, stream.seed, step, micro)
-        if not losses.isfinite().all():
-            images = f"images {', '.join(batch.ids)}; timesteps {timesteps.tolist()}"
-            what = f"the loss became {losses.sum().item()} at step {step + 1} ({images})"
-            raise not_finite("loss_not_finite", what, self.folder.root, step > 0)
-        return losses
+    def places(self, step: int) -> list[tuple[int, int, int]]:  # stream, step, micro-batch
+        "What this process does of a step, in order."
+        own = range(self.accelerator.process_index, self.window, self.accelerator.num_processes)
+        return [(number, step, micro) for number in range(len(self.data.streams)) for micro in own]
+
+    def question(self, number: int, step: int, micro: int) -> Asked:
+        "What is asked about a stream's batch, the micro-batch `micro` of a step."
+        stream = self.data.streams[number]
+        indices = stream.plan.batch(step * self.window + micro)
+        batch = stream.images.draw(indices, stream.seed, step, micro, self.config.training)
+        return pose(self.network, batch, stream.seed, step, micro)
+
+    def learn(self) -> tuple[torch.Tensor, list[tuple[Asked, torch.Tensor]]]:  # the loss; each batch and its losses
+        "The gradients of a step, each batch prepared while the device is at work on the one before."
+        step, first, answered = self.state.step, self.state.step * self.window, []
+        total = torch.zeros((), device=self.network.device)
+        batches = [[s.plan.batch(first + micro) for micro in range(self.window)] for s in self.data.streams]
+        self.network.set_mode(True)
+        for place, following in pairwise([*self.places(step), self.places(step + 1)[0]]):
+            stream, images = self.data.streams[place[0]], sum(map(len, batches[place[0]]))
+            question = self.ahead.pop(place, None) or self.question(*place)
+            losses = answer_losses(self.network, question)
+            loss = stream.weight * losses.sum() / images
+            self.accelerator.backward(loss)
+            total += loss.detach()
+            answered.append((question, losses.detach()))
+            self.ahead = {following: self.question(*following)}
+        return total, answered
+
+    def refuse_loss(self, loss: float, answered: list[tuple[Asked, torch.Tensor]]) -> None:
+        "Raise `LoraMvpError` (`loss_not_finite`) for NaN or infinity, with the images that gave it."
+        if isfinite(loss):
+            return
+        bad = [(question, losses) for question, losses in answered if not losses.isfinite().all()]
+        images = "in another process"
+        for question, losses in bad[:1]:
+            loss, times = losses.sum().item(), question.timesteps.tolist()
+            images = f"images {', '.join(question.ids)}; timesteps {times}"
+        what = f"the loss became {loss} at step {self.state.step + 1} ({images})"
+        raise not_finite("loss_not_finite", what, self.folder.root, self.state.step > 0)
 
     def step(self) -> StepReport:
         "One optimizer step."
-        acc, window = self.accelerator, self.window
-        first, total = self.state.step * window, torch.zeros((), device=self.network.device)
-        self.network.set_mode(True)
-        for stream in self.data.streams:
-            images = sum(len(stream.plan.batch(first + micro)) for micro in range(window))
-            for micro in range(acc.process_index, window, acc.num_processes):
-                loss = stream.weight * self.micro_losses(stream, first + micro, micro).sum() / images
-                acc.backward(loss)
-                total += loss.detach()
-        norm = self.updates.limit_gradients(self.state.step, self.folder.root)
+        total, answered = self.learn()
+        norm = self.updates.limit_gradients()
+        loss, norm, self.asked = step_numbers(self.accelerator, total, norm, self.stop)
+        self.refuse_loss(loss, answered)
+        self.updates.accept(norm, self.state.step, self.folder.root)
         self.whole = False
         rate = self.updates.step()
         self.state.step += 1
-        epoch = (first + window) / self.data.streams[0].plan.batches_per_epoch
-        report = StepReport(self.state.step, round(epoch, 4), float(acc.reduce(total, "sum")), rate, norm)
+        epoch = self.state.step * self.window / self.data.streams[0].plan.batches_per_epoch
+        report = StepReport(self.state.step, round(epoch, 4), loss, rate, norm)
         self.state.history.append(report)
         self.whole = True
         return report
@@ -281,7 +330,7 @@ class Trainer:
         "Step until max_train_steps; validate, sample and save on the way. Raises `Interrupted` after a stop request."
         t, seconds, main = self.config.training, 0.0, self.accelerator.is_main_process
         progress = Progress(t.max_train_steps, self.state.step, progress and main)
-        with stop_request() as stop, progress.bar, disk_trouble(self.folder.root), self.rescued():
+        with stop_request() as self.stop, progress.bar, disk_trouble(self.folder.root), self.rescued():
             while self.state.step < t.max_train_steps:
                 start = time.perf_counter()
                 report = self.step()
@@ -291,7 +340,7 @@ class Trainer:
                     on_step(report)
                 if main:
                     append_row(self.folder.history, report)
-                self.publish(stop)
+                self.publish()
         return seconds
 
     def due(self) -> tuple[bool, bool, bool]:
@@ -308,11 +357,11 @@ class Trainer:
         if step and saved and (validation or samples):
             self.save()
 
-    def publish(self, stop: Stop) -> None:
+    def publish(self) -> None:
         "Mark and save where a step asks for it; raises `Interrupted` when the run is stopped, with the mark left to the next start."
         t, step, (validation, samples, saved) = self.config.training, self.state.step, self.due()
         try:
-            with stop.leave(asked_to_stop(self.accelerator, stop)):
+            with self.stop.leave(self.asked if self.accelerator.num_processes > 1 else None):
                 self.mark(validation, samples)
         except KeyboardInterrupt:
             self.save()

@@ -18,7 +18,7 @@ from ..config import AppConfig, TrainingConfig
 from ..data.manifest import Manifest
 from ..screen import sign_of_life
 from .cache import TensorCache, cache_folder, plain_config
-from .network import Network, fixed_noise_losses
+from .network import Network, channels_last, fixed_noise_losses
 from .results import surroundings
 from .runs import dataset_hash
 from .streams import TrainingData
@@ -73,7 +73,11 @@ def kept_first(
     if step:
         return make()
     network, t = marks.network, marks.network.settings
-    facts |= {"base": network.base_hash, "precision": t.mixed_precision, "layout": t.batch_size == 1}
+    facts |= {
+        "base": network.base_hash,
+        "precision": t.mixed_precision,
+        "layout": channels_last(t, network.device.type),
+    }
     facts |= {"share": [marks.share.start, marks.share.step], **surroundings(network)}
     if t.lora_variant == "dora":
         facts |= {"adapter": [t.lora_rank, t.lora_targets, t.text_encoder_learning_rate, t.seed]}

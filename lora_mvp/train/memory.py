@@ -28,9 +28,12 @@ from torch.utils.checkpoint import checkpoint
 from ..config import LoraMvpError, TrainingConfig
 from ..models.adapters import add_lora
 from ..models.base import DTYPES, with_precision
-from ..models.families import FAMILIES, encode_text, family_of, granularity, text_parts, unet_arguments
+from ..models.drawing import UNET_PIXELS, VAE_PIXELS, together
+from ..models.families import FAMILIES, encode_text, family_of, granularity, networks, text_parts, unet_arguments
+from ..models.kernels import lean
 from ..models.layouts import check_folder
-from .foresight import amount, full_bytes
+from ..models.proof import exact
+from .foresight import amount, fused_bytes
 from .objectives import image_losses
 
 # %% ../../nbs/3_train/14_memory.ipynb #1af65767
@@ -54,10 +57,11 @@ class LiveBytes(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
+                self.add(tensor.untyped_storage())
         return result
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
+    def add(self, storage: torch.UntypedStorage) -> None:
+        "Count a storage until it is gone, also one that was there before."
         address, size = storage._cdata, storage.nbytes()
         if address in self._alive:
             return
@@ -149,17 +153,20 @@ def skeleton(
             "base_unreadable", f"the configs in {folder} make no model: {reason}. Get the base again."
         ) from error
     pipe, dtype = kind(**parts, **options), _dtype(training)
-    for part in (pipe.unet, pipe.vae, *text_parts(pipe).values()):
+    for part in networks(pipe).values():
         torch.nn.Module.to(part, family_of(pipe).vae_dtype or dtype if part is pipe.vae else dtype)
         part.requires_grad_(False).eval()
     return pipe
 
 # %% ../../nbs/3_train/14_memory.ipynb #7e6ab0d2
 @contextmanager
-def counted(pipe, training: TrainingConfig, cuda: bool) -> Iterator[LiveBytes]:
+def counted(
+    pipe,
+    dtype: torch.dtype = torch.float32,  # of autocast; float32: none
+    cuda: bool = False,
+) -> Iterator[LiveBytes]:
     "Count what is made inside, beside the weights, as if on the device."
-    modules = (pipe.unet, pipe.vae, *text_parts(pipe).values())
-    with torch.device("meta"), OnDevice(_dtype(training, cuda), cuda), LiveBytes(*modules) as live:
+    with torch.device("meta"), OnDevice(dtype, cuda), LiveBytes(*networks(pipe).values()) as live:
         yield live
 
 # %% ../../nbs/3_train/14_memory.ipynb #bdbdd395
@@ -176,14 +183,29 @@ def unet_inputs(
     return latents, torch.zeros(batch, dtype=torch.long, device="meta"), unet_arguments(pipe, embeds, times)
 
 # %% ../../nbs/3_train/14_memory.ipynb #77002fa3
-def _set_checkpointing(unet: UNet2DConditionModel, training: TrainingConfig, cuda: bool) -> None:
+def _set_checkpointing(pipe, training: TrainingConfig, cuda: bool) -> None:
     "As training does; the backward pass computes checkpointed blocks once more, on the same made-up device."
-    if training.gradient_checkpointing:
-        again = OnDevice(_dtype(training, cuda), cuda)
-        contexts = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
-        unet.enable_gradient_checkpointing(contexts)
-    else:
-        unet.disable_gradient_checkpointing()
+    again = OnDevice(_dtype(training, cuda), cuda)
+    how = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again)}
+    learning = text_parts(pipe).values() if training.text_encoder_learning_rate is not None else ()
+    if not training.gradient_checkpointing:
+        pipe.unet.disable_gradient_checkpointing()
+        for encoder in (part for part in learning if part.is_gradient_checkpointing):
+            encoder.gradient_checkpointing_disable()
+        return
+    pipe.unet.enable_gradient_checkpointing(partial(checkpoint, **how))
+    for encoder in learning:
+        encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+
+# %% ../../nbs/3_train/14_memory.ipynb #1c09cc40
+def embedded(pipe, training: TrainingConfig, batch: int) -> dict[str, torch.Tensor]:  # as `encode_text`
+    "Captions of a batch: made by text encoders that are trained, else taken from a table."
+    if training.text_encoder_learning_rate is not None:
+        return encode_text(pipe, [""] * batch)
+    width = {"prompt_embeds": (batch, pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)}
+    if family_of(pipe).pooled:
+        width["pooled"] = (batch, pipe.text_encoder_2.config.projection_dim)
+    return {name: torch.empty(shape, dtype=pipe.unet.dtype, device="meta") for name, shape in width.items()}
 
 # %% ../../nbs/3_train/14_memory.ipynb #6702c5d0
 def step_bytes(
@@ -192,32 +214,36 @@ def step_bytes(
     cuda: bool = False,
 ) -> tuple[int, int]:  # bytes kept by the forward pass; the most at any moment of the step
     "What a training step holds beside weights, gradients and optimiser."
-    for parameter in pipe.unet.parameters():
+    parts = (pipe.unet, *text_parts(pipe).values())
+    for parameter in (p for part in parts for p in part.parameters()):
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-    _set_checkpointing(pipe.unet, training, cuda)
-    pipe.unet.train()
-    with counted(pipe, training, cuda) as live:
-        with torch.set_grad_enabled(training.text_encoder_learning_rate is not None):
-            embeds = encode_text(pipe, [""] * training.batch_size)
+    _set_checkpointing(pipe, training, cuda)
+    for part in parts:
+        part.train()
+    with counted(pipe, _dtype(training, cuda), cuda) as live:
+        embeds = embedded(pipe, training, training.batch_size)
         latents, timesteps, arguments = unet_inputs(pipe, training.batch_size, training.resolution, embeds)
         prediction = pipe.unet(latents, timesteps, **arguments).sample
         kept = live.now
         loss = image_losses(prediction, torch.zeros_like(prediction)).mean()
         loss.backward()
+    for part in parts:
+        part.eval()
     return kept, live.peak
 
 # %% ../../nbs/3_train/14_memory.ipynb #1c7984a5
 # bytes of libraries and context: measured below on a CPU; on CUDA a usual figure, not measured
 PROGRAM = {"cpu": 500e6, "cuda": 1000e6}
 WASTE = {"cpu": 1.0, "cuda": 0.1}  # lost between allocations, per working byte: likewise
-DRAWN = 4  # pictures drawn at a time, as `sample` does
+DRAWN = 4  # pictures drawn at a time at most, as in `Network.draw`
+GRID = 8  # timesteps at which `fixed_noise_losses` asks
 
 # %% ../../nbs/3_train/14_memory.ipynb #13b71298
 @dataclass(frozen=True)
 class Phase:
     "What a part of the run holds in memory, in bytes."
 
-    name: str  # encode, train, validate, sample, certify or pipeline
+    name: str  # encode, train, validate, sample, decode, certify or pipeline
     weights: float  # of the base
     adapter: float  # its weights, gradients and the two moments of AdamW
     working: float  # all that comes and goes, mostly activations
@@ -233,57 +259,83 @@ def frozen_bytes(*modules: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for m in modules for p in m.parameters() if not p.requires_grad)
 
 # %% ../../nbs/3_train/14_memory.ipynb #45a0ef51
-def learning_bytes(
+def adapter_bytes(
     adapters: dict[str, list],  # of `add_lora`
 ) -> int:
-    "What an adapter holds while it learns: weight, gradient and the two moments of AdamW, in float32."
-    return 4 * 4 * sum(p.numel() for part in adapters.values() for p in part)
+    "One copy of an adapter's numbers, in float32."
+    return 4 * sum(p.numel() for part in adapters.values() for p in part)
+
+# %% ../../nbs/3_train/14_memory.ipynb #16913070
+COPIES = {  # of the adapter's numbers, beside what comes and goes
+    "encode": 0,
+    "train": 4,  # weights, gradients and the two moments of AdamW
+    "validate": 3,
+    "sample": 3,
+    "decode": 3,
+    "certify": 4,  # the file that is proved is loaded beside the trained one
+    "pipeline": 1,
+}
 
 # %% ../../nbs/3_train/14_memory.ipynb #a074c309
+@torch.no_grad()
 def answering_bytes(pipe, training: TrainingConfig, batch: int, size: int, cuda: bool = False) -> int:
-    "The most that text encoders and UNet hold over a batch of this size in pixels that nothing is learned from."
-    pipe.unet.eval()
-    with counted(pipe, training, cuda) as live, torch.no_grad():
-        embeds = encode_text(pipe, [""] * batch)
-        latents, timesteps, arguments = unet_inputs(pipe, batch, size, embeds)
+    "The most that text encoders, if trained, and UNet hold over a batch of this size in pixels that nothing is learned from."
+    with counted(pipe, _dtype(training, cuda), cuda) as live:
+        latents, timesteps, arguments = unet_inputs(pipe, batch, size, embedded(pipe, training, batch))
         pipe.unet(latents, timesteps, **arguments)
     return live.peak
 
 # %% ../../nbs/3_train/14_memory.ipynb #5f119cd0
-def drawing_bytes(pipe, training: TrainingConfig, pictures: int, cuda: bool = False) -> int:
-    "The most that drawing holds: the UNet on each picture with and without its prompt, or the decoder on one."
-    side = training.resolution // pipe.vae_scale_factor
-    with counted(pipe, training, cuda) as live, torch.no_grad():
-        pipe.vae.decode(torch.zeros(1, pipe.unet.config.in_channels, side, side, dtype=pipe.vae.dtype, device="meta"))
-    return max(live.peak, answering_bytes(pipe, training, 2 * pictures, training.resolution, cuda))
+@torch.no_grad()
+def decoding_bytes(pipe, size: int) -> int:
+    "The most that the autoencoder holds while it decodes one picture, in its own precision."
+    side = size // pipe.vae_scale_factor
+    with counted(pipe) as live:
+        pipe.vae.decode(torch.zeros(1, pipe.unet.config.in_channels, side, side, dtype=pipe.vae.dtype))
+    return live.peak
 
 # %% ../../nbs/3_train/14_memory.ipynb #3efe6a78
-def proving_bytes(pipe, training: TrainingConfig, cuda: bool = False) -> int:
-    "The most that a certificate holds: the answer to its question, and one layer in float32 beside its half."
-    widest = max(p.numel() for p in pipe.unet.parameters()) if pipe.unet.dtype.itemsize < 4 else 0
-    return answering_bytes(pipe, training, 2, 16 * pipe.vae_scale_factor, cuda) + 4 * widest
+@torch.no_grad()
+def proving_bytes(pipe, cuda: bool = False) -> int:
+    "The most that a certificate holds: the answer to its question, in float32; half weights are widened one layer at a time."
+    with counted(pipe, cuda=cuda) as live, exact(pipe):
+        embeds = {name: value.float() for name, value in encode_text(pipe, ["", ""]).items()}
+        latents, timesteps, arguments = unet_inputs(pipe, 2, 16 * pipe.vae_scale_factor, embeds)
+        pipe.unet(latents.float(), timesteps, **arguments)
+    return live.peak
+
+# %% ../../nbs/3_train/14_memory.ipynb #56407601
+@torch.no_grad()
+def wording_bytes(pipe, captions: int, dtype: torch.dtype = torch.float32, cuda: bool = False) -> int:
+    "The most that the text encoders hold over captions that nothing is learned from; `dtype` is of autocast."
+    with counted(pipe, dtype, cuda) as live:
+        encode_text(pipe, [""] * captions)
+    return live.peak
 
 # %% ../../nbs/3_train/14_memory.ipynb #c6e180d5
-def encoding_bytes(pipe, training: TrainingConfig, variants: int, cuda: bool = False) -> int:
-    "The most that the autoencoder holds over one picture and its variants."
-    side = training.resolution
-    with counted(pipe, training, cuda) as live, torch.no_grad():
-        pipe.vae.encode(torch.zeros(variants, 3, side, side, dtype=pipe.vae.dtype))
-    return live.peak
+@torch.no_grad()
+def encoding_bytes(
+    pipe,
+    size: int,
+    variants: int,  # of a picture
+) -> int:
+    "The most that the autoencoder holds over as many variants as go through it at a time, or the text encoders over a caption."
+    some = min(variants, together(size, VAE_PIXELS))
+    with counted(pipe) as live:
+        pipe.vae.encode(torch.zeros(some, 3, size, size, dtype=pipe.vae.dtype))
+    return max(live.peak, wording_bytes(pipe, 1))
 
 # %% ../../nbs/3_train/14_memory.ipynb #8574a0e1
 class MemoryEstimate:
     "The memory that runs on one base need."
 
-    MODEL = (
-        "mixed_precision lora_rank lora_variant lora_targets text_encoder_learning_rate"  # what the model depends on
-    )
+    MODEL = "mixed_precision lora_rank lora_variant lora_targets lora_dropout text_encoder_learning_rate"  # what it depends on
 
     def __init__(
         self,
         folder: Path,  # the base's configs
         device: str = "cpu",  # or cuda
-        variants: int = 2,  # of each picture, encoded together
+        variants: int = 2,  # of each picture
     ):
         self.folder, self.device, self.cuda, self.variants, self._known = folder, device, device == "cuda", variants, {}
 
@@ -300,49 +352,71 @@ class MemoryEstimate:
 
         def make():
             pipe = skeleton(self.folder, t)
-            return pipe, add_lora(pipe, t)
+            adapters = add_lora(pipe, t)
+            lean(pipe)
+            return pipe, adapters
 
         return self._once("pipe", t, self.MODEL, make)
 
-    def _phase(self, name: str, weights: float, adapter: float, working: float) -> Phase:
-        return Phase(name, weights, adapter, working, PROGRAM[self.device] + WASTE[self.device] * working)
+    def parts(self, t: TrainingConfig) -> dict[str, list]:  # phase -> parts of the base
+        "What is on the device in each phase; on a CPU all parts stay where they are."
+        pipe, adapters = self.pipe(t)
+        encoders = list(text_parts(pipe).values())
+        learning = [pipe.unet, *(encoders if len(adapters) > 1 else ())]
+        found = dict.fromkeys(("train", "validate", "sample", "certify"), learning)
+        found |= {"encode": [pipe.vae, *encoders], "decode": [pipe.vae, *learning[1:]]}
+        return found if self.cuda else dict.fromkeys(found, list(networks(pipe).values()))
+
+    def _phase(self, name: str, t: TrainingConfig, working: float) -> Phase:
+        pipe, adapters = self.pipe(t)
+        weights = self._fused(t) if name == "pipeline" else frozen_bytes(*self.parts(t)[name])
+        program = PROGRAM[self.device] + WASTE[self.device] * working
+        return Phase(name, weights, COPIES[name] * adapter_bytes(adapters), working, program)
 
     def phases(self, t: TrainingConfig) -> list[Phase]:
-        "What each phase of a run holds on its device."
+        "What each phase of a run holds on its device, where a UNet that leaves no room for decoding waits elsewhere."
         t = with_precision(t, self.device)
-        (pipe, adapters), work = self.pipe(t), self.working(t)
-        encoders, adapter = list(text_parts(pipe).values()), learning_bytes(adapters)
-        everything = frozen_bytes(pipe.unet, pipe.vae, *encoders)
-        parts = {"encode": [pipe.vae, *encoders], "certify": [pipe.unet, *encoders]}
-        parts["train"] = parts["validate"] = [pipe.unet, *(encoders if len(adapters) > 1 else ())]
-        found = []
-        for name, working in work.items():  # on a CPU all parts stay where they are
-            weights = frozen_bytes(*parts[name]) if self.cuda and name in parts else everything
-            found.append(self._phase(name, weights, {"encode": 0, "certify": 1.25}.get(name, 1) * adapter, working))
-        if t.save_pipeline and not self.cuda:
-            found.append(self._phase("pipeline", full_bytes(pipe), adapter / 4, work["certify"]))
-        return found
+        return [self._phase(name, t, working) for name, working in self.working(t).items()]
+
+    def beside(self, t: TrainingConfig) -> float:
+        "What decoding needs with the UNet on the device as well, in bytes."
+        need = next(phase.total for phase in self.phases(t) if phase.name == "decode")
+        return need + (frozen_bytes(self.pipe(t)[0].unet) if self.cuda else 0)
+
+    def _fused(self, t: TrainingConfig) -> int:
+        return self._once("fused", t, "", lambda: fused_bytes(self.pipe(t)[0], self.folder))
+
+    def _draw(self, t: TrainingConfig, pictures: int) -> int:
+        "The UNet on pictures with and without their prompts, whose words are embedded before."
+        pipe, told = self.pipe(t)[0], t.model_copy(update={"text_encoder_learning_rate": None})
+        words = 0 if told == t else wording_bytes(pipe, pictures, _dtype(t, self.cuda), self.cuda)
+        return max(words, answering_bytes(pipe, told, 2 * pictures, t.resolution, self.cuda))
 
     def working(self, t: TrainingConfig) -> dict[str, int]:  # phase -> bytes
         "What comes and goes in each phase, in the order of a run."
-        (pipe, _), pictures, cuda = self.pipe(t), min(len(t.sample_prompts) or DRAWN, DRAWN), self.cuda
+        (pipe, adapters), size, once = self.pipe(t), t.resolution, partial(self._once, t=t)
         precision, more = "mixed_precision resolution", f"{self.MODEL} resolution batch_size gradient_checkpointing"
-        once = partial(self._once, t=t)
+        room, drawing = together(size, UNET_PIXELS), f"{self.MODEL} resolution"
         found = {
-            "encode": once("encode", keys=precision, make=lambda: encoding_bytes(pipe, t, self.variants, cuda)),
-            "train": once("train", keys=more, make=lambda: step_bytes(pipe, t, cuda)[1]),
-            "validate": once("validate", keys=precision, make=lambda: answering_bytes(pipe, t, 8, t.resolution, cuda)),
+            "encode": once("encode", keys=precision, make=lambda: encoding_bytes(pipe, size, self.variants)),
+            "train": once("train", keys=more, make=lambda: step_bytes(pipe, t, self.cuda)[1]),
+            "validate": once(
+                "validate", keys=drawing, make=lambda: answering_bytes(pipe, t, min(GRID, room), size, self.cuda)
+            ),
         }
         if t.sample_every != 0:
-            draw = lambda: drawing_bytes(pipe, t, pictures, cuda)  # noqa: E731
-            found["sample"] = once(f"draw {pictures}", keys=precision, make=draw)
-        return found | {"certify": once("certify", keys="mixed_precision", make=lambda: proving_bytes(pipe, t, cuda))}
+            drawn = min(len(t.sample_prompts) or DRAWN, DRAWN, max(1, room // 2))
+            found["sample"] = once(f"draw {drawn}", keys=drawing, make=lambda: self._draw(t, drawn))
+            found["decode"] = once("decode", keys=precision, make=lambda: decoding_bytes(pipe, size))
+        files = 0 if self.cuda else 4 * adapter_bytes(adapters)  # what is read and compared is on the CPU
+        found["certify"] = max(files, once("certify", keys=self.MODEL, make=lambda: proving_bytes(pipe, self.cuda)))
+        return found | ({"pipeline": found["certify"]} if t.save_pipeline and not self.cuda else {})
 
     def host(self, t: TrainingConfig) -> float:
         "What a run on a GPU holds in the CPU's memory at most: the base as it is read, or as it is written."
         pipe, _ = self.pipe(t)
-        read = frozen_bytes(pipe.unet, pipe.vae, *text_parts(pipe).values())
-        return PROGRAM["cpu"] + max(read, full_bytes(pipe) if t.save_pipeline else 0)
+        written = self._fused(t) if t.save_pipeline else 0
+        return PROGRAM["cpu"] + max(frozen_bytes(*networks(pipe).values()), written)
 
 # %% ../../nbs/3_train/14_memory.ipynb #046ede33
 def phase_table(found: list[Phase]) -> str:
@@ -355,6 +429,14 @@ def phase_table(found: list[Phase]) -> str:
 def largest(found: list[Phase]) -> Phase:
     "The phase that needs most."
     return max(found, key=lambda phase: phase.total)
+
+# %% ../../nbs/3_train/14_memory.ipynb #552fc1f4
+def waiting_text(estimate: MemoryEstimate, t: TrainingConfig, phase: Phase, memory: float | None) -> str:
+    "What to add about a phase where a card has too little room for UNet and autoencoder at once; else nothing."
+    if phase.name != "decode" or not estimate.cuda or memory is None:
+        return ""
+    both = estimate.beside(t)
+    return f", while the UNet waits on the CPU: both at once need {amount(both)}" if both > memory else ""
 
 # %% ../../nbs/3_train/14_memory.ipynb #b66e8a50
 def smaller_batch(
@@ -379,8 +461,8 @@ def milder(
     "Changes by which that phase needs less memory, the most harmless first."
     if need.name == "sample" and len(t.sample_prompts) != 1:
         yield {"sample_prompts": t.sample_prompts[:1] or ["one prompt of yours"]}
-    if need.name in ("sample", "pipeline"):
-        yield {"sample_every": 0} if need.name == "sample" else {"save_pipeline": False}
+    if need.name in ("sample", "decode", "pipeline"):
+        yield {"save_pipeline": False} if need.name == "pipeline" else {"sample_every": 0}
     if need.name == "train" and t.batch_size > 1:
         yield smaller_batch(t, need, memory, WASTE[estimate.device])
     if need.name == "train" and not t.gradient_checkpointing:
@@ -388,7 +470,7 @@ def milder(
     if t.mixed_precision == "no" and estimate.cuda:
         half = "bf16" if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(False) else "fp16"
         yield {"mixed_precision": half}
-    if need.name == "train" and t.text_encoder_learning_rate is not None:
+    if need.name not in ("encode", "pipeline") and t.text_encoder_learning_rate is not None:
         yield {"text_encoder_learning_rate": None}
     if t.lora_rank > 8:
         yield {"lora_rank": 8, "lora_alpha": max(1, round(t.lora_alpha * 8 / t.lora_rank))}

@@ -6,8 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/3_train/10_network.ipynb #5ede647b
+import json
+import logging
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -15,11 +20,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from .. import __version__
 from ..config import EvaluationConfig, TrainingConfig, derive_seed
-from ..models.base import DTYPES, base_hash, load_base, with_precision
-from ..models.drawing import sample
-from ..models.families import encode_text, text_parts, unet_arguments
+from ..models.base import DTYPES, base_files, joint_hash, load_base, part_hashes, with_precision
+from ..models.drawing import UNET_PIXELS, decode_latents, draw_latents, together
+from ..models.families import Pipeline, encode_text, text_parts, unet_arguments
 from ..models.kernels import lean
+from .known import KnownFiles, state_of
 from .latents import Batch, LatentSet
 from lora_mvp.train.objectives import (
     draw_noise,
@@ -40,54 +47,88 @@ def start_accelerator(mixed_precision: str) -> Accelerator:
 
 # %% ../../nbs/3_train/10_network.ipynb #86ab7a8b
 @contextmanager
-def visit(modules: list[torch.nn.Module], device: torch.device):
-    "Bring modules that wait on the CPU to the device for a while."
-    for module in modules:
-        module.to(device)
+def visit(modules: list[torch.nn.Module], device: torch.device, home: str | torch.device = "cpu"):
+    "Bring modules from where they are at home to a device, for a while."
     try:
+        for module in modules:
+            module.to(device)
         yield
     finally:
         for module in modules:
-            module.to("cpu")
+            module.to(home)
+
+# %% ../../nbs/3_train/10_network.ipynb #b1eb6b86
+def known_base(
+    known: KnownFiles,
+    t: TrainingConfig,  # its mixed_precision is decided
+    load: Callable[[], Pipeline],  # the base of these settings, in any precision
+) -> tuple[Pipeline, dict[str, str]]:  # the base, and `part_hashes` in the precision of the run
+    "Load a base; its weights are hashed only where its files are not known."
+    place = (t.pretrained_model, t.revision, t.vae)
+    files = base_files(*place)
+    before, pipe = state_of(files), load()
+    if base_files(*place) != files:  # some were fetched, or have appeared
+        before = None
+    programs = [__version__, *(version(name) for name in ("torch", "diffusers", "transformers"))]
+    question = json.dumps(["weights", t.mixed_precision, *programs])
+    return pipe, known.ask(question, files, lambda: part_hashes(pipe, DTYPES[t.mixed_precision]), before)
+
+# %% ../../nbs/3_train/10_network.ipynb #65b256c6
+def sent(value: torch.Tensor | None, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+    "A tensor on its way to the device, in `dtype` if given; on CUDA the host does not wait for it."
+    if value is None:
+        return None
+    value = value.to(dtype or value.dtype)
+    if value.device.type == device.type:
+        return value
+    if device.type != "cuda":
+        return value.to(device)
+    return value.contiguous().pin_memory().to(device, non_blocking=True)  # an expanded one cannot be pinned
+
+# %% ../../nbs/3_train/10_network.ipynb #a95e3213
+def channels_last(t: TrainingConfig, device: str) -> bool:
+    "Whether the UNet's weights lie with the channels last; `device`: cpu, cuda or mps."
+    return device == "cuda" or t.compile or (device == "cpu" and t.batch_size == 1)
+
+# %% ../../nbs/3_train/10_network.ipynb #1506d089
+log = logging.getLogger("lora_mvp")
+BY_TURNS = "too little memory for UNet and autoencoder at once: from now on the UNet waits on the CPU while samples are decoded"
 
 # %% ../../nbs/3_train/10_network.ipynb #be144c01
 class Network:
     "A base, later with its adapter, whose parts are on the device of a run while they are used."
 
-    def __init__(self, t: TrainingConfig, accelerator: Accelerator):
+    def __init__(self, t: TrainingConfig, accelerator: Accelerator, known: KnownFiles | None = None):
         t = with_precision(t, accelerator.device.type)
         self.settings, self.accelerator = t, accelerator
         self.device, self.dtype = accelerator.device, DTYPES[t.mixed_precision]
-        self.pipe = load_base(t.pretrained_model, dtype=self.dtype, revision=t.revision, vae=t.vae)  # on the CPU
-        self.base_hash = base_hash(self.pipe)
+        self.known, how = known or KnownFiles(), {"dtype": self.dtype, "revision": t.revision, "vae": t.vae}
+        self.pipe, self.parts = known_base(self.known, t, lambda: load_base(t.pretrained_model, **how))  # on the CPU
+        self.base_hash = joint_hash(self.parts)
         self.noise = noise_schedule(self.pipe.scheduler, t)
         self.pipe.scheduler = sampling_scheduler(self.pipe.scheduler, t.zero_terminal_snr)
         self.texts: TextTable | None = None  # None: captions are encoded each time
-        self.parked: list[torch.nn.Module] = []  # parts that wait on the CPU
+        self.by_turns = False  # whether the UNet leaves the device while pictures are decoded
 
     def park(self, texts: TextTable | None) -> None:
-        "Take the captions' table, and let the parts wait that training does not need from now on."
+        "Take the captions' table, and what training needs to the device; all else waits on the CPU, where it is."
         self.texts = texts
-        self.parked = [self.pipe.vae, *(text_parts(self.pipe).values() if texts else [])]
-        for module in self.parked:
-            module.to("cpu")
-        for module in (self.pipe.unet, *(() if texts else text_parts(self.pipe).values())):
-            module.to(self.device)
+        for part in (self.pipe.unet, *text_parts(self.pipe).values()):
+            part.to("cpu" if texts and part is not self.pipe.unet else self.device)
 
     def forget_autoencoder(self) -> None:
         "Let the autoencoder go, where nothing will be drawn."
-        self.parked = [module for module in self.parked if module is not self.pipe.vae]
         self.pipe.vae = None
 
     def release(self) -> None:
         "Let the base go, for another to take its place in memory; the network can do nothing any more."
-        self.pipe, self.parked, self.texts = None, [], None
+        self.pipe, self.texts = None, None
 
     def economize(self) -> None:
         "Kernels, memory layout and gradient checkpointing, once the adapter is part of the network."
         t, pipe = self.settings, self.pipe
         lean(pipe)
-        if self.device.type == "cpu" and t.batch_size == 1:  # oneDNN's convolutions: 5 % faster, slower from 4 on
+        if channels_last(t, self.device.type):
             pipe.unet.to(memory_format=torch.channels_last)
         if t.gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
@@ -101,25 +142,107 @@ class Network:
                 module.train(training)
 
     def embed(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        "Caption embeddings: from the table, or from the text encoders while these are trained."
-        embeds = self.texts[captions] if self.texts else encode_text(self.pipe, captions)
-        return {name: value.to(self.device, self.dtype) for name, value in embeds.items()}
+        "Caption embeddings on the device: from the table, or from the text encoders while these are trained."
+        with self.accelerator.autocast():
+            embeds = self.texts[captions] if self.texts else encode_text(self.pipe, captions)
+        return {name: sent(value, self.device, self.dtype) for name, value in embeds.items()}
 
     def predict(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, captions: list[str], time_ids: torch.Tensor | None
+        self,
+        noisy: torch.Tensor,  # (batch, channels, height, width)
+        timesteps: torch.Tensor,  # (batch,)
+        embeds: dict[str, torch.Tensor],  # of `embed`
+        time_ids: torch.Tensor | None,  # (batch, 6) for SDXL
     ) -> torch.Tensor:  # like `noisy`
         "What the network answers."
+        arguments = unet_arguments(self.pipe, embeds, sent(time_ids, self.device))
+        noisy, timesteps = sent(noisy, self.device, self.dtype), sent(timesteps, self.device)
         with self.accelerator.autocast():
-            ids = None if time_ids is None else time_ids.to(self.device)
-            arguments = unet_arguments(self.pipe, self.embed(captions), ids)
-            return self.pipe.unet(noisy.to(self.device, self.dtype), timesteps.to(self.device), **arguments).sample
+            return self.pipe.unet(noisy, timesteps, **arguments).sample
+
+    def predict_in_parts(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, captions: list[str], time_ids: torch.Tensor | None
+    ) -> torch.Tensor:  # like `noisy`
+        "The same where nothing is learned, as many at a time as `together` says."
+        height, width = (side * self.pipe.vae_scale_factor for side in noisy.shape[-2:])
+        parts = torch.arange(len(noisy)).split(together((height, width), UNET_PIXELS))
+        ids = [None if time_ids is None else time_ids[p] for p in parts]
+        asked = [(noisy[p], timesteps[p], captions[: len(p)], i) for p, i in zip(parts, ids, strict=True)]
+        return torch.cat([self.predict(some, times, self.embed(said), i) for some, times, said, i in asked])
 
     def draw(self, prompts: list[str], e: EvaluationConfig) -> list[Image.Image]:
         "A picture per prompt, all from the same seed."
         self.set_mode(False)
-        with visit(self.parked, self.device), self.accelerator.autocast():
-            seeds, size = [e.seed] * len(prompts), self.settings.resolution
-            return sample(self.pipe, prompts, seeds, e.num_inference_steps, e.guidance_scale, size)
+        size = self.settings.resolution
+        how = (e.num_inference_steps, e.guidance_scale, size, min(4, together(size, UNET_PIXELS // 2)))
+        with self.accelerator.autocast():
+            latents = draw_latents(self.pipe, prompts, [e.seed] * len(prompts), *how, embed=self.embed)
+        return self.decode(latents)
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        "The pictures; where the device has no room for the autoencoder beside the UNet, that waits on the CPU meanwhile."
+        vae, unet = self.pipe.vae, self.pipe.unet
+        if not self.by_turns:
+            try:
+                with visit([vae], self.device):
+                    return decode_latents(self.pipe, latents)
+            except torch.OutOfMemoryError:
+                self.by_turns = True
+                log.warning(BY_TURNS)
+        with visit([unet], torch.device("cpu"), self.device), visit([vae], self.device):
+            return decode_latents(self.pipe, latents)
+
+# %% ../../nbs/3_train/10_network.ipynb #38ebd0f4
+@dataclass
+class Asked:
+    "What the network is asked about a micro-batch: all that does not follow from the adapter, on the device of the run."
+
+    ids: list[str]  # of the images
+    timesteps: torch.Tensor  # (images,), on the CPU
+    times: torch.Tensor  # the same
+    noisy: torch.Tensor  # (images, channels, height, width)
+    target: torch.Tensor  # like `noisy`, float32
+    captions: list[str]
+    embeds: dict[str, torch.Tensor] | None  # None: the text encoders are trained, and must be asked as well
+    time_ids: torch.Tensor | None  # (images, 6) for SDXL
+    weights: torch.Tensor | None  # (images,), of min-SNR
+    masks: torch.Tensor | None  # (images, 1, height, width)
+    dropout: int  # seed of the LoRA dropout
+
+# %% ../../nbs/3_train/10_network.ipynb #99febde6
+def pose(
+    network: Network,
+    batch: Batch,
+    seed: int,  # of the stream
+    step: int,  # optimizer steps done
+    micro: int,  # the micro-batch within the step
+) -> Asked:
+    "The question about a batch, at noise and timesteps that follow from (seed, step, micro)."
+    t, device, T = network.settings, network.device, len(network.noise.alphas_cumprod)
+    noise, timesteps = draw_noise(seed, step, micro, batch.latents.shape, T, t.noise_offset)
+    noisy, target = noisy_and_target(network.noise, batch.latents, noise, timesteps)
+    weights = min_snr_weights(network.noise, timesteps, t.snr_gamma) if t.snr_gamma else None
+    return Asked(
+        ids=batch.ids,
+        timesteps=timesteps,
+        times=sent(timesteps, device),
+        noisy=sent(noisy, device, network.dtype),
+        target=sent(target, device),
+        captions=batch.captions,
+        embeds=network.embed(batch.captions) if network.texts else None,
+        time_ids=sent(batch.time_ids, device),
+        weights=sent(weights, device),
+        masks=sent(batch.masks, device),
+        dropout=derive_seed(seed, "dropout", step, micro),
+    )
+
+# %% ../../nbs/3_train/10_network.ipynb #a8512d76
+def answer_losses(network: Network, question: Asked) -> torch.Tensor:  # (images,), on the device
+    "The loss of each image; nothing here waits for the device."
+    torch.manual_seed(question.dropout)
+    embeds = question.embeds or network.embed(question.captions)
+    prediction = network.predict(question.noisy, question.times, embeds, question.time_ids)
+    return image_losses(prediction, question.target, question.weights, question.masks)
 
 # %% ../../nbs/3_train/10_network.ipynb #9ec2379e
 def batch_losses(
@@ -129,15 +252,9 @@ def batch_losses(
     step: int,  # optimizer steps done
     micro: int,  # the micro-batch within the step
 ) -> tuple[torch.Tensor, torch.Tensor]:  # losses and timesteps, (images,)
-    "The loss of each image of a micro-batch, at noise and timesteps that follow from (seed, step, micro)."
-    t, T = network.settings, len(network.noise.alphas_cumprod)
-    noise, timesteps = draw_noise(seed, step, micro, batch.latents.shape, T, t.noise_offset)
-    noisy, target = noisy_and_target(network.noise, batch.latents, noise, timesteps)
-    torch.manual_seed(derive_seed(seed, "dropout", step, micro))
-    prediction = network.predict(noisy, timesteps, batch.captions, batch.time_ids)
-    weights = min_snr_weights(network.noise, timesteps, t.snr_gamma).to(network.device) if t.snr_gamma else None
-    masks = None if batch.masks is None else batch.masks.to(network.device)
-    return image_losses(prediction, target.to(network.device), weights, masks), timesteps
+    "The loss of each image of a micro-batch, as the trainer takes it."
+    question = pose(network, batch, seed, step, micro)
+    return answer_losses(network, question), question.timesteps
 
 # %% ../../nbs/3_train/10_network.ipynb #b333b1c7
 VALIDATION_IMAGES = 32  # at most, of each split: a mark must stay short beside the training between two of them
@@ -162,7 +279,7 @@ def fixed_noise_losses(
         noise, _ = draw_noise(seed, i, 0, latents.shape, T)
         noisy, target = noisy_and_target(network.noise, latents, noise, timesteps)
         ids = None if time_ids is None else time_ids.expand(grid, -1)
-        prediction = network.predict(noisy, timesteps, [caption] * grid, ids)
-        masks = data.masks[i][:1].expand(grid, -1, -1, -1).to(network.device) if data.masks else None
-        losses.append(float(image_losses(prediction, target.to(network.device), masks=masks).mean()))
-    return losses
+        prediction = network.predict_in_parts(noisy, timesteps, [caption] * grid, ids)
+        masks = None if data.least is None else sent(data.mask(i, 0).expand(grid, -1, -1, -1), network.device)
+        losses.append(image_losses(prediction, sent(target, network.device), masks=masks).mean())
+    return torch.stack(losses).tolist() if losses else []

@@ -23,6 +23,7 @@ from ..data.looks import plain_share
 from ..data.manifest import Manifest
 from ..data.raw import walk
 from ..errors import LoraMvpError
+from .known import KnownFiles, state_of
 from ..words import printable
 
 # %% ../../nbs/3_train/01_pictures.ipynb #53b34474
@@ -80,31 +81,52 @@ def decode_picture(data: bytes, path: Path):  # an upright RGB Pillow image
         raise LoraMvpError(e.code, f"{path} cannot be used as an image: {e}") from e
 
 # %% ../../nbs/3_train/01_pictures.ipynb #eecbd0f8
-def checked_bytes(path: Path, sha256: str) -> bytes:
-    "The bytes of a file; `LoraMvpError` (`image_changed`) when they are no longer the ones that the manifest knows."
-    data = read_picture(path)
-    if hashlib.sha256(data).hexdigest() != sha256:
+def _refuse_changed(path: Path, found: str, wanted: str) -> None:
+    "Raise `LoraMvpError` (`image_changed`) unless a file's hash is the one that the manifest knows."
+    if found != wanted:
         text = f"{path} has changed since the manifest was written; run `lora-mvp prepare-data` again"
         raise LoraMvpError("image_changed", text)
+
+
+def checked_bytes(path: Path, sha256: str, known: KnownFiles | None = None) -> bytes:
+    "The bytes of a file; `LoraMvpError` (`image_changed`) when they are no longer the ones that the manifest knows."
+    before = state_of([path])
+    data = read_picture(path)
+    found = hashlib.sha256(data).hexdigest()
+    if known and before == state_of([path]):
+        known.tell("sha256", [path], before, found)
+    _refuse_changed(path, found, sha256)
     return data
 
+# %% ../../nbs/3_train/01_pictures.ipynb #8bb2d23e
+def check_bytes(path: Path, sha256: str, known: KnownFiles) -> None:
+    "Raise `LoraMvpError` (`image_changed`) when a file is not the one that the manifest knows."
+    found = known.ask("sha256", [path], lambda: hashlib.sha256(read_picture(path)).hexdigest())
+    _refuse_changed(path, found, sha256)
+
 # %% ../../nbs/3_train/01_pictures.ipynb #ad4d6168
-def _regularization_source(path: Path, folder: Path, prompt: str | None) -> Source:
+def _picture_hash(path: Path) -> str:
+    "The hash of a file that is a picture; an error names one that is not."
+    data = read_picture(path)
+    decode_picture(data, path)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _regularization_source(path: Path, folder: Path, prompt: str | None, known: KnownFiles) -> Source:
     "One picture of the class, decoded now, so that a bad file is named before anything is encoded."
     words = caption_of(path, "", "")
     caption = words.text or prompt or class_words(path)
     if not caption:
         text = f"{path} has no caption; write {path.with_suffix('.txt').name} beside it, or set training.regularization_prompt"
         raise LoraMvpError("regularization_caption", text)
-    data = read_picture(path)
-    decode_picture(data, path)
-    sha256 = hashlib.sha256(data).hexdigest()
+    sha256 = known.ask("sha256", [path], lambda: _picture_hash(path))
     return Source(printable(path.relative_to(folder)), path, caption, sha256, "regularization", words.others)
 
 # %% ../../nbs/3_train/01_pictures.ipynb #b03305da
 def regularization_sources(
     folder: str | os.PathLike,  # training.regularization_dir
     prompt: str | None,  # training.regularization_prompt: the caption of pictures without a .txt file
+    known: KnownFiles | None = None,
 ) -> list[Source]:  # by path
     "The regularisation pictures; `LoraMvpError`: `regularization_missing`, `regularization_empty`, `regularization_caption`."
     folder = Path(folder)
@@ -116,7 +138,8 @@ def regularization_sources(
     found = [path for path in found if path not in apart]
     if not found:
         raise LoraMvpError("regularization_empty", f"{where} holds no images; put some in, or set it to null")
-    return [_regularization_source(path, folder, prompt) for path in sorted(found, key=os.fsencode)]
+    known = known or KnownFiles()
+    return [_regularization_source(path, folder, prompt, known) for path in sorted(found, key=os.fsencode)]
 
 # %% ../../nbs/3_train/01_pictures.ipynb #58c66480
 VARIANTS = 8  # of each picture, where an augmentation has endless outcomes
@@ -146,12 +169,17 @@ PLAIN = 0.15  # a collection with a lower median of `plain_share` looks like pho
 def photo_warning(
     sources: list[Source],
     base: str,  # training.pretrained_model
+    known: KnownFiles | None = None,
 ) -> str | None:  # None for another base, and for drawings
     "What to know before photographs are trained on `tiny`, from at most 24 of the pictures."
     some = sources[:: -(-len(sources) // 24) or 1]
     if base != "tiny" or not some:
         return None
-    shares = [plain_share(decode_picture(read_picture(source.path), source.path)) for source in some]
+    known = known or KnownFiles()
+    shares = [
+        known.ask("plain", [s.path], lambda s=s: plain_share(decode_picture(read_picture(s.path), s.path)))
+        for s in some
+    ]
     if np.median(shares) >= PLAIN:
         return None
     text = "the pictures look like photographs, and the base `tiny` cannot learn those: it knows 171 emoji in drawn styles. The run shows how training works; "

@@ -28,7 +28,7 @@ from ..data.steps import Plan
 from ..errors import LoraMvpError
 from ..files import atomic_write, file_sha256, read_record, save_png
 from ..models.adapters import WEIGHTS, save_adapter
-from ..models.base import DTYPES, base_hash, base_revision, load_base
+from ..models.base import base_revision, joint_hash, load_base
 from ..models.exports import export_fused
 from ..models.kohya import write_kohya
 from ..models.proof import Certificate, certify
@@ -43,7 +43,8 @@ from lora_mvp.train.curves import (
     table_csv,
     validation_rows,
 )
-from .network import Network, visit
+from .known import KnownFiles
+from .network import Network, known_base
 from .objectives import sampling_scheduler
 from .runs import RunFolder, RunRecord, dataset_hash, read_run, remove_all, sample_files, sample_sheet
 from .streams import TrainingData
@@ -156,6 +157,7 @@ class FinishedRun:
     config: AppConfig
     manifest: Callable[[], Manifest]
     network: Callable[[], Network]  # with the adapter in it
+    known: KnownFiles = field(default_factory=KnownFiles)
 
 # %% ../../nbs/3_train/12_results.ipynb #542a8e5f
 def save_pictures(ending: FinishedRun) -> None:
@@ -197,8 +199,7 @@ def save_exchange(ending: FinishedRun) -> None:
     network.set_mode(False)
     dtype = getattr(torch, ending.config.training.save_dtype)
     write_kohya(network.pipe, folder.kohya, training_facts(ending), dtype)
-    with visit([part for part in network.parked if part is not network.pipe.vae], network.device):
-        certify(network.pipe, folder.adapter, folder.kohya)
+    certify(network.pipe, folder.adapter, folder.kohya)
     network.release()
 
 # %% ../../nbs/3_train/12_results.ipynb #e1424b7e
@@ -214,8 +215,9 @@ def save_pipeline(ending: FinishedRun) -> None:
     t, folder = ending.config.training, ending.folder
     staged = folder.root / ".pipeline"
     shutil.rmtree(staged, ignore_errors=True)
-    pipe = load_base(t.pretrained_model, dtype=None, revision=t.revision, vae=t.vae)
-    refuse_other_base(folder, ending.record, base_hash(pipe, DTYPES[t.mixed_precision]))
+    how = {"dtype": None, "revision": t.revision, "vae": t.vae}
+    pipe, parts = known_base(ending.known, t, lambda: load_base(t.pretrained_model, **how))
+    refuse_other_base(folder, ending.record, joint_hash(parts))
     pipe.scheduler = sampling_scheduler(pipe.scheduler, t.zero_terminal_snr)
     export_fused(pipe, folder.adapter, staged)
     for part in sorted(staged.iterdir(), key=lambda path: path.name == folder.pipeline.name):
@@ -283,9 +285,8 @@ def finish_run(
     "Write everything that a finished run leaves: what it is first, then what is made from that."
     config = config.model_copy(update={"training": network.settings})  # with the precision that was computed in
     record, folder = save_result(config, manifest, network, data, state, seconds), RunFolder(config.training.output_dir)
-    write_forms(
-        FinishedRun(folder, record, config, lambda: manifest, lambda: network), missing_forms(folder, config.training)
-    )
+    ending = FinishedRun(folder, record, config, lambda: manifest, lambda: network, network.known)
+    write_forms(ending, missing_forms(folder, config.training))
 
 # %% ../../nbs/3_train/12_results.ipynb #b88eba67
 def finished_run(

@@ -15,8 +15,9 @@ from ..config import AppConfig, TrainingConfig, derive_seed
 from ..data.manifest import Manifest
 from ..data.steps import Plan
 from .cache import cache_folder
+from .known import KnownFiles
 from .latents import LatentSet, encode_images
-from .pictures import photo_warning, regularization_sources, sources, with_masks
+from .pictures import Source, photo_warning, regularization_sources, sources, with_masks
 from .texts import TextTable, caption_variants
 
 # %% ../../nbs/3_train/05_streams.ipynb #04dc9e7b
@@ -45,26 +46,37 @@ class TrainingData:
     texts: TextTable | None  # None where the text encoders are trained and captions must be encoded anew
     regularization: list[list[str]]  # content and caption of the class's pictures
 
+# %% ../../nbs/3_train/05_streams.ipynb #279fbc51
+def asked_texts(drawn: list[Source], validated: list[Source], t: TrainingConfig) -> list[str]:
+    "Every text that the network will be asked with: captions in all their variants, sample prompts and what is guided away from."
+    captions = [variant for s in drawn for variant in caption_variants([s.caption, *s.others], t)]
+    shown = [*t.sample_prompts, ""] if t.sample_every != 0 else []
+    return [*captions, *(s.caption for s in validated), *shown]
+
 # %% ../../nbs/3_train/05_streams.ipynb #6db447bf
 log = logging.getLogger("lora_mvp")
 
 
-def load_data(pipe: DiffusionPipeline, config: AppConfig, manifest: Manifest) -> TrainingData:
-    "Encode the images of all streams and of validation, and every caption that may be drawn."
-    t, cache = config.training, cache_folder(config.training, manifest)
+def load_data(
+    pipe: DiffusionPipeline,
+    config: AppConfig,
+    manifest: Manifest,
+    known: KnownFiles | None = None,  # gets what is found out on the way
+    parts: dict[str, str] | None = None,  # `part_hashes` of the base, where they are known
+) -> TrainingData:
+    "Encode the images of all streams and of validation, every caption that may be drawn, and the sample prompts."
+    t, known = config.training, known or KnownFiles()
+    how = (cache_folder(t, manifest), known, parts)
     train, val = (with_masks(sources(manifest, split), manifest) for split in ("train", "val"))
-    photos = photo_warning(train, t.pretrained_model)
-    if photos:
+    if photos := photo_warning(train, t.pretrained_model, known):
         log.warning("%s", photos)
-    prior = regularization_sources(t.regularization_dir, t.regularization_prompt) if t.regularization_dir else []
-    train_set = encode_images(pipe, train, t, config.data.augmentations, cache)
+    folder, prompt = t.regularization_dir, t.regularization_prompt
+    prior = regularization_sources(folder, prompt, known) if folder else []
+    train_set = encode_images(pipe, train, t, config.data.augmentations, *how)
     plan = Plan(train_set.shapes, t.batch_size, t.seed, [s.repeats for s in train])
     streams = [Stream(train_set, plan, 1.0, t.seed)]
-    if prior:
-        streams.append(prior_stream(encode_images(pipe, prior, t, [], cache), t))
-    val_set = encode_images(pipe, val, t, [], cache) if val else None
-    texts = None
+    streams += [prior_stream(encode_images(pipe, prior, t, [], *how), t)] if prior else []
+    val_set, texts = encode_images(pipe, val, t, [], *how) if val else None, None
     if t.text_encoder_learning_rate is None:
-        drawn = [variant for s in train + prior for variant in caption_variants([s.caption, *s.others], t)]
-        texts = TextTable(pipe, [*drawn, *(s.caption for s in val)], cache)
+        texts = TextTable(pipe, asked_texts(train + prior, val, t), *how)
     return TrainingData(streams, val_set, texts, [[s.sha256, s.caption] for s in prior])

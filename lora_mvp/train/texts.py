@@ -21,6 +21,7 @@ from ..config import TrainingConfig, derive_seed
 from ..models.base import weights_hash
 from ..models.families import encode_text, family_of, text_parts
 from .cache import TensorCache, plain_config
+from .known import KnownFiles
 
 # %% ../../nbs/3_train/03_texts.ipynb #c60349e8
 def split_tags(
@@ -83,21 +84,25 @@ def tokenizer_hash(tokenizer) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 # %% ../../nbs/3_train/03_texts.ipynb #2c06961f
-def text_facts(pipe: DiffusionPipeline) -> dict:
+def text_facts(
+    pipe: DiffusionPipeline,
+    parts: dict[str, str] | None = None,  # `part_hashes` of the base, where they are known
+) -> dict:
     "What the embedding of a caption follows from on the side of the base."
     facts = {"family": family_of(pipe).name}
     for name, encoder in text_parts(pipe).items():
         rules = tokenizer_hash(getattr(pipe, name.replace("text_encoder", "tokenizer")))
-        facts[name] = [weights_hash(encoder), plain_config(encoder.config.to_dict()), rules, encoder.device.type]
+        digest = parts[name] if parts else weights_hash(encoder)
+        facts[name] = [digest, plain_config(encoder.config.to_dict()), rules, encoder.device.type]
     return facts
 
 # %% ../../nbs/3_train/03_texts.ipynb #961f87a9
 @torch.no_grad()
 def embed_caption(
     pipe: DiffusionPipeline, caption: str
-) -> dict[str, torch.Tensor]:  # float32, without the batch dimension
+) -> dict[str, torch.Tensor]:  # as the encoders compute, without the batch dimension
     "The embeddings of one caption."
-    return {name: tensor[0].float().cpu() for name, tensor in encode_text(pipe, [caption]).items()}
+    return {name: tensor[0].cpu() for name, tensor in encode_text(pipe, [caption]).items()}
 
 # %% ../../nbs/3_train/03_texts.ipynb #84fe67c6
 log = logging.getLogger("lora_mvp")
@@ -111,9 +116,11 @@ class TextTable:
         pipe: DiffusionPipeline,
         captions: Iterable[str],  # repeated ones are encoded once
         cache: Path | None,  # from `cache_folder`; None: nothing is kept
+        known: KnownFiles | None = None,
+        parts: dict[str, str] | None = None,  # `part_hashes` of the base, where they are known
     ):
-        store = TensorCache(cache / "text" if cache else None)
-        common = text_facts(pipe) if cache else {}
+        store = TensorCache(cache / "text" if cache else None, known)
+        common = text_facts(pipe, parts) if cache else {}
         self.rows = {}
         for caption in tqdm(dict.fromkeys(captions), desc="captions", leave=False, disable=None):
             self.rows[caption] = store.get(common | {"caption": caption}, embed_caption, pipe, caption)

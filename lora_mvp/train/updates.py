@@ -97,23 +97,28 @@ class Updates:
         self.optimizer = self.accelerator.prepare(optimizer)
         network.economize()
         self.moved = False  # whether the adapter is known to change
+        self.skips = False  # whether the scaler will leave out this step and lower its scale
 
-    def limit_gradients(
+    def limit_gradients(self) -> torch.Tensor:  # the norm before, a scalar on the device
+        "Sum the gradients over processes and limit their norm, without waiting for the device."
+        sum_gradients(self.accelerator, self.params)
+        return self.accelerator.clip_grad_norm_(self.params, self.network.settings.max_grad_norm)
+
+    def accept(
         self,
+        norm: float,  # of `limit_gradients`
         step: int,  # optimizer steps done
         output_dir: Path,  # of the run
-    ) -> float:  # the norm before
-        "Sum the gradients over processes and limit their norm; refuse a gradient of zero, and NaN or infinity."
-        sum_gradients(self.accelerator, self.params)
-        norm = float(self.accelerator.clip_grad_norm_(self.params, self.network.settings.max_grad_norm))
+    ) -> None:
+        "Refuse a gradient of zero; refuse NaN or infinity too, unless a scaler skips such a step."
         if norm == 0:
             text = f"step {step + 1} gave no gradient: the adapter is not part of the network."
             raise LoraMvpError("no_gradient", text)
-        scaled = self.accelerator.scaler is not None  # the scaler skips such a step and lowers its scale
-        if not scaled and not np.isfinite(norm):
+        # not from `optimizer.step_was_skipped`: with a fused AdamW the scaler leaves the skip to the kernel, unseen
+        self.skips = self.accelerator.scaler is not None and not np.isfinite(norm)
+        if not self.skips and not np.isfinite(norm):
             what = f"the gradient became {norm} at step {step + 1}"
             raise not_finite("gradient_not_finite", what, output_dir, step > 0)
-        return norm
 
     def step(self) -> float:  # the learning rate
         "Move the adapter along its gradients, and forget these."
@@ -121,7 +126,7 @@ class Updates:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if rate and not self.moved and not self.optimizer.step_was_skipped:  # by the scaler, which tries again
+        if rate and not self.moved and not self.skips:
             check_moved(adapter_state(self.network.pipe))
             self.moved = True
         return rate
