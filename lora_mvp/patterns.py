@@ -26,7 +26,7 @@ pattern = re.compile(pattern)
 json.dump([name for name in names if pattern.fullmatch(name)], sys.stdout)
 """
 
-
+# %% ../nbs/07b_patterns.ipynb #4ff29aa2
 def match_names(
     pattern: str,
     names: Iterable[str],

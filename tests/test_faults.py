@@ -227,9 +227,9 @@ def test_every_way_to_fail_has_its_code_and_frees_its_place(desk):  # rows 11 an
 
 
 def test_what_hangs_is_stopped_whenever_it_does_and_what_is_at_work_is_not(desk):  # row 30
-    desk = desk(max_workers=4, stall_seconds=1.5, grace_seconds=0.5)
+    desk = desk(max_workers=4, stall_seconds=3.0, grace_seconds=0.5)
     hanging = [desk.submit(order) for order in ("load", "hang@3", "hang@end")]
-    busy = desk.submit("busy@3", steps=5)  # three seconds without a step, as in a validation
+    busy = desk.submit("busy@3", steps=5)  # four seconds without a step, as in a validation
     for id in hanging:
         job = desk.until(id)
         assert (job.status, job.error.code) == ("failed", "stalled"), desk.folder(id).log()
