@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/6_api/23_admission.ipynb #536e086a
+import json
 import os
 import shutil
 import tempfile
@@ -17,7 +18,13 @@ from typing import Any
 
 from .access import check_manifest, check_overrides, check_saved, read_list
 from .engines import Engine
-from .job_settings import check_base, check_effective, write_settings
+from lora_mvp.api.job_settings import (
+    check_base,
+    check_effective,
+    check_networks,
+    read_settings,
+    write_settings,
+)
 from .jobs import TERMINAL, Job, JobSpec, Kind, is_job
 from .records import Records
 from ..config import ApiConfig, AppConfig, load_config
@@ -149,6 +156,17 @@ def check_judged(
         text = "this model is a pipeline: name one to compare it with in evaluation.baseline_model_path."
         raise LoraMvpError("invalid_request", text)
 
+# %% ../../nbs/6_api/23_admission.ipynb #ce56e5cf
+def base_of_saved(
+    model: Path,  # checked, below `api.models_dir`
+    config: AppConfig,  # of the job
+) -> str:
+    "The base on which a saved model's pictures are drawn."
+    if (model / "run.json").is_file():
+        found = json.loads((model / "run.json").read_bytes())
+        return str(found.get("base")) if isinstance(found, dict) else ""
+    return str(model) if (model / "model_index.json").is_file() else config.training.pretrained_model
+
 # %% ../../nbs/6_api/23_admission.ipynb #99a73700
 def link_file(file: Path, copy: Path) -> None:
     "Have a file in a second place, without its bytes where that is possible."
@@ -188,17 +206,21 @@ class Admission:
     def check_evaluation(self, spec: JobSpec, config: AppConfig) -> None:
         "Refuse an evaluation that cannot be done; `LoraMvpError`."
         if is_job(spec.model):
-            check_trained(self.records.get(spec.model))
-            manifest = spec.manifest or self.records.folder(self.records.get(spec.model)).read_job().spec.manifest
+            check_trained(trained := self.records.get(spec.model))
+            folder = self.records.folder(trained)
+            manifest = spec.manifest or folder.read_job().spec.manifest
+            base = read_settings(folder).training.pretrained_model
         else:
-            manifest = spec.manifest
-            check_judged(check_saved(spec.model or "", self.config.api), config)
+            manifest, model = spec.manifest, check_saved(spec.model or "", self.config.api)
+            check_judged(model, config)
+            base = base_of_saved(model, config)
         if manifest is None:
             text = "an evaluation of a saved model needs a manifest: that of the real pictures to compare with."
             raise LoraMvpError("invalid_request", text)
         check_manifest(manifest, self.config.api)
         check_split(manifest, spec.real_split, self.config.api)
         check_effective(config, base=False)
+        check_networks(config, base)
 
     def fill(self, job: Job, settings: AppConfig) -> None:
         "Write what the runner needs."

@@ -170,7 +170,7 @@ def job_again(folder: JobFolder) -> Job | None:
     if job is None:
         return None
     said = folder.last_state() or {"status": "queued", "time": job.created_at}
-    status, facts = said["status"], {"attempt": attempt, "updated_at": said["time"]}
+    status, facts = said["status"], {"attempt": attempt, "stops": said.get("stops", 0), "updated_at": said["time"]}
     if status in TERMINAL:
         facts |= {"finished_at": said["time"], "error": said.get("error")}
     elif attempt == 0 or status == "queued":

@@ -68,8 +68,9 @@ class Records:
 
     def say(self, job: Job) -> None:
         "Tell the folder what state the job is in."
-        error = {"error": job.error.model_dump(exclude_none=True)} if job.error else {}
-        self.folder(job).append("state", job.attempt, status=job.status, **error)
+        more = {"error": job.error.model_dump(exclude_none=True)} if job.error else {}
+        more |= {"stops": job.stops} if job.stops else {}
+        self.folder(job).append("state", job.attempt, status=job.status, **more)
 
     def note(self, job: Job, **changes: Any) -> Job | None:
         "Change a job without moving it; None when somebody else has changed it since."
