@@ -38,7 +38,7 @@ def missing(
     )
     return LoraMvpError("extra_missing", f"{text}, or from a clone pip install -e '.[{extra}]'.")
 
-
+# %% ../nbs/00a_extras.ipynb #578d4cdf
 def need(module: str) -> None:
     "Nothing where the module can be imported; raises `LoraMvpError` (`extra_missing`) where an extra brings it."
     if find_spec(module) is None and (error := missing(module)):
