@@ -80,6 +80,7 @@ FILES = {
     "prompts",
     "real_glob",
     "run",
+    "folder",
     "adapter",
     "a",
     "b",
