@@ -5,18 +5,25 @@ python scripts/check.py drift lint   these two
 """
 
 import argparse
+import compileall
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import venv
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from zipfile import ZipFile
 
 import nbformat
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -121,6 +128,44 @@ def readme():
     python("scripts/house.py", "--check")
 
 
+def link_requirements(site: Path) -> None:
+    """Link into the folder `site` what this package's requirements name, and theirs, and nothing else.
+
+    The same files as an installation would put there from the same versions, without unpacking torch a second time.
+    """
+    here, seen = Path(sysconfig.get_path("purelib")), set()
+
+    def follow(name: str, extras: frozenset):
+        if (name, extras) in seen:
+            return
+        seen.add((name, extras))
+        distribution = metadata.distribution(name)
+        for text in distribution.requires or ():
+            wanted = Requirement(text)
+            if not wanted.marker or any(wanted.marker.evaluate({"extra": extra}) for extra in extras | {""}):
+                follow(canonicalize_name(wanted.name), frozenset(wanted.extras))
+        if name == "lora-mvp":
+            return  # it comes as the wheel
+        for file in distribution.files or ():
+            source = here / file
+            for path in (source, Path(importlib.util.cache_from_source(source)) if source.suffix == ".py" else source):
+                if ".." not in file.parts and path.is_file():
+                    target = site / path.relative_to(here)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    if not target.exists():
+                        link(path, target)
+
+    follow("lora-mvp", frozenset())
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where there can be none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 @step
 def wheel():
     """The wheel, alone in a second environment outside the checkout, does the whole job, in a shorter training."""
@@ -138,18 +183,21 @@ def wheel():
             raise Failed(f"these files of the package are not in the wheel: {', '.join(sorted(missing))}")
         venv.create(folder / "venv", with_pip=True)
         scripts = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
+        link_requirements(Path(sysconfig.get_path("purelib", vars={"base": str(folder / "venv")})))
+        # No index: what the wheel asks for and its requirements do not name is an error here.
         run(
             scripts / "python",
             "-m",
             "pip",
             "install",
             "-q",
-            "--no-compile",
+            "--no-index",
             "-c",
             ROOT / "constraints.txt",
             built,
             cwd=folder,
         )
+        run(scripts / "python", "-m", "pip", "check", cwd=folder)
         demo = (scripts / "lora-mvp", "demo", "--out", folder / "demo", "--steps", "20")  # tests/ runs it in full
         run(*demo, cwd=folder, PATH=os.defpath, PYTHONPATH="")
         if not (folder / "demo" / "before_after.png").is_file():
@@ -174,6 +222,11 @@ def attempt(name: str) -> bool:
     return True
 
 
+def compile_installed() -> None:
+    """Bytecode of what is installed, on all cores. pip does it on one; .ci/run tells it not to."""
+    compileall.compile_dir(sysconfig.get_path("purelib"), quiet=2, workers=0, rx=re.compile(r"[/\\]tests?[/\\]"))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*", metavar="step", help="of: " + ", ".join(STEPS))
@@ -182,6 +235,7 @@ def main() -> int:
     if unknown:
         parser.error(f"no step named {', '.join(unknown)}; there are: {', '.join(STEPS)}")
     begin = time.monotonic()
+    compile_installed()
     groups = [next((group for group in TOGETHER if name in group), (name,)) for name in chosen]
     for group in dict.fromkeys(groups):
         names = [name for name in chosen if name in group]
