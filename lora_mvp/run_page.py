@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/7_doors/02c_run_page.ipynb #ed542383
 import contextlib
 import io
+import json
 import os
 import shlex
 import time
@@ -105,6 +106,12 @@ def listing(items: list[str]) -> str:  # HTML; of HTML, empty ones are left out
     "A list of sentences."
     shown = "".join(f"<li>{item}</li>" for item in items if item)
     return f"<ul>{shown}</ul>" if shown else ""
+
+# %% ../nbs/7_doors/02c_run_page.ipynb #65c108a6
+def block_html(lines: str) -> str:
+    "Lines with their indentation, as HTML."
+    shown = (" " * (len(line) - len(line.lstrip())) + text(line) for line in lines.splitlines())
+    return "<pre>" + "\n".join(shown) + "</pre>"
 
 # %% ../nbs/7_doors/02c_run_page.ipynb #525e1475
 def typed_path(path: Path) -> str:
@@ -239,7 +246,7 @@ def uses(seen: RunSeen, home: Path) -> list[str]:  # HTML; `home`: folder of the
         f"A1111 and Forge: put it into <i>models/Lora</i> and write {typed_html(f'<lora:{name}:0.8>')} into the prompt.",
         f"This is a DoRA. They read it exactly after {diff}." if seen.config.training.lora_variant == "dora" else "",
         f"Here: {typed_html(f'lora-mvp generate --model-path {typed_path(root)} --lora-scale 0.8 --prompt ...')}",
-        f"diffusers: <pre>{text(diffusers_code(seen.record.base, family, str(folder.adapter), prompt))}</pre>",
+        f"diffusers: {block_html(diffusers_code(seen.record.base, family, str(folder.adapter), prompt))}",
     ]
 
 # %% ../nbs/7_doors/02c_run_page.ipynb #d2e0d67d
@@ -293,7 +300,10 @@ def changed_settings(config: AppConfig) -> list[list[str]]:
     for name in ("training", "data"):
         ours, theirs = (getattr(c, name).model_dump(mode="json") for c in (config, plain))
         rows += [
-            [f"{name}.{key}", str(value), str(theirs[key])]
+            [
+                f"{name}.{key}",
+                *(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in (value, theirs[key])),
+            ]
             for key, value in ours.items()
             if value != theirs[key] and key not in places
         ]
@@ -310,7 +320,7 @@ def settings_card(seen: RunSeen) -> str:  # HTML; empty where they are not known
     )
     note = text(f"{r.base}, {r.device}, {count(r.processes, 'process')}; {versions}")
     table = html_table(["setting", "here", "default"], changed_settings(seen.config))
-    whole = fold("All settings, with their meaning", f"<pre>{text(config_yaml(seen.config))}</pre>")
+    whole = fold("All settings, with their meaning", block_html(config_yaml(seen.config)))
     return section("settings", "Settings", table + whole, note)
 
 # %% ../nbs/7_doors/02c_run_page.ipynb #fb303af5

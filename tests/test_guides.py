@@ -36,7 +36,7 @@ def test_the_guides_are_there():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Twenty prepared pictures of two shapes, and a small base."""
+    """Twenty pictures of two shapes, and a small base."""
     root = tmp_path_factory.mktemp("guides")
     for k in range(20):
         size = (600, 512) if k % 2 else (512, 600)
@@ -63,10 +63,13 @@ def test_the_settings_of_a_guide_are_those_of_init_and_the_doctor_takes_them(kin
     jsonschema.validate(read_yaml(block)[0], config_schema())
     file = tmp_path / "config.yaml"
     file.write_text(block)
-    changes = {"data.raw_data_dir": root / "raw", "data.processed_dir": root / f"out-{kind}"}
-    config = load_config(file, overrides=changes | {"training.pretrained_model": base})
-    prepare_data(config)
-    found = doctor(config, device="cpu", memory=64e9)
+    config = load_config(file, overrides={"training.pretrained_model": base})
+    caption = config.data.caption_template.format(trigger=config.data.trigger)
+    rows = [
+        {"image": f"raw/thing/{k}.jpg", "caption": caption, "split": "train" if k < 16 else "val"} for k in range(20)
+    ]
+    (root / f"{kind}.json").write_text(json.dumps(rows))
+    found = doctor(config, root / f"{kind}.json", device="cpu", memory=64e9)
     assert not [f for f in found if f.level == "error"], found
     told = [f.text for f in found if f.level == "warn"]
     assert all("made for 64" in text for text in told), told  # the small base is for smaller pictures

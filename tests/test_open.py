@@ -45,6 +45,7 @@ def test_a_finished_run(run, drawings, capsys):
     assert "<img src=x" not in page and "<b>bold" not in page and "<i>zkr" not in page
     assert "&lt;i&gt;zkr&lt;/i&gt;" in page and "&lt;img src=x onerror" in page
     assert "diffusers" in page and "models/loras" in page and "&lt;lora:my lora:0.8&gt;" in page
+    assert "<pre>from diffusers import StableDiffusionPipeline\n\npipe = " in page  # lines stay lines
     assert "script" not in page and not re.findall(r'(?:src|href)="https?:', page)
     links = [unquote(where) for where in re.findall('href="([^"#]+)"', page)]
     assert links and all((run / where).exists() for where in links)
