@@ -30,8 +30,30 @@ BIN = Path(sys.executable).parent
 STEPS = {}
 TOGETHER = [("tests", "wheel"), ("outputs", "readme")]  # side by side: each waits a lot for files and processes
 IN_A_KERNEL = ("tutorials/*.ipynb", "index.ipynb")  # every chapter runs in the `notebooks` step
-# The first tutorial trains as `lora-mvp demo` does, a minute of a core; here a quarter of it. Its saved outputs are of the whole.
-SHORTER = ("config = demo_folder(work)", "config = demo_folder(work)\nconfig.training.max_train_steps = 20")
+# The first tutorial trains and draws as `lora-mvp demo` does, a minute of a core; here a quarter of it. Saved outputs are of the whole.
+SHORTER = [
+    ("config = demo_folder(work)", "config = demo_folder(work)\nconfig.training.max_train_steps = 20"),
+    ("e = config.evaluation\n", "e = config.evaluation\ne.num_inference_steps = 5\n"),
+    ("num_inference_steps: 8", "num_inference_steps: 2"),
+]
+# What a user does with the package, in short, in one process; tests/test_demo.py runs the demo in full.
+WHOLE_JOB = """
+from lora_mvp.cli import main
+from lora_mvp.demo import demo_folder
+
+demo_folder("demo")
+quick = ["--config", "demo/config.yaml"]
+for setting in ("training.max_train_steps=4", "evaluation.num_inference_steps=2"):
+    quick += ["--set", setting]
+adapter = ["--model-path", "demo/lora"]
+for command in (
+    ["prepare-data", *quick],
+    ["train", "--manifest", "demo/processed/manifest.json", *quick],
+    ["generate", *adapter, "--prompt", "a picture of fox face", "--out", "pictures", *quick],
+    ["evaluate", *adapter, "--real-glob", "demo/heldout/*/*.png", *quick],
+):
+    assert main(command) == 0, command
+"""
 
 
 class Failed(Exception):
@@ -111,7 +133,8 @@ def outputs():
         for path in chosen:
             nb = nbformat.read(path, as_version=4)
             for number, cell in enumerate(nb.cells, 1):
-                cell.source = cell.source.replace(*SHORTER)
+                for shorter in SHORTER:
+                    cell.source = cell.source.replace(*shorter)
                 if cell.cell_type == "code":
                     cell.execution_count = number  # nbdev_clean removes it, nbval takes its absence for an unrun cell
             nbformat.write(nb, path)
@@ -185,23 +208,14 @@ def wheel():
         scripts = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
         link_requirements(Path(sysconfig.get_path("purelib", vars={"base": str(folder / "venv")})))
         # No index: what the wheel asks for and its requirements do not name is an error here.
-        run(
-            scripts / "python",
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-index",
-            "-c",
-            ROOT / "constraints.txt",
-            built,
-            cwd=folder,
-        )
-        run(scripts / "python", "-m", "pip", "check", cwd=folder)
-        demo = (scripts / "lora-mvp", "demo", "--out", folder / "demo", "--steps", "20")  # tests/ runs it in full
-        run(*demo, cwd=folder, PATH=os.defpath, PYTHONPATH="")
-        if not (folder / "demo" / "before_after.png").is_file():
-            raise Failed("lora-mvp demo ended well but wrote no before_after.png")
+        pip = (scripts / "python", "-m", "pip")
+        run(*pip, "install", "-q", "--no-index", "-c", ROOT / "constraints.txt", built, cwd=folder)
+        run(*pip, "check", cwd=folder)
+        here = {"cwd": folder, "PATH": os.defpath, "PYTHONPATH": ""}
+        run(scripts / "lora-mvp", "--version", **here)
+        run(scripts / "python", "-c", WHOLE_JOB, **here)
+        if not any((folder / "pictures").rglob("*.png")):
+            raise Failed("the whole job ended well, but there is no picture")
 
 
 def say(text: str) -> None:

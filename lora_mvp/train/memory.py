@@ -250,6 +250,15 @@ def encoding_bytes(
         pipe.vae.encode(torch.zeros(some, 3, size, size, dtype=pipe.vae.dtype))
     return max(live.peak, wording_bytes(pipe, 1))
 
+# %% ../../nbs/3_train/14_memory.ipynb #415d7e5d
+def checking_bytes(
+    pipe,
+    written: int,  # bytes of all its weights, as they are written
+) -> int:
+    "The most that is held while a written pipeline is checked: its largest tensor, the absolute values and two masks."
+    sizes = [p.numel() for part in networks(pipe).values() for p in part.parameters()]
+    return round((2 * written / sum(sizes) + 2) * max(sizes))
+
 # %% ../../nbs/3_train/14_memory.ipynb #8574a0e1
 class MemoryEstimate:
     "The memory that runs on one base need."
@@ -337,7 +346,9 @@ class MemoryEstimate:
             found["decode"] = once("decode", keys=precision, make=lambda: decoding_bytes(pipe, size))
         files = 0 if self.cuda else 2 * adapter_bytes(adapters)  # what is read and compared is on the CPU
         found["certify"] = max(files, once("certify", keys=self.MODEL, make=lambda: proving_bytes(pipe, self.cuda)))
-        return found | ({"pipeline": found["certify"]} if t.save_pipeline and not self.cuda else {})
+        if t.save_pipeline and not self.cuda:
+            found["pipeline"] = max(found["certify"], checking_bytes(pipe, self._fused(t)))
+        return found
 
     def host(self, t: TrainingConfig) -> float:
         "What a run on a GPU holds in the CPU's memory at most: the base as it is read, or as it is written."
