@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from .config import AppConfig, LoraMvpError, config_schema, config_yaml, find_co
 from .lab import add_lab
 from .models.adapter_commands import add_adapters, add_base
 from .screen import set_up_output
+from .start import add_start, next_step
 from .terminal import SHELLS, Parser, completion, refusal
 from .terminal import finite_number as _number
 from .terminal import positive_count as _count
@@ -176,6 +178,9 @@ def cmd_doctor(args: argparse.Namespace) -> None:
     errors = sum(finding.level == "error" for finding in findings)
     if errors:
         raise LoraMvpError("doctor", f"{errors} of these must be mended before training.")
+    options = f" --config {shlex.quote(str(args.config))}" if args.config else ""
+    options += "".join(f" --set {shlex.quote(change)}" for change in args.set or [])
+    print(f"next: {next_step(config, manifest, options)}")
 
 # %% ../nbs/7_doors/03_cli.ipynb #2f4ab403
 def cmd_finish(args: argparse.Namespace) -> None:
@@ -419,6 +424,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lora-mvp {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
+        add_start,
         _add_config,
         _add_data,
         _add_training,

@@ -225,6 +225,8 @@ li small { display: inline }
 .bars b { top: 3px; bottom: 3px; border: solid var(--ink); border-width: 0 1px } .bars b::after { content: ""; position: absolute;
   left: 0; right: 0; top: 4px; height: 1px; background: var(--ink) }
 .bars em { font-style: normal; font-variant-numeric: tabular-nums } .bars small { display: inline; margin-left: 4px }
+code, pre { font: 13px/1.5 ui-monospace, monospace; background: var(--empty); border-radius: 4px; padding: 1px 5px }
+pre { overflow-x: auto; overflow-wrap: normal; padding: 10px 12px; margin-top: 6px }
 summary { cursor: pointer; font-weight: 600; padding: 4px 0 } details[open] summary { margin-bottom: 10px } details + details { margin-top: 8px }
 @media (max-width: 480px) { main { padding: 18px 10px 32px } section { padding: 14px 12px }
   .tiles { grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)) } .count { display: block; margin-left: 0 }

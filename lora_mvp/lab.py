@@ -52,7 +52,7 @@ def lab(args: argparse.Namespace) -> None:
 def add_lab(commands) -> None:  # of argparse
     "The command `lab`."
     parser = commands.add_parser(
-        "lab", help="open the tutorials in JupyterLab", description="Open the tutorials in JupyterLab."
+        "lab", help="Open the tutorials in JupyterLab", description="Open the tutorials in JupyterLab."
     )
     parser.add_argument(
         "folder", nargs="?", default="tutorials", type=Path, help="where they are put (default: tutorials)"

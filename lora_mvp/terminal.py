@@ -81,6 +81,7 @@ FILES = {
     "prompts",
     "real_glob",
     "run",
+    "folder",
     "adapter",
     "a",
     "b",

@@ -34,7 +34,7 @@ from .html import text
 from .infer import LoadedRun, bare_base, check_request, keep_picture, load_run, picture_facts, render
 from .train.curves import loss_figure
 from .train.runs import RunFolder, sample_files
-from .train.watch import RunProgress, RunWatch, last_change
+from .train.watch import RunProgress, RunWatch, last_change, progress_words
 
 # %% ../nbs/7_doors/01_widgets.ipynb #c55fe738
 def enlarged_png(
@@ -58,35 +58,6 @@ def img_tag(
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     data = base64.b64encode(enlarged_png(picture, side)).decode()
     return f'<img src="data:image/png;base64,{data}" width="{side}">'
-
-# %% ../nbs/7_doors/01_widgets.ipynb #51a775f4
-def span(seconds: float) -> str:
-    "A duration as people say it."
-    minutes, seconds = divmod(round(seconds), 60)
-    if not minutes:
-        return f"{seconds} s"
-    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-# %% ../nbs/7_doors/01_widgets.ipynb #5a442fba
-def progress_words(
-    progress: RunProgress,
-    root: Path,  # folder of the run
-) -> str:
-    "How far a run is, as a sentence."
-    p = progress
-    if p.state == "waiting":
-        there = root.is_dir()
-        return f"{root} is there, but no step is done yet" if there else f"for a run in {root}: no such folder yet"
-    words = [f"step {p.step:,} of {p.steps:,}" if p.steps else f"step {p.step:,}"]
-    if p.images_per_second:
-        words.append(f"{p.images_per_second:.1f} images/s")
-    if p.state == "stopped":
-        words.append(f"no news for {span(p.quiet)}: stopped, or busy with something long")
-    if p.state == "running" and p.step == p.steps:
-        words.append("all steps are done, the results are being written")
-    elif p.seconds_left is not None and p.state == "running":
-        words.append(f"{span(p.seconds_left)} left")
-    return "; ".join(words)
 
 # %% ../nbs/7_doors/01_widgets.ipynb #373c9f72
 class CurveImage(widgets.Image):

@@ -42,6 +42,7 @@ class RunFolder:
         self.pipeline = self.root / "model_index.json"
         self.best = self.root / "best.json"  # which checkpoint was chosen, and why
         self.best_adapter = self.root / "best_adapter"
+        self.page = self.root / "run.html"  # of `lora-mvp open`
 
     def sample(self, step: int, number: int) -> Path:
         "The picture of a sample prompt, counted from 0, at a step."
@@ -210,7 +211,8 @@ def prepare_folder(
 def run_traces(folder: RunFolder) -> list[Path]:
     "The files that say how a run went, and which of its checkpoints is best."
     f = folder
-    found = [f.start, f.history, f.validation, f.curve, f.sheet, f.best, f.best_adapter, *f.samples.glob("step-*.png")]
+    found = [f.start, f.history, f.validation, f.curve, f.sheet, f.page, f.best, f.best_adapter]
+    found += f.samples.glob("step-*.png")
     return [path for path in found if path.exists()]
 
 # %% ../../nbs/3_train/08_runs.ipynb #b8e202ca

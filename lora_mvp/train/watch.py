@@ -116,3 +116,32 @@ class RunWatch:
             return RunProgress("stopped", step, steps, None, None, quiet)
         images = speed[1] * self.start.train_images if speed and self.start else None
         return RunProgress("running", step, steps, images, (steps - step) / speed[0] if images else None, quiet)
+
+# %% ../../nbs/3_train/17_watch.ipynb #56fb99a1
+def span(seconds: float) -> str:
+    "A duration as people say it."
+    minutes, seconds = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{seconds} s"
+    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+# %% ../../nbs/3_train/17_watch.ipynb #f0b68a91
+def progress_words(
+    progress: RunProgress,
+    root: Path,  # folder of the run
+) -> str:
+    "How far a run is, as a sentence."
+    p = progress
+    if p.state == "waiting":
+        there = root.is_dir()
+        return f"{root} is there, but no step is done yet" if there else f"for a run in {root}: no such folder yet"
+    words = [f"step {p.step:,} of {p.steps:,}" if p.steps else f"step {p.step:,}"]
+    if p.images_per_second:
+        words.append(f"{p.images_per_second:.1f} images/s")
+    if p.state == "stopped":
+        words.append(f"no news for {span(p.quiet)}: stopped, or busy with something long")
+    if p.state == "running" and p.step == p.steps:
+        words.append("all steps are done, the results are being written")
+    elif p.seconds_left is not None and p.state == "running":
+        words.append(f"{span(p.seconds_left)} left")
+    return "; ".join(words)

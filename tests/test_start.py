@@ -1,0 +1,170 @@
+"""The first hour: four questions, a folder to train in, and the next command until there is a LoRA to look at."""
+
+import json
+import os
+import pty
+import shlex
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+from PIL import Image
+
+from lora_mvp.cli import main
+from lora_mvp.config import config_schema, load_config
+from lora_mvp.files import asset
+from lora_mvp.plain_yaml import read_yaml
+from lora_mvp.presets import KINDS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty folder to stand in, without a terminal and without a GPU."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", open(os.devnull))
+    monkeypatch.setattr("lora_mvp.start.gpu_memory", lambda: None)
+    return tmp_path
+
+
+def contents(folder):
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def init(*more, kind="face", name="zkr woman"):
+    return main(["init", "--kind", kind, "--name", name, *more])
+
+
+@pytest.mark.parametrize("kind, base", [("face", "sd15"), ("style", "tiny"), ("object", "sdxl"), ("face", "some/base")])
+def test_what_init_writes_is_what_the_schema_says(home, kind, base):
+    assert init("--base", base, kind=kind, name=KINDS[kind].example) == 0
+    text = (home / "config.yaml").read_text()
+    assert text.splitlines()[0] == "# yaml-language-server: $schema=./config.schema.json"
+    schema = json.loads((home / "config.schema.json").read_text())
+    assert schema == config_schema()
+    values, _, _ = read_yaml(text)
+    jsonschema.validate(values, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(values | {"training": {"max_train_stps": 3}}, schema)
+    config = load_config("config.yaml")
+    assert Path(config.evaluation.prompt_file) == home / "prompts.yaml"
+    assert config.data.trigger in (home / "prompts.yaml").read_text()
+
+
+@pytest.mark.parametrize("file", ["lora_mvp/assets/demo/config.yaml", "docs/config.schema.json"])
+def test_the_schema_that_ships(file):
+    if file.endswith(".json"):
+        assert json.loads((ROOT / file).read_text()) == config_schema(), f"write config_schema() into {file}"
+    else:
+        jsonschema.validate(read_yaml((ROOT / file).read_text())[0], config_schema())
+
+
+def test_nobody_to_ask(home, capsys):
+    assert main(["init"]) == 2
+    assert "--kind and --name" in capsys.readouterr().err
+    assert main(["init", "--kind", "style"]) == 2
+    said = capsys.readouterr().err
+    assert "--name" in said and "give --kind" not in said
+    assert not contents(home)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--kind", "landscape"], "none of face, style, object"),
+        (["--name", "{x}"], "no braces"),
+        (["--pictures", "nowhere"], "nowhere is no folder"),
+        (["--pictures", "."], "overlap"),
+        (["--base", "models/sdxl.safetensors"], "is no base"),
+    ],
+)
+def test_a_wrong_flag_is_named_and_nothing_is_written(home, capsys, flags, words):
+    assert init(*flags) == 2
+    said = capsys.readouterr().err
+    assert words in said and "Traceback" not in said
+    assert not contents(home)
+
+
+def test_nothing_is_overwritten(home, capsys):
+    (home / ".gitignore").write_text("mine\n")
+    (home / "prompts.yaml").write_text("mine: [a cat]\n")
+    assert init() == 0
+    said = capsys.readouterr().out
+    assert ".gitignore was there before" in said and "prompts.yaml was there before" in said
+    before = contents(home)
+    assert before[".gitignore"] == b"mine\n" and before["prompts.yaml"] == b"mine: [a cat]\n"
+    assert init(kind="style") == 2
+    assert "config.yaml is there already" in capsys.readouterr().err
+    assert contents(home) == before
+
+
+def test_four_questions_in_a_terminal(tmp_path):
+    """A real terminal: wrong answers are asked again, Enter takes what is in brackets."""
+    (tmp_path / "my pictures").mkdir()
+    answers = ["cat", "o", "", "rexa dog", "nowhere", "my pictures", ""]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": os.defpath}  # no nvidia-smi of this machine's
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.execve(sys.executable, [sys.executable, "-m", "lora_mvp.cli", "init"], env)
+    said, waiting = "", list(answers)
+    try:
+        while piece := os.read(terminal, 4096).decode():
+            said += piece
+            if said.endswith(": ") and waiting:
+                os.write(terminal, f"{waiting.pop(0)}\n".encode())
+    except OSError:  # what Linux says at the end of a terminal
+        pass
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, said
+    assert not waiting and "Traceback" not in said
+    config = load_config(tmp_path / "config.yaml")
+    assert config.data.trigger == "rexa dog" and Path(config.data.raw_data_dir) == tmp_path / "my pictures"
+    assert said.count("What do your pictures show") == 2 and said.count("Where are your pictures") == 2
+
+
+def next_command(said: str) -> list[str]:
+    """The words of the command that stands behind `next:`."""
+    (line,) = (line for line in said.splitlines() if line.startswith("next: "))
+    return shlex.split(line[line.index("lora-mvp") :])[1:]
+
+
+@pytest.fixture
+def no_memory(monkeypatch):
+    """What a step needs is not asked here: that takes seconds."""
+    monkeypatch.setattr("lora_mvp.train.diagnosis.estimate_for", lambda config, device: None)
+
+
+@pytest.mark.parametrize("far", ["prepare-data", pytest.param("train", marks=pytest.mark.slow)])
+def test_from_nothing_to_a_lora_by_doing_what_is_said(home, capsys, no_memory, far):
+    """Every command is the one that the command before it has named."""
+    files = sorted(asset("demo", "raw").rglob("*.png"))[:8]
+    raw = home / "data" / "raw" / "style"
+    assert init("--base", "tiny", kind="style", name="zkr style") == 0
+    assert raw.is_dir() and "data/raw/style" in (said := capsys.readouterr().out)
+    assert main(next_command(said)) == 0
+    assert "put your pictures into data/raw/style, then lora-mvp prepare-data" in capsys.readouterr().out
+    for file in files:
+        Image.open(file).convert("RGB").save(raw / file.name)
+    short = ["--set", "training.max_train_steps=2", "--set", "training.lr_warmup_steps=0"]
+    short += ["--set", "training.sample_every=0"]
+    for expected in ("prepare-data", "train"):
+        assert main(["doctor", *short]) == 0
+        command = next_command(capsys.readouterr().out)
+        assert command[0] == expected and command[1:7] == short
+        assert main(command) == 0
+        capsys.readouterr()
+        if expected == far:
+            break
+    assert main(["doctor", *short]) == 0
+    expected = {"prepare-data": ["train", *short, "--manifest", "data/processed/manifest.json"]}
+    assert next_command(capsys.readouterr().out) == expected.get(far, ["open", "outputs/zkr-style"])
+
+
+def test_the_doctor_names_no_next_command_before_a_mistake_is_mended(home, capsys, no_memory):
+    assert init("--base", "tiny") == 0
+    capsys.readouterr()
+    assert main(["doctor", "--set", "training.lora_targets=no_such_layer"]) == 2
+    said = capsys.readouterr()
+    assert "next:" not in said.out and "1 of these must be mended" in said.err
