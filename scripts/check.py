@@ -21,7 +21,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 STEPS = {}
-TOGETHER = [("tests", "wheel"), ("outputs", "readme")]  # side by side: each waits a lot for files and processes
+TOGETHER = [("tests", "wheel"), ("outputs", "readme", "site")]  # side by side: each waits a lot for files and processes
 IN_A_KERNEL = ("tutorials/*.ipynb", "index.ipynb")  # every chapter runs in the `notebooks` step
 # The first tutorial trains as `lora-mvp demo` does, a minute of a core; here a quarter of it. Its saved outputs are of the whole.
 SHORTER = ("config = demo_folder(work)", "config = demo_folder(work)\nconfig.training.max_train_steps = 20")
@@ -119,6 +119,12 @@ def readme():
     python("scripts/readme.py", "--check")
     python("scripts/api_docs.py", "--check")
     python("scripts/house.py", "--check")
+
+
+@step
+def site():
+    """Every page goes through nbdev and a renderer into _docs/, where no link and no picture is broken."""
+    python("scripts/build_site.py", OMP_NUM_THREADS="1")
 
 
 @step
