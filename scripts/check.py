@@ -5,26 +5,55 @@ python scripts/check.py drift lint   these two
 """
 
 import argparse
+import compileall
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import venv
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from zipfile import ZipFile
 
 import nbformat
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 STEPS = {}
 TOGETHER = [("tests", "wheel"), ("outputs", "readme", "site")]  # side by side: each waits a lot for files and processes
 IN_A_KERNEL = ("tutorials/*.ipynb", "index.ipynb")  # every chapter runs in the `notebooks` step
-# The first tutorial trains as `lora-mvp demo` does, a minute of a core; here a quarter of it. Its saved outputs are of the whole.
-SHORTER = ("config = demo_folder(work)", "config = demo_folder(work)\nconfig.training.max_train_steps = 20")
+# The first tutorial trains and draws as `lora-mvp demo` does, a minute of a core; here a quarter of it. Saved outputs are of the whole.
+SHORTER = [
+    ("config = demo_folder(work)", "config = demo_folder(work)\nconfig.training.max_train_steps = 20"),
+    ("e = config.evaluation\n", "e = config.evaluation\ne.num_inference_steps = 5\n"),
+    ("num_inference_steps: 8", "num_inference_steps: 2"),
+]
+# What a user does with the package, in short, in one process; tests/test_demo.py runs the demo in full.
+WHOLE_JOB = """
+from lora_mvp.cli import main
+from lora_mvp.demo import demo_folder
+
+demo_folder("demo")
+quick = ["--config", "demo/config.yaml"]
+for setting in ("training.max_train_steps=4", "evaluation.num_inference_steps=2"):
+    quick += ["--set", setting]
+adapter = ["--model-path", "demo/lora"]
+for command in (
+    ["prepare-data", *quick],
+    ["train", "--manifest", "demo/processed/manifest.json", *quick],
+    ["generate", *adapter, "--prompt", "a picture of fox face", "--out", "pictures", *quick],
+    ["evaluate", *adapter, "--real-glob", "demo/heldout/*/*.png", *quick],
+):
+    assert main(command) == 0, command
+"""
 
 
 class Failed(Exception):
@@ -104,7 +133,8 @@ def outputs():
         for path in chosen:
             nb = nbformat.read(path, as_version=4)
             for number, cell in enumerate(nb.cells, 1):
-                cell.source = cell.source.replace(*SHORTER)
+                for shorter in SHORTER:
+                    cell.source = cell.source.replace(*shorter)
                 if cell.cell_type == "code":
                     cell.execution_count = number  # nbdev_clean removes it, nbval takes its absence for an unrun cell
             nbformat.write(nb, path)
@@ -119,6 +149,44 @@ def readme():
     python("scripts/readme.py", "--check")
     python("scripts/api_docs.py", "--check")
     python("scripts/house.py", "--check")
+
+
+def link_requirements(site: Path) -> None:
+    """Link into the folder `site` what this package's requirements name, and theirs, and nothing else.
+
+    The same files as an installation would put there from the same versions, without unpacking torch a second time.
+    """
+    here, seen = Path(sysconfig.get_path("purelib")), set()
+
+    def follow(name: str, extras: frozenset):
+        if (name, extras) in seen:
+            return
+        seen.add((name, extras))
+        distribution = metadata.distribution(name)
+        for text in distribution.requires or ():
+            wanted = Requirement(text)
+            if not wanted.marker or any(wanted.marker.evaluate({"extra": extra}) for extra in extras | {""}):
+                follow(canonicalize_name(wanted.name), frozenset(wanted.extras))
+        if name == "lora-mvp":
+            return  # it comes as the wheel
+        for file in distribution.files or ():
+            source = here / file
+            for path in (source, Path(importlib.util.cache_from_source(source)) if source.suffix == ".py" else source):
+                if ".." not in file.parts and path.is_file():
+                    target = site / path.relative_to(here)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    if not target.exists():
+                        link(path, target)
+
+    follow("lora-mvp", frozenset())
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where there can be none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 @step
@@ -144,22 +212,27 @@ def wheel():
             raise Failed(f"these files of the package are not in the wheel: {', '.join(sorted(missing))}")
         venv.create(folder / "venv", with_pip=True)
         scripts = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
+        link_requirements(Path(sysconfig.get_path("purelib", vars={"base": str(folder / "venv")})))
+        # No index: what the wheel asks for and its requirements do not name is an error here.
         run(
             scripts / "python",
             "-m",
             "pip",
             "install",
             "-q",
-            "--no-compile",
+            "-q",
+            "--no-index",
             "-c",
             ROOT / "constraints.txt",
             built,
             cwd=folder,
         )
-        demo = (scripts / "lora-mvp", "demo", "--out", folder / "demo", "--steps", "20")  # tests/ runs it in full
-        run(*demo, cwd=folder, PATH=os.defpath, PYTHONPATH="")
-        if not (folder / "demo" / "before_after.png").is_file():
-            raise Failed("lora-mvp demo ended well but wrote no before_after.png")
+        run(scripts / "python", "-m", "pip", "check", cwd=folder)
+        here = {"cwd": folder, "PATH": os.defpath, "PYTHONPATH": ""}
+        run(scripts / "lora-mvp", "--version", **here)
+        run(scripts / "python", "-c", WHOLE_JOB, **here)
+        if not any((folder / "pictures").rglob("*.png")):
+            raise Failed("the whole job ended well, but there is no picture")
 
 
 def say(text: str) -> None:
@@ -180,6 +253,11 @@ def attempt(name: str) -> bool:
     return True
 
 
+def compile_installed() -> None:
+    """Bytecode of what is installed, on all cores. pip does it on one; .ci/run tells it not to."""
+    compileall.compile_dir(sysconfig.get_path("purelib"), quiet=2, workers=0, rx=re.compile(r"[/\\]tests?[/\\]"))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*", metavar="step", help="of: " + ", ".join(STEPS))
@@ -188,6 +266,7 @@ def main() -> int:
     if unknown:
         parser.error(f"no step named {', '.join(unknown)}; there are: {', '.join(STEPS)}")
     begin = time.monotonic()
+    compile_installed()
     groups = [next((group for group in TOGETHER if name in group), (name,)) for name in chosen]
     for group in dict.fromkeys(groups):
         names = [name for name in chosen if name in group]

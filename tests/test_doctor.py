@@ -20,9 +20,10 @@ from lora_mvp.models.base import load_base
 from lora_mvp.models.families import encode_text, family_of, text_parts, unet_arguments
 from lora_mvp.models.kernels import lean
 from lora_mvp.models.miniatures import random_base
+from lora_mvp.train.counting import LiveBytes
 from lora_mvp.train.diagnosis import base_findings, doctor, doctor_text
 from lora_mvp.train.foresight import full_bytes
-from lora_mvp.train.memory import LiveBytes, MemoryEstimate, advice, skeleton, step_bytes
+from lora_mvp.train.memory import MemoryEstimate, advice, skeleton, step_bytes
 from lora_mvp.train.objectives import image_losses
 from lora_mvp.train.pictures import Source, photo_warning
 from lora_mvp.train.streams import load_data

@@ -28,7 +28,7 @@ from lora_mvp.models.kohya import kohya_state, write_kohya
 from lora_mvp.models.miniatures import random_base
 from lora_mvp.models.proof import certify, differences, probe
 from lora_mvp.models.reading import load_lora
-from lora_mvp.train.memory import LiveBytes
+from lora_mvp.train.counting import LiveBytes
 
 KOHYA_WEIGHTS = "lora_kohya.safetensors"
 SGM = {  # SDXL's blocks in Stability's code and in diffusers, written down one by one

@@ -1,6 +1,8 @@
 """The doctor's estimate of each phase beside the bytes of the tensors that live in a real run; its advice, followed."""
 
 import re
+import shutil
+import weakref
 from contextlib import ExitStack
 from unittest.mock import patch
 
@@ -12,8 +14,9 @@ from lora_mvp.config import load_config
 from lora_mvp.models.families import networks
 from lora_mvp.models.miniatures import random_base
 from lora_mvp.train import loop, results
+from lora_mvp.train.counting import LiveBytes
 from lora_mvp.train.diagnosis import memory_findings
-from lora_mvp.train.memory import LiveBytes, MemoryEstimate, adapter_bytes
+from lora_mvp.train.memory import MemoryEstimate
 
 QUARTER = {  # of the channels of SD 1.5
     "unet": {"block_out_channels": (80, 160, 320, 320), "norm_num_groups": 16},
@@ -25,12 +28,13 @@ class Peaks:
     """The most that lives in each phase of a run, weights included."""
 
     def __init__(self):
-        self.optimizer, self.found = None, {}
+        self.optimizer, self.found = lambda: None, {}
 
     def tensors(self, pipe) -> list[torch.Tensor]:
         """What is there when a phase begins."""
         held = [x for m in networks(pipe).values() for p in m.parameters() for x in (p, p.grad) if x is not None]
-        states = self.optimizer.optimizer.state.values() if self.optimizer else ()
+        optimizer = self.optimizer()
+        states = optimizer.state.values() if optimizer else ()
         return held + [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
 
     def of(self, name: str, function, pipe_of):
@@ -47,7 +51,7 @@ class Peaks:
         return run
 
     def trainer_pipe(self, trainer):
-        self.optimizer = trainer.updates.optimizer
+        self.optimizer = weakref.ref(trainer.updates.optimizer.optimizer)  # a run lets go of it, so must this
         return trainer.network.pipe
 
 
@@ -89,12 +93,11 @@ def test_every_phase_holds_what_the_doctor_says(drawings, small_run, tmp_path, f
     base = random_base(family, tmp_path / "base", **parts)
     settings = small_run(tmp_path / "run", pretrained_model=base, **options | changes)
     config = load_config(overrides=settings | {"training.gradient_accumulation": 2})
-    found, estimate = measured(config, drawings), MemoryEstimate(base, "cpu", variants=2)
+    data = shutil.copytree(drawings.parent, tmp_path / "data")  # where nothing has been encoded yet
+    found, estimate = measured(config, data / drawings.name), MemoryEstimate(base, "cpu", variants=2)
     said = {phase.name: phase for phase in estimate.phases(config.training)}
     said["sample"] = max(said["sample"], said.pop("decode"), key=lambda phase: phase.total)
-    moments = 2 * adapter_bytes(estimate.pipe(config.training)[1])
     assert said.keys() == found.keys()
-    found["certify"] += moments  # of the optimizer, which `certify` does not see
     rows = {name: (phase.adapter + phase.working, found[name] - phase.weights) for name, phase in said.items()}
     for name, (guess, here) in rows.items():
         print(

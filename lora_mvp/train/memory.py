@@ -13,16 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from weakref import ref
 
 import diffusers
 import torch
-import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
 from ..config import LoraMvpError, TrainingConfig
@@ -33,78 +28,9 @@ from ..models.families import FAMILIES, encode_text, family_of, granularity, net
 from ..models.kernels import lean
 from ..models.layouts import check_folder
 from ..models.proof import exact
+from .counting import LiveBytes, OnDevice
 from .foresight import amount, fused_bytes
 from .objectives import image_losses
-
-# %% ../../nbs/3_train/14_memory.ipynb #1af65767
-class LiveBytes(TorchDispatchMode):
-    "Count the bytes of all storages that are made while this is active."
-
-    def __init__(
-        self,
-        *modules: torch.nn.Module,  # whose weights are not counted
-    ):
-        super().__init__()
-        self.now = self.peak = 0
-        self._alive: dict[int, object] = {}  # address of a storage -> a weak reference, or the storage itself
-        for module in modules:
-            for tensor in (*module.parameters(), *module.buffers(), *(p.grad for p in module.parameters())):
-                if tensor is not None:
-                    storage = tensor.untyped_storage()
-                    self._alive[storage._cdata] = storage
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
-        return result
-
-    def add(self, storage: torch.UntypedStorage) -> None:
-        "Count a storage until it is gone, also one that was there before."
-        address, size = storage._cdata, storage.nbytes()
-        if address in self._alive:
-            return
-
-        def gone(_):
-            self.now -= size
-            del self._alive[address]
-
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        self._alive[address] = ref(storage, gone)
-
-# %% ../../nbs/3_train/14_memory.ipynb #dfc9c031
-_HALF = (F.linear, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm)
-_FULL = (F.group_norm, F.layer_norm)
-
-
-class OnDevice(TorchFunctionMode):
-    "Let meta tensors take the same room as on a device: fused attention, and autocast."
-
-    def __init__(
-        self,
-        dtype: torch.dtype = torch.float32,  # of autocast; float32: none
-        cuda: bool = False,
-    ):
-        super().__init__()
-        self.half = dtype if dtype != torch.float32 else None
-        self.full = torch.float32 if self.half and cuda else None
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
-        wanted = self.half if function in _HALF else self.full if function in _FULL else None
-        if wanted:
-            args = [a.to(wanted) if isinstance(a, torch.Tensor) else a for a in args]
-            kwargs = {k: v.to(wanted) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
-        return function(*args, **kwargs)
-
-    def _attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
-        parts = [x.to(self.half) if self.half else x for x in (query, key, value)]
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return fused(*parts, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 # %% ../../nbs/3_train/14_memory.ipynb #c0d78a8c
 class _Tokenizer:
@@ -114,8 +40,8 @@ class _Tokenizer:
         self.model_max_length = length
 
     def __call__(self, prompts: list[str], **_) -> SimpleNamespace:
-        tokens = torch.zeros(len(prompts), self.model_max_length, dtype=torch.long, device="meta")
-        return SimpleNamespace(input_ids=tokens)
+        shape = len(prompts), self.model_max_length
+        return SimpleNamespace(input_ids=torch.zeros(shape, dtype=torch.long, device="meta"))
 
 # %% ../../nbs/3_train/14_memory.ipynb #f56b1378
 def _configured_parts(folder: Path) -> dict:
@@ -225,8 +151,7 @@ def step_bytes(
         latents, timesteps, arguments = unet_inputs(pipe, training.batch_size, training.resolution, embeds)
         prediction = pipe.unet(latents, timesteps, **arguments).sample
         kept = live.now
-        loss = image_losses(prediction, torch.zeros_like(prediction)).mean()
-        loss.backward()
+        image_losses(prediction, torch.zeros_like(prediction)).mean().backward()
     for part in parts:
         part.eval()
     return kept, live.peak
@@ -273,7 +198,7 @@ COPIES = {  # of the adapter's numbers, beside what comes and goes
     "sample": 3,
     "decode": 3,
     "certify": 4,  # the file that is proved is loaded beside the trained one
-    "pipeline": 1,
+    "pipeline": 3,  # its file, and the moments of the run
 }
 
 # %% ../../nbs/3_train/14_memory.ipynb #a074c309
@@ -324,6 +249,15 @@ def encoding_bytes(
     with counted(pipe) as live:
         pipe.vae.encode(torch.zeros(some, 3, size, size, dtype=pipe.vae.dtype))
     return max(live.peak, wording_bytes(pipe, 1))
+
+# %% ../../nbs/3_train/14_memory.ipynb #415d7e5d
+def checking_bytes(
+    pipe,
+    written: int,  # bytes of all its weights, as they are written
+) -> int:
+    "The most that is held while a written pipeline is checked: its largest tensor, the absolute values and two masks."
+    sizes = [p.numel() for part in networks(pipe).values() for p in part.parameters()]
+    return round((2 * written / sum(sizes) + 2) * max(sizes))
 
 # %% ../../nbs/3_train/14_memory.ipynb #8574a0e1
 class MemoryEstimate:
@@ -387,10 +321,12 @@ class MemoryEstimate:
         return self._once("fused", t, "", lambda: fused_bytes(self.pipe(t)[0], self.folder))
 
     def _draw(self, t: TrainingConfig, pictures: int) -> int:
-        "The UNet on pictures with and without their prompts, whose words are embedded before."
+        "The UNet on pictures with and without their prompts, embedded before; the sampler holds these twice, and its latents."
         pipe, told = self.pipe(t)[0], t.model_copy(update={"text_encoder_learning_rate": None})
         words = 0 if told == t else wording_bytes(pipe, pictures, _dtype(t, self.cuda), self.cuda)
-        return max(words, answering_bytes(pipe, told, 2 * pictures, t.resolution, self.cuda))
+        held = sum(value.nbytes for value in embedded(pipe, told, 2 * pictures).values())
+        held += 4 * pictures * pipe.unet.config.in_channels * (t.resolution // pipe.vae_scale_factor) ** 2
+        return max(words, held + answering_bytes(pipe, told, 2 * pictures, t.resolution, self.cuda))
 
     def working(self, t: TrainingConfig) -> dict[str, int]:  # phase -> bytes
         "What comes and goes in each phase, in the order of a run."
@@ -408,15 +344,16 @@ class MemoryEstimate:
             drawn = min(len(t.sample_prompts) or DRAWN, DRAWN, max(1, room // 2))
             found["sample"] = once(f"draw {drawn}", keys=drawing, make=lambda: self._draw(t, drawn))
             found["decode"] = once("decode", keys=precision, make=lambda: decoding_bytes(pipe, size))
-        files = 0 if self.cuda else 4 * adapter_bytes(adapters)  # what is read and compared is on the CPU
+        files = 0 if self.cuda else 2 * adapter_bytes(adapters)  # what is read and compared is on the CPU
         found["certify"] = max(files, once("certify", keys=self.MODEL, make=lambda: proving_bytes(pipe, self.cuda)))
-        return found | ({"pipeline": found["certify"]} if t.save_pipeline and not self.cuda else {})
+        if t.save_pipeline and not self.cuda:
+            found["pipeline"] = max(found["certify"], checking_bytes(pipe, self._fused(t)))
+        return found
 
     def host(self, t: TrainingConfig) -> float:
         "What a run on a GPU holds in the CPU's memory at most: the base as it is read, or as it is written."
-        pipe, _ = self.pipe(t)
-        written = self._fused(t) if t.save_pipeline else 0
-        return PROGRAM["cpu"] + max(frozen_bytes(*networks(pipe).values()), written)
+        read = frozen_bytes(*networks(self.pipe(t)[0]).values())
+        return PROGRAM["cpu"] + max(read, self._fused(t) if t.save_pipeline else 0)
 
 # %% ../../nbs/3_train/14_memory.ipynb #046ede33
 def phase_table(found: list[Phase]) -> str:
