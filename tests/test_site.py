@@ -79,6 +79,13 @@ def test_every_command_is_in_the_guide():
     assert set(commands()) == set(re.findall(r"(?m)^\| `([\w-]+)` \|", text))
 
 
+def test_every_extra_is_on_the_page_that_says_how_to_install():
+    settings = (ROOT / "settings.ini").read_text(encoding="utf-8")
+    extras = {name.replace("_", "-") for name in re.findall(r"(?m)^(\w+)_requirements *=", settings)}
+    text = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    assert "heic" in extras and extras <= set(re.findall(r"(?m)^\| `([\w-]+)` \|", text))
+
+
 def test_a_broken_link_on_the_site_is_found(tmp_path):
     (tmp_path / "part").mkdir()
     (tmp_path / "index.html").write_text('<a href="part/">a</a><a href="part/index.html#there">b</a><img src="data:,">')
