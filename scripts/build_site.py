@@ -34,9 +34,11 @@ FILES = f"{SETTINGS.git_url}/blob/{SETTINGS.branch}/"
 PICTURES = f"{SETTINGS.git_url.replace('github.com', 'raw.githubusercontent.com')}/{SETTINGS.branch}/"
 ROOT_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md")
 SHOWN_AS_THEY_ARE = (".png", ".jpg", ".svg", ".json", ".css")
+BLOCK = re.compile(r"(?ms)(^```.*?^```[ ]*$)")
+TO_A_NAME = re.compile(rf"\[(`[^`]+`)\]\({re.escape(ADDRESS)}[^)\s]*\)")  # written by nbdev, in blocks of code, too
 TO_A_PRIVATE_NAME = re.compile(
     rf"\[(`[^`]+`)\]\({re.escape(ADDRESS)}[^)\s]*#_[^)\s]*\)"
-)  # by nbdev; it has no place on a page
+)  # which has no place on a page
 LINK = re.compile(r"(\]\(|(?:src|href)=\")(?![a-z]+:|#|/)([^)\"\s]+)")
 
 
@@ -65,7 +67,7 @@ def relink(text: str, folder: Path, write: Callable[[Path], str]) -> str:
             raise SystemExit(f"{folder.relative_to(ROOT)}: link to {target}, but there is no {full.relative_to(ROOT)}")
         return match[1] + write(full) + hash_sign + anchor
 
-    parts = re.split(r"(?ms)(^```.*?^```[ ]*$)", text)  # code blocks stay as they are
+    parts = BLOCK.split(text)  # code blocks stay as they are
     return "".join(part if i % 2 else LINK.sub(replace, part) for i, part in enumerate(parts))
 
 
@@ -78,7 +80,8 @@ def for_page(text: str, source: Path) -> str:
         return os.path.relpath(there, folder) if there else FILES + full.relative_to(ROOT).as_posix()
 
     up = "".join("../" for _ in folder.parts)
-    return relink(TO_A_PRIVATE_NAME.sub(r"\1", text), source.parent, write).replace(ADDRESS, up)
+    text = BLOCK.sub(lambda block: TO_A_NAME.sub(r"\1", block[0]), TO_A_PRIVATE_NAME.sub(r"\1", text))
+    return relink(text, source.parent, write).replace(ADDRESS, up)
 
 
 def notebook_page(source: Path, processed: Path) -> str:

@@ -110,5 +110,9 @@ def test_pages_stand_where_nbdev_says_and_link_to_each_other():
     )
     page = build_site.for_page(text, ROOT / "nbs/1_data/09_manifest.ipynb")
     assert page == f"[a](../SERVICE.html#on-one-machine) [b]({build_site.FILES}setup.py) [`x`](../config.html#x)"
+    link = f"[`x`]({build_site.ADDRESS}config.html#x)"
+    assert build_site.for_page(f"```python\ny: int  # of {link}\n```\n{link}", ROOT / "nbs/index.ipynb") == (
+        "```python\ny: int  # of `x`\n```\n[`x`](config.html#x)"
+    )
     with pytest.raises(SystemExit, match="no nbs/gone.md"):
         build_site.for_page("[a](../gone.md)", ROOT / "nbs/1_data/09_manifest.ipynb")
