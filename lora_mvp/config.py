@@ -112,7 +112,8 @@ Template = Annotated[str, BeforeValidator(_not_empty), AfterValidator(_known_fie
 Size = Annotated[int, Field(ge=32, le=4096, multiple_of=8)]  # the autoencoder divides by 8; 32 leaves 4 latent pixels
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Prompt = Annotated[str, Field(min_length=1)]
+Prompt = Annotated[str, Field(min_length=1, max_length=4000)]  # a text encoder reads 77 to 512 tokens
+BatchSize = Annotated[int, Field(ge=1, le=4096)]
 
 
 class _Section(BaseModel):
@@ -210,10 +211,10 @@ class _LoopKeys(_Section):
     output_dir: PathKey = Field(Path("outputs/lora"), description="folder of the run: adapter, checkpoints, samples")
     resolution: Size = Field(512, description="side of the images the model sees, in pixels")
     aspect_buckets: bool = Field(False, description="keep each image's shape, at the area of resolution squared")
-    batch_size: Count = Field(1, description="images per micro-batch")
-    gradient_accumulation: Count = Field(4, description="micro-batches per optimiser step")
+    batch_size: BatchSize = Field(1, description="images per micro-batch")
+    gradient_accumulation: BatchSize = Field(4, description="micro-batches per optimiser step")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="peak learning rate of AdamW")
-    max_train_steps: Count = Field(1000, description="optimiser steps")
+    max_train_steps: Annotated[int, Field(ge=1, le=10_000_000)] = Field(1000, description="optimiser steps")
     lr_scheduler: Scheduler = Field("cosine", description="course of the learning rate after the warm-up")
     lr_warmup_steps: int = Field(100, ge=0, description="optimiser steps until the learning rate is at its peak")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
@@ -235,7 +236,9 @@ class _MarkKeys(_LoopKeys):
     sample_every: Annotated[int, Field(ge=0)] | None = Field(
         None, description="steps between sample pictures; null: as checkpoints; 0: none"
     )
-    sample_prompts: list[Prompt] = Field([], description="prompts of sample pictures; []: validation captions")
+    sample_prompts: Annotated[list[Prompt], Field(max_length=64)] = Field(
+        [], description="prompts of sample pictures; []: validation captions"
+    )
 
 # %% ../nbs/08_config.ipynb #b8125209
 def _targets(value: str) -> str:
@@ -248,13 +251,17 @@ def _targets(value: str) -> str:
 
 # %% ../nbs/08_config.ipynb #cf3e5afe
 class _AdapterKeys(_MarkKeys):
-    lora_rank: Count = Field(8, description="inner size of the adapter; more learns more and weighs more")
-    lora_alpha: Count = Field(16, description="strength of the adapter; it acts with alpha / rank")
+    lora_rank: Annotated[int, Field(ge=1, le=4096)] = Field(
+        8, description="inner size of the adapter; more learns more and weighs more"
+    )
+    lora_alpha: Annotated[int, Field(ge=1, le=65536)] = Field(
+        16, description="strength of the adapter; it acts with alpha / rank"
+    )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="share of adapter inputs dropped while training")
     lora_variant: Literal["lora", "rslora", "dora"] = Field(
         "lora", description="rslora: strength alpha / sqrt(rank); dora: also learns the weights' length"
     )
-    lora_targets: Annotated[str, BeforeValidator(_not_empty), AfterValidator(_targets)] = Field(
+    lora_targets: Annotated[str, Field(max_length=300), BeforeValidator(_not_empty), AfterValidator(_targets)] = Field(
         "attention", description="attention, attention_ff, all, or a regular expression on module names"
     )
     text_encoder_learning_rate: float | None = Field(
@@ -297,13 +304,14 @@ class EvaluationConfig(_Section):
     prompts: list[Prompt] = Field(
         ["A photo of a cat", "A futuristic cityscape at sunset"],
         min_length=1,
+        max_length=1024,
         description="prompts to draw and score; not set: the 32 of the package",
     )
     prompt_file: PathKey | None = Field(
         None, description="YAML with prompts in groups, or .txt; {subject}: what was learnt; null: prompts"
     )
-    num_samples: Count = Field(4, description="pictures per prompt")
-    fid_batch_size: Count = Field(4, description="pictures per step of the feature extractor")
+    num_samples: Annotated[int, Field(ge=1, le=1024)] = Field(4, description="pictures per prompt")
+    fid_batch_size: BatchSize = Field(4, description="pictures per step of the feature extractor")
     clip_model: ScorerKey | None = Field(
         None, description="CLIP that scores: name, hub id, folder, siglip:folder; null: suits the base"
     )
@@ -315,7 +323,7 @@ class EvaluationConfig(_Section):
         None, description="what people would like, for the record: imagereward:folder or hpsv2:folder"
     )
     baseline_model_path: ModelKey | None = Field(None, description="model to compare with; null: the bare base model")
-    num_inference_steps: Count = Field(30, description="denoising steps per picture")
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = Field(30, description="denoising steps per picture")
     guidance_scale: float = Field(7.5, ge=0, description="how strongly a picture follows its prompt; 1: no guidance")
     seed: Seed = Field(42, description="decides the first noise of every picture")
     goal: Literal["style", "subject", "both"] = Field(
@@ -367,7 +375,7 @@ class ApiConfig(_Section):
     max_attempts: Count = Field(3, description="starts of a job whose process was lost, before it fails")
     max_queued: Count = Field(1000, description="waiting jobs, beyond which new ones are refused")
     max_runtime: float | None = Field(None, gt=0, description="seconds that an attempt may take; null: no limit")
-    stall_seconds: float = Field(1800.0, gt=0, description="seconds without a training step before a job is stopped")
+    stall_seconds: float = Field(1800.0, gt=0, description="seconds without a sign of life before a job is stopped")
     grace_seconds: float = Field(60.0, ge=0, description="seconds for a checkpoint before a stopped job is killed")
     keep_jobs: Count | None = Field(None, description="ended jobs that are kept; older ones are deleted; null: all")
     keep_days: float | None = Field(None, gt=0, description="days after which an ended job is deleted; null: never")

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import TextIO
 
 from tqdm.auto import tqdm
@@ -60,6 +61,16 @@ class Progress:
             self.lines.append(step_line(self.done, self.total, self.first, seconds, text))
             with contextlib.suppress(OSError):  # a log that nobody takes any more, or a full disk, ends no run
                 print(self.lines[-1], file=self.file, flush=True)
+
+# %% ../nbs/02a_screen.ipynb #fb9bbcd7
+ALIVE = "LORA_MVP_ALIVE"  # environment variable: a file to touch
+
+
+def sign_of_life() -> None:
+    "Touch the file that the environment names, if it names one."
+    if file := os.environ.get(ALIVE):
+        with contextlib.suppress(OSError):  # a full disk; the next sign may succeed
+            Path(file).touch()
 
 # %% ../nbs/02a_screen.ipynb #b563c5eb
 def set_up_output() -> None:

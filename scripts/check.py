@@ -214,20 +214,9 @@ def wheel():
         scripts = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
         link_requirements(Path(sysconfig.get_path("purelib", vars={"base": str(folder / "venv")})))
         # No index: what the wheel asks for and its requirements do not name is an error here.
-        run(
-            scripts / "python",
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "-q",
-            "--no-index",
-            "-c",
-            ROOT / "constraints.txt",
-            built,
-            cwd=folder,
-        )
-        run(scripts / "python", "-m", "pip", "check", cwd=folder)
+        pip = (scripts / "python", "-m", "pip")
+        run(*pip, "install", "-q", "--no-index", "-c", ROOT / "constraints.txt", built, cwd=folder)
+        run(*pip, "check", cwd=folder)
         here = {"cwd": folder, "PATH": os.defpath, "PYTHONPATH": ""}
         run(scripts / "lora-mvp", "--version", **here)
         run(scripts / "python", "-c", WHOLE_JOB, **here)

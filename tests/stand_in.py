@@ -3,11 +3,13 @@
 The runner, the job's folder, fencing and how an end is told are the real ones; only the training is a stand-in. It
 loads no torch. What it should do is in its sample prompts, which go the way of all settings of a job:
 `pause=0.01` seconds a step, `deaf` to SIGTERM, `grandchild`, or one of `orders_at` such as `hang@5`;
-`hold@5` waits there for a file `go` in the job's folder.
+`hold@5` waits there for a file `go` in the job's folder, `load` before it hears a signal; `busy@5` is at work for
+four seconds beside the steps, and says so; `hang@end` hangs when the steps are done.
 
     python stand_in.py runner FOLDER --attempt N     what an engine starts
     python stand_in.py work FOLDER --attempt N ...   what the runner starts
     python stand_in.py serve CONFIG                  a server; takes "submit STEPS ORDER..." and "cancel ID" lines
+    python stand_in.py http                          the real server, as LORA_MVP_CONFIG says
 """
 
 import hashlib
@@ -20,11 +22,12 @@ import sys
 import time
 from pathlib import Path
 
-from lora_mvp.api.folders import JobFolder, jobs_in
+from lora_mvp.api.folders import JobFolder
 from lora_mvp.api.job_settings import read_settings
 from lora_mvp.api.jobs import Job, JobSpec
 from lora_mvp.api.reporter import Reporter
 from lora_mvp.config import AppConfig, LoraMvpError, load_config
+from lora_mvp.screen import sign_of_life
 
 HERE = [sys.executable, os.path.abspath(__file__)]
 GRANDCHILD = "import os, signal, time; os.setsid(); signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
@@ -81,6 +84,11 @@ def orders_at(step: int, run: Path, stopped: list) -> dict:
         while not stopped and not (run.parent / "go").exists():
             time.sleep(0.01)
 
+    def busy() -> None:
+        for _ in range(80):
+            sign_of_life()
+            time.sleep(0.05)
+
     def poison() -> None:
         os.kill(os.getppid(), signal.SIGKILL)
         hang()
@@ -95,6 +103,7 @@ def orders_at(step: int, run: Path, stopped: list) -> dict:
         raise ZeroDivisionError("with a secret in /srv/private/file")
 
     return {
+        "busy": busy,
         "hang": hang,
         "hold": hold,
         "nan": nan,
@@ -111,6 +120,8 @@ def do(folder: JobFolder, job: Job, attempt: int) -> None:
     t, run = read_settings(folder).training, folder.run
     orders = {name: value for name, _, value in (order.partition("=") for order in t.sample_prompts)}
     stopped = []
+    while "load" in orders and not (run.parent / "go").exists():
+        time.sleep(0.01)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if "deaf" in orders else lambda *_: stopped.append(True))
     if "grandchild" in orders:
         subprocess.Popen([sys.executable, "-c", GRANDCHILD])
@@ -132,18 +143,40 @@ def do(folder: JobFolder, job: Job, attempt: int) -> None:
             save(run, step, chain)
         if stopped and step < t.max_train_steps:
             raise LoraMvpError("interrupted", f"stopped after step {step}")
+    if "hang@end" in orders:
+        time.sleep(600)
     report.fence()
     (run / "adapter.txt").write_text(chain)
 
 
+def engine_of(config: AppConfig, gpus=()):
+    """This machine, with cards that are names; TEST_DIES ends the server between a start and the note of it."""
+    from lora_mvp.api.engines import Gpu, LocalEngine
+
+    class Mortal(LocalEngine):
+        def start(self, job, folder):
+            ref = super().start(job, folder)
+            os.kill(os.getpid(), signal.SIGKILL if "TEST_DIES" in os.environ else 0)
+            return ref
+
+    cards = [*gpus, *(Gpu(uuid, "a card") for uuid in os.environ.get("TEST_CARDS", "").split())]
+    return Mortal(config.api, [*HERE, "runner"], cards)
+
+
 def service_of(config: AppConfig, gpus=()):
     """A service over the store of a configuration, its trainings stand-ins."""
-    from lora_mvp.api.engines import LocalEngine
+    from lora_mvp.api.ownership import open_jobs
     from lora_mvp.api.service import Service
-    from lora_mvp.api.stores import open_store
 
-    store = open_store(config.api, lambda: jobs_in(config.api.jobs_dir))
-    return Service(config, store, LocalEngine(config.api, [*HERE, "runner"], list(gpus)), backoff=0.0)
+    return Service(config, open_jobs(config.api), engine_of(config, gpus), backoff=0.0)
+
+
+def http() -> None:
+    import uvicorn
+
+    from lora_mvp.api.main import create_app, server_config
+
+    uvicorn.run(create_app(engine=engine_of(server_config())), port=0, timeout_graceful_shutdown=20)
 
 
 def serve(path: str) -> None:
@@ -169,4 +202,6 @@ if __name__ == "__main__":
         from lora_mvp.api import work
 
         sys.exit(work.do_attempt(sys.argv[2:], do))
+    if sys.argv[1] == "http":
+        sys.exit(http())
     serve(sys.argv[2])

@@ -23,7 +23,7 @@ from stand_in import HERE, final, service_of
 from lora_mvp.api.engines import Gpu
 from lora_mvp.api.folders import JobFolder
 from lora_mvp.api.jobs import TERMINAL, JobSpec
-from lora_mvp.api.processes import MARK, end_all, mark_of, marked, ref_of
+from lora_mvp.api.processes import MARK, RUNNER, end_all, leads, mark_of, marked, ref_of
 from lora_mvp.config import LoraMvpError, config_yaml, load_config
 
 LIMIT = 120  # seconds that anything here may take on a busy machine
@@ -132,6 +132,10 @@ class Desk:
     def exact(self, id: str, steps: int = 20) -> None:
         """The job ended once, well, and as if nobody had disturbed it."""
         assert self.service.get(id).status == "succeeded"
+        self.exact_files(id, steps)
+
+    def exact_files(self, id: str, steps: int = 20) -> None:
+        """As `exact`, by the files alone."""
         assert (self.folder(id).run / "adapter.txt").read_text() == final(steps)
         assert Counter(self.states(id))["succeeded"] == 1 and self.states(id)[-1] == "succeeded"
         wait_for(lambda: not marked(f"{id}:"), "end of the runner")
@@ -185,13 +189,15 @@ def test_a_killed_runner_takes_its_trainer_and_what_that_started_along(desk):  #
     assert all(gone(process) for process in started)
 
 
-def test_a_runner_that_is_told_to_end_saves_first(desk):  # 28, as when the machine is shut down
-    desk = desk()
+@pytest.mark.parametrize("whom", ["runner", "trainer"])
+def test_who_is_told_to_end_saves_first_and_has_not_failed(desk, whom):  # 28, as when the machine is shut down
+    desk = desk(max_attempts=1)
     id = desk.submit("hold@8", steps=30)
     desk.until_step(id, 7)
-    desk.processes(id)[0].terminate()
+    runner, (trainer,) = desk.processes(id)
+    (runner if whom == "runner" else trainer).terminate()
     desk.until(id, "queued", "starting")
-    assert desk.until(id).attempt == 2
+    assert (ended := desk.until(id)).attempt == 2 and ended.stops == 1
     desk.exact(id, 30)
     steps = [event["step"] for _, event in desk.folder(id).events() if event["type"] == "progress"]
     assert steps == list(range(1, 31))  # none was done twice
@@ -220,12 +226,15 @@ def test_every_way_to_fail_has_its_code_and_frees_its_place(desk):  # rows 11 an
     wait_for(lambda: desk.service.engine.capacity() == 1, "free place")
 
 
-def test_a_training_that_hangs_is_stopped(desk):  # row 30
-    desk = desk(max_workers=1, stall_seconds=1.0, grace_seconds=0.5)
-    hanging, good = desk.submit("hang@3"), desk.submit(steps=3)
-    assert desk.until(good).status == "succeeded"
-    job = desk.service.get(hanging)
-    assert (job.status, job.error.code, job.error.signal) == ("failed", "stalled", "SIGKILL")
+def test_what_hangs_is_stopped_whenever_it_does_and_what_is_at_work_is_not(desk):  # row 30
+    desk = desk(max_workers=4, stall_seconds=3.0, grace_seconds=0.5)
+    hanging = [desk.submit(order) for order in ("load", "hang@3", "hang@end")]
+    busy = desk.submit("busy@3", steps=5)  # four seconds without a step, as in a validation
+    for id in hanging:
+        job = desk.until(id)
+        assert (job.status, job.error.code) == ("failed", "stalled"), desk.folder(id).log()
+    assert desk.until(busy).status == "succeeded"
+    wait_for(lambda: desk.service.engine.capacity() == 4, "free places")
 
 
 def test_a_training_that_takes_too_long_is_stopped_and_has_saved_itself(desk):  # row 30
@@ -556,11 +565,12 @@ def ranks(desk: Desk, id: str) -> list[psutil.Process]:
 @linux
 def test_a_killed_runner_takes_all_processes_of_torchrun_along(desk):  # row 2
     desk = desk(max_attempts=1)
-    desk.service.engine.gpus = [Gpu("GPU-a", "A"), Gpu("GPU-b", "B")]
+    cards = [f"GPU-{name}-{os.getpid()}" for name in "ab"]  # of this test alone
+    desk.service.engine.gpus = [Gpu(uuid, "a card") for uuid in cards]
     id = desk.submit("pause=0.05", steps=10_000, gpus=2)
     desk.until_step(id, 1)
     both = wait_for(lambda: len(found := ranks(desk, id)) == 2 and found, "two processes")
-    assert {p.environ()["CUDA_VISIBLE_DEVICES"] for p in both} == {"GPU-a,GPU-b"}
+    assert {p.environ()["CUDA_VISIBLE_DEVICES"] for p in both} == {",".join(cards)}
     assert {p.environ()["WORLD_SIZE"] for p in both} == {"2"}
     desk.processes(id)[0].kill()
     wait_for(lambda: all(gone(process) for process in both), "end of both")
@@ -586,9 +596,20 @@ def kill_something(desk: Desk, server: Server, chance: random.Random) -> str:
     return what
 
 
+def at_work(desk: Desk) -> dict[str, str]:
+    """The cards of the jobs of which there is a runner now; none of either is given twice."""
+    found = [p for p in psutil.process_iter() if leads(p) and mark_of(p, RUNNER).startswith(str(desk.root))]
+    told = [(mark_of(p).partition(":")[0], mark_of(p, "CUDA_VISIBLE_DEVICES")) for p in found]
+    told = [(job, cards) for job, cards in told if job]  # the others have ended meanwhile
+    assert len(told) <= 3 and len(dict(told)) == len(set(dict(told).values())) == len(told), told
+    return dict(told)
+
+
 @linux
 @pytest.mark.parametrize("rounds", [10, pytest.param(200, marks=pytest.mark.slow)])
-def test_whatever_is_killed_at_any_moment_every_job_ends_once(server, rounds):  # row 5
+def test_whatever_is_killed_at_any_moment_every_job_ends_once(server, rounds, monkeypatch):  # row 5
+    cards = [f"GPU-{name}-{os.getpid()}" for name in "abcd"]
+    monkeypatch.setenv("TEST_CARDS", " ".join(cards))
     desk, server = server(max_workers=3, max_attempts=1000)
     chance = random.Random(rounds)
     killed, cancelled = Counter(), set()
@@ -601,6 +622,7 @@ def test_whatever_is_killed_at_any_moment_every_job_ends_once(server, rounds):  
             server.ask(f"cancel {id}")
         answers, known = server.answers, set(desk.taken)
         killed[kill_something(desk, server, chance)] += 1
+        at_work(desk)
         desk.taken += [id for id in dict.fromkeys(answers[before:]) if len(id) == 26 and id not in known]
     assert desk.taken, "no job was taken"
     server.kill()

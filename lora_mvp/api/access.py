@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/6_api/12_access.ipynb #d63c18d1
+import json
 import os
 import re
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..config import MOVED, ApiConfig, AppConfig
 from ..data.rows import FILE_KEYS
 from ..errors import LoraMvpError
 from ..models.safety import code_wanted
+from ..patterns import TYPICAL, match_names
 
 # %% ../../nbs/6_api/12_access.ipynb #9a73dbfc
 def _check_picture(root: Path, name: str, row: dict) -> None:
@@ -216,11 +218,12 @@ def _text(key: str, value: Any) -> str:
 
 # %% ../../nbs/6_api/12_access.ipynb #222c54bf
 def _check_pattern(value: Any) -> None:
-    "A regular expression that cannot even be compiled would break whoever reads the settings."
-    try:
-        re.compile(value) if isinstance(value, str) else None
-    except (re.error, RecursionError, OverflowError):
-        raise LoraMvpError("invalid_request", "training.lora_targets is no regular expression.") from None
+    "A regular expression that cannot be compiled, or takes too long, would break or hold up whoever uses it."
+    if isinstance(value, str) and not re.fullmatch(r"\w{0,40}", value):
+        try:
+            match_names(value, TYPICAL)
+        except LoraMvpError as error:
+            raise LoraMvpError("invalid_request", f"training.lora_targets: {error.message}") from None
 
 # %% ../../nbs/6_api/12_access.ipynb #44645897
 def _check_pictures(name: str, root: Path) -> str:
@@ -235,6 +238,7 @@ def _check_pictures(name: str, root: Path) -> str:
     return str(Path(root, name))
 
 # %% ../../nbs/6_api/12_access.ipynb #feefef95
+MAX_CONFIG = 2**16  # bytes of JSON; each job keeps its settings for good
 MODEL_KEYS = {"training.pretrained_model", "evaluation.clip_model", "evaluation.baseline_model_path"}
 FOLDER_KEYS = {"training.regularization_dir"}
 
@@ -245,6 +249,8 @@ def check_overrides(
 ) -> dict[str, Any]:  # the same, models and folders as paths
     "Settings that are a client's to choose; raises `LoraMvpError`: `invalid_request`, and those of paths and models."
     found, allowed = dict(plain(config)), set(offered())
+    if len(json.dumps(found)) > MAX_CONFIG:
+        raise LoraMvpError("invalid_request", f"the settings are above {MAX_CONFIG >> 10} KiB of JSON.")
     for key in found:
         if key not in allowed:
             raise LoraMvpError("invalid_request", f"{quoted(str(key))} is not a setting that a job may change.")

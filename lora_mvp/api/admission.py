@@ -6,15 +6,25 @@
 __all__ = []
 
 # %% ../../nbs/6_api/23_admission.ipynb #536e086a
+import json
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .access import check_manifest, check_overrides, check_saved, read_list
 from .engines import Engine
-from .job_settings import check_base, check_effective, write_settings
+from lora_mvp.api.job_settings import (
+    check_base,
+    check_effective,
+    check_networks,
+    read_settings,
+    write_settings,
+)
 from .jobs import TERMINAL, Job, JobSpec, Kind, is_job
 from .records import Records
 from ..config import ApiConfig, AppConfig, load_config
@@ -43,25 +53,75 @@ def settings_for(
         raise LoraMvpError("invalid_request", error.message.split("\n", 1)[-1].strip()) from None
 
 # %% ../../nbs/6_api/23_admission.ipynb #2f6b0dc3
-def disk_low(api: ApiConfig) -> bool:
-    "Whether too little is free for jobs, or the disk is not there at all."
+def free_disk(api: ApiConfig) -> int:  # bytes
+    "How much is free for jobs; nothing when the disk is not there at all."
     try:
-        return shutil.disk_usage(api.jobs_dir).free < api.min_free_gb * 1e9
+        return shutil.disk_usage(api.jobs_dir).free
     except OSError:
-        return True
+        return 0
+
+# %% ../../nbs/6_api/23_admission.ipynb #3ab925f3
+def disk_low(api: ApiConfig) -> bool:
+    "Whether too little is free for jobs."
+    return free_disk(api) < max(1, api.min_free_gb * 1e9)
 
 # %% ../../nbs/6_api/23_admission.ipynb #0a1bff66
 def check_room(
     api: ApiConfig,
     counts: Mapping[tuple[str, str], int],  # jobs by (kind, status)
-) -> None:
+) -> int:  # how many more can be taken
     "Refuse when no job can be taken; `LoraMvpError`: `disk_low`, `queue_full`."
     if disk_low(api):
         raise LoraMvpError("disk_low", "the service's disk is nearly full; try again when there is room.")
-    if sum(n for (_, status), n in counts.items() if status == "queued") >= api.max_queued:
+    free = api.max_queued - sum(n for (_, status), n in counts.items() if status == "queued")
+    if free <= 0:
         raise LoraMvpError("queue_full", f"{api.max_queued} jobs are waiting already; try again later.")
+    return free
 
 # %% ../../nbs/6_api/23_admission.ipynb #aad9495c
+class Door:
+    "Lets in as many jobs as there is room for, also when many come at once."
+
+    def __init__(
+        self,
+        free: Callable[[], int],  # room as the store sees it; raises `LoraMvpError` when there is none
+    ):
+        self.free, self.coming, self.change = free, 0, threading.Condition()
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        "Room for one job that is about to be kept; the store may count those on their way already, or not yet."
+        with self.change:
+            while self.free() <= self.coming:
+                self.change.wait()
+            self.coming += 1
+        try:
+            yield
+        finally:
+            with self.change:
+                self.coming -= 1
+                self.change.notify_all()
+
+# %% ../../nbs/6_api/23_admission.ipynb #c0bce570
+def folder_trouble(
+    folder: Path,
+    what: str,  # the setting that names it
+    write: bool = True,  # False: it is only read
+) -> str | None:
+    "Why a folder cannot be used; None where it can. A file is written, as a submit does, and leaves no trace."
+    try:
+        if not write:
+            with os.scandir(folder) as found:
+                next(found, None)
+                return None
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+    except OSError as error:
+        return f"{what} cannot be {'written' if write else 'read'}: {error.strerror or error}"
+    return None
+
+# %% ../../nbs/6_api/23_admission.ipynb #0188d4a8
 def check_trained(trained: Job) -> None:
     "Refuse a job that has no model to evaluate; `LoraMvpError`: `job_not_terminal`, `invalid_request`."
     if trained.status not in TERMINAL:
@@ -95,6 +155,17 @@ def check_judged(
     elif config.evaluation.baseline_model_path is None:
         text = "this model is a pipeline: name one to compare it with in evaluation.baseline_model_path."
         raise LoraMvpError("invalid_request", text)
+
+# %% ../../nbs/6_api/23_admission.ipynb #ce56e5cf
+def base_of_saved(
+    model: Path,  # checked, below `api.models_dir`
+    config: AppConfig,  # of the job
+) -> str:
+    "The base on which a saved model's pictures are drawn."
+    if (model / "run.json").is_file():
+        found = json.loads((model / "run.json").read_bytes())
+        return str(found.get("base")) if isinstance(found, dict) else ""
+    return str(model) if (model / "model_index.json").is_file() else config.training.pretrained_model
 
 # %% ../../nbs/6_api/23_admission.ipynb #99a73700
 def link_file(file: Path, copy: Path) -> None:
@@ -135,17 +206,21 @@ class Admission:
     def check_evaluation(self, spec: JobSpec, config: AppConfig) -> None:
         "Refuse an evaluation that cannot be done; `LoraMvpError`."
         if is_job(spec.model):
-            check_trained(self.records.get(spec.model))
-            manifest = spec.manifest or self.records.folder(self.records.get(spec.model)).read_job().spec.manifest
+            check_trained(trained := self.records.get(spec.model))
+            folder = self.records.folder(trained)
+            manifest = spec.manifest or folder.read_job().spec.manifest
+            base = read_settings(folder).training.pretrained_model
         else:
-            manifest = spec.manifest
-            check_judged(check_saved(spec.model or "", self.config.api), config)
+            manifest, model = spec.manifest, check_saved(spec.model or "", self.config.api)
+            check_judged(model, config)
+            base = base_of_saved(model, config)
         if manifest is None:
             text = "an evaluation of a saved model needs a manifest: that of the real pictures to compare with."
             raise LoraMvpError("invalid_request", text)
         check_manifest(manifest, self.config.api)
         check_split(manifest, spec.real_split, self.config.api)
         check_effective(config, base=False)
+        check_networks(config, base)
 
     def fill(self, job: Job, settings: AppConfig) -> None:
         "Write what the runner needs."

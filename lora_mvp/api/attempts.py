@@ -62,7 +62,7 @@ class Backoff:
 
     def later(self, job: Job) -> None:
         "An attempt at a job was lost; wait before the next."
-        self.until[job.id] = self.clock() + min(600.0, self.seconds * 2.0 ** (job.attempt - 1))
+        self.until[job.id] = self.clock() + min(600.0, self.seconds * 2.0 ** (job.attempt - job.stops - 1))
 
     def waiting(self) -> set[str]:
         "The jobs that still wait."
@@ -86,12 +86,28 @@ class Attempts:
         self.silence, self.backoff = Silence(lease, clock), Backoff(backoff, clock)
         self.stopping: set[str] = set()  # refs that the engine was told to stop
         self.lost = Counter()  # by error code, since the start
+        self.surveyed = False  # whether the engine has said what runs
 
-    def poll(self, jobs: list[Job]) -> dict[str, Life]:
-        "What the engine says of jobs, by their refs."
+    def survey(self, active: list[Job]) -> list[Job]:
+        "The same jobs, with the names of all attempts that run."
+        if self.surveyed and all(job.engine_ref for job in active):
+            return active
+        running = self.engine.running()
+        wanted = {f"{job.id}:{job.attempt}" for job in active}
+        for mark in running.keys() - wanted:
+            self.engine.stop(running[mark], 0)
+        self.surveyed = True
+        return [job if job.engine_ref else self.named(job, running.get(f"{job.id}:{job.attempt}")) for job in active]
+
+    def named(self, job: Job, ref: str | None) -> Job:
+        "A job with the name of its attempt."
+        return (self.records.note(job, engine_ref=ref) if ref else None) or job
+
+    def poll(self, jobs: list[Job]) -> dict[str | None, Life]:
+        "What the engine says of jobs, by their refs; what has none does not run."
         lives = self.engine.poll([job.engine_ref for job in jobs if job.engine_ref])
         self.stopping &= lives.keys()
-        return lives
+        return lives | {None: "gone"}
 
     def attend(
         self,
@@ -104,8 +120,6 @@ class Attempts:
         beat = beat if beat and beat.attempt == job.attempt else None
         if result and result.attempt == job.attempt:
             self.settle(job, result)
-        elif job.engine_ref is None and beat:  # the server died between the start and the note of it
-            self.records.note(job, engine_ref=beat.ref)
         elif life == "alive":
             self.silence.end(job)
             if job.status == "starting" and beat:
@@ -120,9 +134,10 @@ class Attempts:
     def settle(self, job: Job, result: Result) -> None:
         "Take an attempt's result over into the record."
         lost = result.outcome == "lost" or (result.error and result.error.code in RETRIED)
-        if lost and result.outcome != "cancelled":
-            error = result.error or JobError(code="worker_lost", message="The attempt was interrupted.")
-            self.give_up(job, error)
+        if result.outcome == "stopped":
+            self.give_back(job)
+        elif lost and result.outcome != "cancelled":
+            self.give_up(job, result.error or JobError(code="worker_lost", message="The attempt was lost."))
         else:
             self.records.move(job, result.outcome, error=result.error)
         self.silence.end(job)
@@ -134,17 +149,31 @@ class Attempts:
     def give_up(self, job: Job, error: JobError) -> None:
         "Count an attempt as lost."
         self.lost[error.code] += 1
+        if job.status != "cancelling" and job.attempt - job.stops >= self.api.max_attempts:
+            self.fence(job)
+            self.records.move(job, "failed", error=error)
+        else:
+            self.again(job, error=error)
+
+    def give_back(self, job: Job) -> None:
+        "An attempt was stopped, which is no failure of the job."
+        self.again(job, error=None, stops=job.stops + 1)
+
+    def fence(self, job: Job) -> None:
+        "End an attempt for good: it may write nothing, and nothing of it is left."
         self.silence.end(job)
         self.records.folder(job).claim_attempt(job.attempt + 1)
         if job.engine_ref:
             self.engine.stop(job.engine_ref, 0)
+
+    def again(self, job: Job, **changes: Any) -> None:
+        "Put a job back into the queue, unless it was about to be cancelled."
+        self.fence(job)
         if job.status == "cancelling":
             self.records.move(job, "cancelled", error=None)
-        elif job.attempt >= self.api.max_attempts:
-            self.records.move(job, "failed", error=error)
         else:
             self.backoff.later(job)
-            self.records.move(job, "queued", error=error, engine_ref=None)
+            self.records.move(job, "queued", engine_ref=None, **changes)
 
     def stop(self, job: Job) -> None:
         "Tell the engine, once, to end what runs."

@@ -6,21 +6,19 @@
 __all__ = []
 
 # %% ../../nbs/6_api/29_backend.ipynb #3dafc209
-import shutil
 from collections.abc import Iterator
-from functools import partial
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from .admission import free_disk
 from .edge import Buckets
 from .engines import Engine, LocalEngine
-from .folders import jobs_in
 from .job_settings import check_server
 from .jobs import Kind, Status
+from .ownership import open_jobs
 from .service import Service
-from .stores import open_store
 from .tokens import Tokens, first_token, tokens_place
 from ..config import AppConfig
 
@@ -76,7 +74,7 @@ class ServiceMetrics:
 
     def collect(self) -> Iterator[Metric]:
         "What is read at this moment."
-        service, jobs_dir = self.backend.service, self.backend.config.api.jobs_dir
+        service = self.backend.service
         counts = service.counts()
         kept = {(kind, status): counts.get((kind, status), 0) for kind in get_args(Kind) for status in get_args(Status)}
         ready = {(part,): problem is None for part, problem in self.backend.ready().items()}
@@ -86,7 +84,7 @@ class ServiceMetrics:
         yield counter("lora_attempts_lost", "Attempts that were lost, since the start.", "reason", lost)
         yield gauge("lora_ready", "1 where a part of the service works.", ("part",), ready)
         yield GaugeMetricFamily("lora_slots_free", "Jobs that could start now.", value=self.backend.engine.capacity())
-        free = shutil.disk_usage(jobs_dir).free
+        free = free_disk(self.backend.config.api)
         yield GaugeMetricFamily("lora_disk_free_bytes", "Free space for jobs.", value=free)
 
     def text(self) -> bytes:
@@ -107,7 +105,8 @@ class Backend:
         named = guarded or config.api.tokens_file is not None
         self.config, self.tokens = config, Tokens(tokens_place(config.api), needed=named)
         self.buckets, self.stopping = Buckets(config.api.requests_per_minute), False
-        self.store = open_store(config.api, partial(jobs_in, config.api.jobs_dir))
+        self.stop_jobs = False  # when it is closed
+        self.store = open_jobs(config.api)
         try:
             self.engine = engine or LocalEngine(config.api)
             self.service = Service(config, self.store, self.engine)
@@ -120,9 +119,11 @@ class Backend:
             raise
 
     def close(self) -> None:
-        "Let go of the store; jobs that run go on."
+        "Let go of the store; jobs that run go on, or are stopped as well."
         try:
             self.service.drain()
+            if self.stop_jobs:
+                self.service.stop_jobs()
         finally:
             self.store.close()
 

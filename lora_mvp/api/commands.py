@@ -55,7 +55,7 @@ def announced(
 
 # %% ../../nbs/6_api/37_commands.ipynb #527e79b0
 def cmd_serve(args: argparse.Namespace) -> None:
-    "Run the job service until Ctrl-C or SIGTERM; its jobs go on and are found again."
+    "Run the job service until Ctrl-C or SIGTERM; its jobs go on after the one, and save themselves and wait after the other."
     import uvicorn
 
     from lora_mvp.api.main import create_app, server_config

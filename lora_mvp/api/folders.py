@@ -24,7 +24,7 @@ class Result(FrozenRecord):
     "How an attempt ended."
 
     attempt: int
-    outcome: Literal["succeeded", "failed", "cancelled", "lost"]
+    outcome: Literal["succeeded", "failed", "cancelled", "stopped", "lost"]
     error: JobError | None = None
     exit_code: int | None = None
     signal: str | None = None  # "SIGKILL"
@@ -62,6 +62,7 @@ class JobFolder:
         self.events_file = self.root / "events.jsonl"
         self.log_file = self.root / "job.log"
         self.heartbeat_file = self.root / "heartbeat.json"
+        self.alive_file = self.root / "alive"  # touched as work gets on
         self.cancel_file = self.root / "cancel"
         self.outcome_file = self.root / "outcome.json"
         self.result_file = self.root / "result.json"
@@ -169,7 +170,7 @@ def job_again(folder: JobFolder) -> Job | None:
     if job is None:
         return None
     said = folder.last_state() or {"status": "queued", "time": job.created_at}
-    status, facts = said["status"], {"attempt": attempt, "updated_at": said["time"]}
+    status, facts = said["status"], {"attempt": attempt, "stops": said.get("stops", 0), "updated_at": said["time"]}
     if status in TERMINAL:
         facts |= {"finished_at": said["time"], "error": said.get("error")}
     elif attempt == 0 or status == "queued":

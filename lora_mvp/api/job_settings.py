@@ -17,6 +17,7 @@ from .folders import JobFolder
 from .plain import quoted
 from ..config import MOVED, AppConfig
 from ..errors import LoraMvpError
+from ..eval.scorers import clip_id, scorer_name
 
 # %% ../../nbs/6_api/17_job_settings.ipynb #b83b4e53
 NEEDED = {"jobs_dir", "data_dir", "models_dir", "models", "allow_downloads"}
@@ -45,11 +46,12 @@ def read_settings(folder: JobFolder) -> AppConfig:
 def in_cache(
     hub_id: str,
     revision: str | None,  # branch, tag or commit; None: main
+    file: str = "model_index.json",  # of a pipeline; of other models config.json
 ) -> bool:
-    "Whether the hub's cache on this machine has a pipeline."
+    "Whether the hub's cache on this machine has a model."
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(MOVED.get(hub_id, hub_id), "model_index.json", revision=revision), str)
+    return isinstance(try_to_load_from_cache(MOVED.get(hub_id, hub_id), file, revision=revision), str)
 
 # %% ../../nbs/6_api/17_job_settings.ipynb #bfe5af36
 def check_base(config: AppConfig) -> str | None:  # the commit to load; None: no certain one
@@ -90,6 +92,32 @@ def check_effective(
                 raise LoraMvpError("model_missing", text)
     if base:
         check_base(config)
+
+# %% ../../nbs/6_api/17_job_settings.ipynb #c6bf1e11
+def networks_of(
+    config: AppConfig,
+    base: str,  # on which is drawn
+) -> dict[str, str]:  # setting -> folder, hub id or tiny
+    "The networks of an evaluation; `LoraMvpError` (`clip_not_found`)."
+    found = {"evaluation.clip_model": scorer_name(base, config).removeprefix("siglip:")}
+    kind, _, place = (config.evaluation.extractor or "").partition(":")
+    if kind in ("clip", "dinov2"):
+        place = clip_id(place, config.evaluation.clip_pretrained) if kind == "clip" else place
+        found["evaluation.extractor"] = place
+    return found
+
+# %% ../../nbs/6_api/17_job_settings.ipynb #5a554070
+def check_networks(
+    config: AppConfig,
+    base: str,  # on which is drawn
+) -> None:
+    "Refuse an evaluation whose networks are not there; `LoraMvpError`: `model_missing`, `clip_not_found`."
+    for key, name in networks_of(config, base).items():
+        here = name == "tiny" or Path(name).is_dir() or in_cache(name, None, "config.json")
+        if not (here or config.api.allow_downloads):
+            text = f"the network that scores pictures, {quoted(name)}, is not on the service's machine, and api.allow_downloads is off."
+            advice = f"Name another with {key}: a folder below the models folder of the service."
+            raise LoraMvpError("model_missing", f"{text} {advice}")
 
 # %% ../../nbs/6_api/17_job_settings.ipynb #d0fc8974
 _logger = logging.getLogger("lora_mvp.api")

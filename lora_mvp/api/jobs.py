@@ -98,7 +98,9 @@ class JobSpec(FrozenRecord):
     manifest: str | None = Field(None, description="of the pictures, relative to api.data_dir")
     model: str | None = Field(None, description="evaluate: a job, or a model below api.models_dir")
     real_split: Literal["train", "val"] = Field("val", description="evaluate: the real pictures to compare with")
-    config: dict[str, Any] = Field(default={}, description='settings to change, as "section.key": value')
+    config: dict[str, Any] = Field(
+        default={}, description='settings to change, as "section.key": value; at most 64 KiB of JSON'
+    )
     gpus: int | None = Field(None, ge=0, le=64, description="null: one where there is one")
 
 # %% ../../nbs/6_api/01_jobs.ipynb #79ffec15
@@ -110,6 +112,7 @@ class Job(FrozenRecord):
     status: Status = "queued"
     version: int = 0  # goes up with every change
     attempt: int = 0  # starts so far; the newest is the only one that may write
+    stops: int = 0  # of them, those that were stopped with the service or the machine; they are no failures
     spec: JobSpec
     owner: str = ""  # id of the token it came with
     retry_of: str | None = None

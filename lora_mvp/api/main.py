@@ -24,7 +24,7 @@ from .backend import Backend
 from .contract import complete
 from .edge import Edge, Gate, log_as_json
 from .engines import Engine
-from .problems import on_error, on_http_error, on_invalid
+from .problems import on_error, on_http_error, on_invalid, on_os_error
 from ..config import AppConfig, find_config, load_config
 from ..errors import LoraMvpError
 
@@ -50,6 +50,7 @@ class noticed_signals:
 
     def __call__(self, number: int, frame: Any) -> None:
         self.backend.stopping = True
+        self.backend.stop_jobs |= number == signal.SIGTERM
         if callable(self.before[number]):
             self.before[number](number, frame)
 
@@ -65,7 +66,7 @@ def open_backend(app: FastAPI) -> Backend:
 # %% ../../nbs/6_api/33_main.ipynb #22bcaf87
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    "Open the store and start the service; at the end let go of it. Jobs go on."
+    "Open the store and start the service; at the end let go of it. Jobs go on after Ctrl-C; with SIGTERM they are stopped, too."
     log_as_json()
     try:
         app.state.backend = await run_in_threadpool(open_backend, app)
@@ -104,6 +105,7 @@ def create_app(
     for part in (routes, downloads, datasets, operation):
         app.include_router(part.router)
     handlers = {LoraMvpError: on_error, RequestValidationError: on_invalid, HTTPException: on_http_error}
+    handlers |= {OSError: on_os_error}
     for error, handler in handlers.items():
         app.add_exception_handler(error, handler)
     app.add_middleware(Gate)

@@ -71,7 +71,7 @@ _CODES = {
     413: "archive_too_large",
     416: "range_not_satisfiable",
     429: "queue_full store_full rate_limited",
-    503: "disk_low draining not_ready engine_unavailable store_failed not_writable intake_failed",
+    503: "disk_low draining not_ready engine_unavailable store_failed not_writable storage_failed intake_failed",
 }
 STATUS_OF = {code: status for status, codes in _CODES.items() for code in codes.split()}  # 422 for all others
 
@@ -106,6 +106,14 @@ def on_error(request: Request, error: LoraMvpError) -> Response:
     return problem(state.request_id, STATUS_OF.get(error.code, 422), error.code, detail)
 
 # %% ../../nbs/6_api/26_problems.ipynb #eac83958
+def on_os_error(request: Request, error: OSError) -> Response:
+    "A disk, folder or permission that keeps the service from its own files: not the client's mistake, and not for ever."
+    if isinstance(error, ConnectionError | TimeoutError):
+        raise error  # of the network
+    detail = f"The service cannot use its files ({error.strerror or 'an error of the system'}); try again when that is mended."
+    return problem(request.state.request_id, 503, "storage_failed", detail)
+
+# %% ../../nbs/6_api/26_problems.ipynb #697dfb02
 def on_invalid(request: Request, error: RequestValidationError) -> Response:
     "Values of the wrong type or size, each with its place."
     if isinstance(error.body, bytes):

@@ -27,6 +27,10 @@ def started(pid: int) -> str:
 MARK = "LORA_MVP_JOB"  # environment variable of all processes of an attempt: <job id>:<attempt>
 
 
+RUNNER = "LORA_MVP_RUNNER"  # of its runner alone: the job's folder
+HELD = "LORA_MVP_HELD"  # of its runner alone: open files that hold its cards, by their numbers
+
+
 def ref_of(
     pid: int,
     mark: str,  # <job id>:<attempt>
@@ -35,10 +39,13 @@ def ref_of(
     return f"{pid}:{started(pid)}:{mark}"
 
 # %% ../../nbs/6_api/19_processes.ipynb #a380b7f4
-def mark_of(process: psutil.Process) -> str:
+def mark_of(
+    process: psutil.Process,
+    name: str = MARK,  # of the variable
+) -> str:
     "The mark of a process; empty when it has none, or is gone, or somebody else's."
     try:
-        return process.environ().get(MARK, "")
+        return process.environ().get(name, "")
     except (psutil.Error, OSError):
         return ""
 
@@ -102,6 +109,32 @@ def end_all(mark: str, descendants: bool = False, patience: float = 30.0) -> int
             send_signal(process, signal.SIGKILL)
         time.sleep(0.02)  # not a wait: a child's exit status is its parent's to read
     return len(killed)
+
+# %% ../../nbs/6_api/19_processes.ipynb #81fcf9ec
+def leads(process: psutil.Process) -> bool:
+    "Whether a process lives and its session began with it, as that of a runner does."
+    try:
+        return is_running(process) and os.getsid(process.pid) == process.pid
+    except OSError:
+        return False
+
+# %% ../../nbs/6_api/19_processes.ipynb #f6d9b26d
+def find_runners(
+    jobs_dir: Path,  # `api.jobs_dir`
+) -> list[str]:  # refs
+    "The living runners of a service; what is left of attempts without one is ended."
+    home, refs, marks = os.path.realpath(jobs_dir), {}, set()
+    for wait in (0.02, 0.0):
+        for process in psutil.process_iter():
+            mark, folder = mark_of(process), mark_of(process, RUNNER)
+            if folder and os.path.dirname(os.path.realpath(folder)) == home:
+                refs |= {mark: ref_of(process.pid, mark)} if leads(process) else {}
+            elif mark and not folder and os.path.isdir(os.path.join(home, mark.partition(":")[0])):
+                marks.add(mark)
+        time.sleep(wait)
+    for mark in marks - refs.keys():
+        end_all(mark)
+    return [ref for ref in refs.values() if is_alive(ref)]
 
 # %% ../../nbs/6_api/19_processes.ipynb #098135a9
 def adopt_orphans() -> None:

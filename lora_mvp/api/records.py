@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/6_api/22_records.ipynb #3dcbfa7c
 import bisect
 import logging
+import os
 import threading
 import time
 from collections import Counter
@@ -17,8 +18,18 @@ from typing import Any
 
 from .folders import JobFolder
 from .jobs import TERMINAL, Job, Status, Store, noted, transition
+from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/22_records.ipynb #b069eebb
+def folder_place(folder: Path) -> tuple[int, int] | None:  # disk and number on it
+    "Which folder it is, whatever its name; None when there is none."
+    try:
+        info = os.stat(folder)
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino
+
+# %% ../../nbs/6_api/22_records.ipynb #e9fc3fab
 _logger = logging.getLogger("lora_mvp.api")
 
 
@@ -26,9 +37,15 @@ class Records:
     "The jobs of one server: records and folders."
 
     def __init__(self, store: Store, jobs_dir: Path):
-        self.store, self.jobs_dir = store, jobs_dir
+        self.store, self.jobs_dir, self.place = store, jobs_dir, folder_place(jobs_dir)
         self.order = threading.Lock()  # of changes and words about them
         self.transitions = Counter()  # by status, since the start
+
+    def check_place(self) -> None:
+        "Refuse to go on without the folder that was opened; `LoraMvpError`: `storage_failed`."
+        if self.place and folder_place(self.jobs_dir) != self.place:
+            text = "api.jobs_dir is not there, or no longer the folder that was opened at the start; nothing is done until it is back."
+            raise LoraMvpError("storage_failed", text)
 
     def folder(self, job: Job) -> JobFolder:
         "The files of a job."
@@ -51,8 +68,9 @@ class Records:
 
     def say(self, job: Job) -> None:
         "Tell the folder what state the job is in."
-        error = {"error": job.error.model_dump(exclude_none=True)} if job.error else {}
-        self.folder(job).append("state", job.attempt, status=job.status, **error)
+        more = {"error": job.error.model_dump(exclude_none=True)} if job.error else {}
+        more |= {"stops": job.stops} if job.stops else {}
+        self.folder(job).append("state", job.attempt, status=job.status, **more)
 
     def note(self, job: Job, **changes: Any) -> Job | None:
         "Change a job without moving it; None when somebody else has changed it since."

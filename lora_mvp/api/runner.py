@@ -24,11 +24,12 @@ import psutil
 from .folders import Heartbeat, JobFolder, Result
 from .job_settings import read_settings
 from .jobs import Job, JobError, now
-from .processes import MARK, adopt_orphans, end_all, marked, ref_of, send_signal
+from .processes import HELD, MARK, RUNNER, adopt_orphans, end_all, marked, ref_of, send_signal
 from .redaction import known_secrets, redact
 from .reporter import FENCED
 from .work import FULL, die_with_parent
 from ..errors import LoraMvpError
+from ..screen import ALIVE
 
 # %% ../../nbs/6_api/20_runner.ipynb #1df37bfb
 class JobLog:
@@ -167,7 +168,7 @@ class Ending:
 # %% ../../nbs/6_api/20_runner.ipynb #4ebfa60d
 STOPPED = {
     "deadline_exceeded": "The job took longer than the service allows (api.max_runtime).",
-    "stalled": "The training made no step for a long time (api.stall_seconds) and was stopped.",
+    "stalled": "The job gave no sign of life for a long time (api.stall_seconds) and was stopped.",
 }
 
 
@@ -191,10 +192,14 @@ def judge_attempt(
         return ended("succeeded")
     if reason == "cancelled":
         return ended("cancelled", said and said.error)
+    if reason == "stopped":
+        return ended("stopped")
     if reason in STOPPED:
         return failed(reason, STOPPED[reason])
     if said and said.outcome == "failed":
         return ended("failed", said.error.model_copy(update=how))
+    if (said and said.outcome == "stopped") or status == -signal.SIGTERM:
+        return ended("stopped")
     if status == FULL:
         return failed("disk_full", "The disk is full: not even the error could be written. Make room and retry.")
     if status == 0 and not said:
@@ -238,16 +243,19 @@ class Runner:
         self.mark = f"{self.job.id}:{attempt}"
         self.ref, self.log = ref_of(os.getpid(), self.mark), JobLog(folder.log_file)
         self.reserve = folder.root / ".reserve"  # room on the disk for the last word
-        self.reason: str | None = None  # to stop: an error code, "cancelled", "interrupted" or "fenced"
+        self.reason: str | None = None  # to stop: an error code, "cancelled", "stopped" or "fenced"
         self.told_to_end, self.ending = False, None
-        self.began = self.beaten = clock()
-        self.step, self.stepped = None, None  # the newest step, and when it was seen
+        self.began = self.beaten = self.signed = clock()
+        self.sign, self.printed = (
+            None,
+            0,
+        )  # the newest sign of life, which came at `signed`; how often something was printed
 
     def run(self) -> int:  # exit status
         "Watch over the trainer until it and all it started are gone."
         self.start()
         while self.process.poll() is None:
-            self.output.pump(0.1)
+            self.printed += self.output.pump(0.1)
             self.beat()
             if self.reason is None:
                 self.look()
@@ -257,6 +265,7 @@ class Runner:
         while self.output.pump(0.0):
             continue
         self.log.close()
+        self.reason = self.reason or ("stopped" if self.told_to_end else None)
         return self.conclude()
 
     def start(self) -> None:
@@ -265,7 +274,9 @@ class Runner:
         keep_room(self.reserve)
         command = trainer_command(self.folder, self.attempt, self.work, self.job.spec.gpus)
         how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        how |= {"env": {**os.environ, MARK: self.mark, "PYTHONUNBUFFERED": "1"}, "cwd": self.folder.root}
+        env = {name: value for name, value in os.environ.items() if name not in (RUNNER, HELD)}
+        env |= {MARK: self.mark, "PYTHONUNBUFFERED": "1", ALIVE: str(self.folder.alive_file)}
+        how |= {"env": env, "cwd": self.folder.root, "pass_fds": [int(n) for n in os.environ.get(HELD, "").split()]}
         self.process = subprocess.Popen(command, preexec_fn=partial(prepare_trainer, os.getpid()), **how)
         self.output = Output(self.process.stdout.fileno(), self.log)
         self.say("running")
@@ -287,9 +298,14 @@ class Runner:
             self.reason, self.ending = "fenced", None
             return
         self.say("stopping" if self.reason else "running")
-        progress = self.folder.progress(self.attempt)
-        if progress and progress["step"] != self.step:
-            self.step, self.stepped = progress["step"], now
+        if (sign := self.newest_sign()) != self.sign:
+            self.sign, self.signed = sign, now
+
+    def newest_sign(self) -> tuple:
+        "Something that is another whenever the trainer has done something."
+        progress, alive = self.folder.progress(self.attempt), self.folder.alive_file
+        step = progress and progress["step"]
+        return step, alive.stat().st_mtime_ns if alive.exists() else None, self.printed if step is None else None
 
     def look(self) -> None:
         "Find a reason to stop."
@@ -297,10 +313,10 @@ class Runner:
         if self.folder.cancel_asked():
             self.reason = "cancelled"
         elif self.told_to_end:
-            self.reason = "interrupted"
+            self.reason = "stopped"
         elif self.api.max_runtime and now - self.began > self.api.max_runtime:
             self.reason = "deadline_exceeded"
-        elif self.stepped is not None and now - self.stepped > self.api.stall_seconds:
+        elif now - self.signed > self.api.stall_seconds:
             self.reason = "stalled"
 
     def press(self) -> None:
@@ -360,6 +376,7 @@ def run_attempt(
 
     signal.signal(signal.SIGTERM, told)
     signal.signal(signal.SIGINT, told)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # what came before there was somebody to hear it
     return runner.run()
 
 # %% ../../nbs/6_api/20_runner.ipynb #68802c37

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .admission import Admission, check_room, disk_low
+from .admission import Admission, Door, check_room, disk_low, folder_trouble
 from .attempts import Attempts, Starts
-from .engines import Engine
+from .engines import LATE, Engine
 from .folders import JobFolder
 from .jobs import ACTIVE, TERMINAL, Job, JobIds, JobSpec, Kind, Store, now
 from .records import Queue, Records
@@ -70,16 +70,22 @@ class Loop:
     def tick(self) -> None:
         "Compare store and world once, and act."
         with self.turn:
-            self.troubles.next_turn()
-            active = list(self.records.all(ACTIVE))
-            lives = self.attempts.poll(active)
-            for job in active:
-                self.troubles.guarded(self.attempts.attend, job, lives.get(job.engine_ref, "unknown"))
+            self.look_after()
             for _ in zip(range(500), self.unsaid):
                 continue
             self.start_queued()
             self.reconciled = True
             self.retention.turn()
+
+    def look_after(self) -> list[Job]:  # those that ran when it was called
+        "Compare every job that should run with what is."
+        self.records.check_place()
+        self.troubles.next_turn()
+        active = self.attempts.survey(list(self.records.all(ACTIVE)))
+        lives = self.attempts.poll(active)
+        for job in active:
+            self.troubles.guarded(self.attempts.attend, job, lives.get(job.engine_ref, "unknown"))
+        return active
 
     def start_queued(self) -> None:
         "Start the oldest jobs that there is room for."
@@ -93,6 +99,10 @@ class Loop:
         while not self.draining:
             try:
                 self.tick()
+            except LoraMvpError as error:
+                if self.troubles.now.get("the loop") != str(error):
+                    _logger.error("jobs are not attended to: %s", error)
+                self.troubles.now["the loop"] = str(error)
             except Exception as error:
                 self.troubles.now["the loop"] = type(error).__name__
                 _logger.exception("the loop failed and goes on")
@@ -110,6 +120,18 @@ class Loop:
         self.wake.set()
         if self.thread:
             self.thread.join()
+
+    def stop_jobs(
+        self,
+        seconds: float,  # after which it is no longer waited for
+    ) -> None:
+        "After `drain`: have what runs save itself and end, and put it back into the queue."
+        limit = time.monotonic() + seconds
+        with self.turn:
+            while (active := self.look_after()) and time.monotonic() < limit:
+                for job in active:
+                    self.troubles.guarded(self.attempts.stop, job)
+                time.sleep(0.05)
 
 # %% ../../nbs/6_api/25_service.ipynb #d177f7d0
 def digest_of(kind: Kind, spec: JobSpec, *more: Any) -> str:
@@ -134,6 +156,7 @@ class Service:
         self.records = Records(store, make_folder(self.api.jobs_dir, "api.jobs_dir", mode=0o700))
         self.queue = Queue(self.records, clock)
         self.admission = Admission(config, self.records, engine)
+        self.door = Door(lambda: check_room(self.api, self.counts()))
         self.attempts = Attempts(self.records, engine, self.api, clock, backoff, lease)
         starts = Starts(self.attempts, self.admission)
         retention = Retention(self.records, self.api, clock)
@@ -171,7 +194,8 @@ class Service:
         return job
 
     def check_room(self) -> None:
-        "Refuse when no job can be taken; `LoraMvpError`: `draining`, `disk_low`, `queue_full`."
+        "Refuse when no job can be taken; `LoraMvpError`: `draining`, `storage_failed`, `disk_low`, `queue_full`."
+        self.records.check_place()
         if self.loop.draining:
             raise LoraMvpError("draining", "the service is about to stop and takes no more jobs; try again shortly.")
         check_room(self.api, self.counts())
@@ -183,7 +207,8 @@ class Service:
 
     def take(self, job: Job, settings: AppConfig, files: dict[str, Path] | None = None) -> tuple[Job, bool]:
         "Keep a new job, and have the loop look at it."
-        kept = self.admission.keep(job, settings, files)
+        with self.door.place():
+            kept = self.admission.keep(job, settings, files)
         self.loop.wake.set()
         return kept
 
@@ -241,6 +266,7 @@ class Service:
     ) -> None:
         "Forget an ended job; raises `LoraMvpError`: `job_not_found`, `job_not_terminal`."
         folder = self.folder(self.ended(id))
+        self.records.check_place()
         self.store.delete(id)
         folder.job_file.unlink(missing_ok=True)  # or the job would come back when a lost store is made anew
         if artifacts:
@@ -258,11 +284,27 @@ class Service:
         "Take and start nothing any more; what runs goes on, and is taken over by the next server."
         self.loop.drain()
 
+    def stop_jobs(self) -> None:
+        "After `drain`: have what runs save itself, end, and wait for the next server, within `api.grace_seconds` and some more."
+        self.loop.stop_jobs(self.api.grace_seconds + LATE)
+
+    def place_trouble(self) -> str | None:
+        "Why the job folders are not those that were opened."
+        try:
+            self.records.check_place()
+        except LoraMvpError as error:
+            return str(error)
+        return None
+
     def ready(self) -> dict[str, str | None]:  # part -> what is wrong, None where nothing is
-        "Whether jobs can be taken and run."
+        "Whether jobs can be taken and run; tries what a submit needs."
         unseen = "the jobs of the server before this one are not looked at yet"
+        path = self.api.db_path.removeprefix("sqlite:///")
+        beside = None if "://" in path else folder_trouble(Path(path).parent, "the folder of api.db_path")
         return {
-            "store": getattr(self.store, "problem", None),
+            "store": getattr(self.store, "problem", None) or beside,
+            "jobs_dir": self.place_trouble() or folder_trouble(self.api.jobs_dir, "api.jobs_dir"),
+            "data_dir": folder_trouble(self.api.data_dir, "api.data_dir", write=False),
             "disk": "less than api.min_free_gb is free" if disk_low(self.api) else None,
             "engine": "some jobs cannot be attended to; the log says why" if self.loop.troubles.now else None,
             "reconciled": None if self.loop.reconciled else unseen,

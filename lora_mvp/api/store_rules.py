@@ -24,7 +24,7 @@ def store_failed(what: str) -> LoraMvpError:
 
 # %% ../../nbs/6_api/02_store_rules.ipynb #0fe64f60
 def store_in_use(where: str) -> LoraMvpError:
-    text = f"{where} is in use by another server. Stop that one first, or give this one another api.db_path."
+    text = f"{where} is in use by another server. Stop that one first, or give this one an api.db_path and an api.jobs_dir of its own, both."
     return LoraMvpError("store_in_use", text)
 
 # %% ../../nbs/6_api/02_store_rules.ipynb #e072bd2d

@@ -86,6 +86,7 @@ class JobView(BaseModel):
     kind: Kind
     status: Status
     attempt: int = Field(description="starts so far")
+    stops: int = Field(description="of them, those that were stopped with the service; they are no failures")
     retry_of: str | None
     owner: str = Field(description="id of the token it came with")
     created_at: datetime
@@ -149,6 +150,7 @@ class StateEvent(SomeEvent):
 
     type: Literal["state"]
     status: Status
+    stops: int = Field(0, description="starts so far that were stopped with the service; they are no failures")
     error: JobError | None = None
 
 # %% ../../nbs/6_api/28_views.ipynb #37abf87a

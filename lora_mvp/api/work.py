@@ -114,7 +114,7 @@ def outcome_of(error: BaseException | None, folder: JobFolder, attempt: int) -> 
     if error is None:
         return Result(attempt=attempt, outcome="succeeded")
     if isinstance(error, KeyboardInterrupt) or getattr(error, "code", None) == "interrupted":
-        return Result(attempt=attempt, outcome="cancelled" if folder.cancel_asked() else "lost")
+        return Result(attempt=attempt, outcome="cancelled" if folder.cancel_asked() else "stopped")
     return Result(attempt=attempt, outcome="failed", error=job_error(error, _roots(folder)))
 
 # %% ../../nbs/6_api/18_work.ipynb #949b19a2
@@ -157,6 +157,7 @@ def do_attempt(
         return FENCED
     os.chdir(folder.root)
     set_up_output()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # training has one of its own, that saves first
     try:
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world != args.processes:
@@ -166,6 +167,8 @@ def do_attempt(
     except BaseException as e:
         traceback.print_exc()
         error = e
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is on its way out
     return _say(outcome_of(error, folder, args.attempt), folder)
 
 # %% ../../nbs/6_api/18_work.ipynb #bdce8ddc

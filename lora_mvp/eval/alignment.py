@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.fft import irfft2, rfft2
 
 from lora_mvp.data.looks import pixel_hash
+from lora_mvp.screen import sign_of_life
 
 # %% ../../nbs/5_eval/05b_alignment.ipynb #1c027168
 SIDE = 64  # pixels of the longer side: what is finer is no matter of copying
@@ -179,6 +180,7 @@ class Album:
 
     def find(self, view: View, asked: set[int]) -> Match:
         "The best of the two that fit best roughly."
+        sign_of_life()
         fits = {k: self.originals[k].rough(view) for k in sorted(asked)}
         near = sorted(fits, key=lambda k: -fits[k].max())[:2]
         settled = [(*settle(self.originals[k], view, MOVES[fits[k].argmax()]), k) for k in near]

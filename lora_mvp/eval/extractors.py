@@ -23,7 +23,9 @@ from ..config import AppConfig
 from ..errors import LoraMvpError
 from .metrics import unit_rows
 from .networks import lite0_module, read_inception
+from .scorers import clip_id, scorer_name
 from ..files import asset, no_bars
+from ..screen import sign_of_life
 
 # %% ../../nbs/5_eval/03_extractors.ipynb #85dfcdbe
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
@@ -144,7 +146,10 @@ class Extractor:
     ) -> np.ndarray:  # (n, d) float64
         "One row per picture; a row does not depend on the others beyond rounding."
         step = batch_size or self.batch_size
-        rows = [self.batch(images[k : k + step]) for k in range(0, len(images), step)]
+        rows = []
+        for k in range(0, len(images), step):
+            sign_of_life()
+            rows.append(self.batch(images[k : k + step]))
         rows = np.concatenate(rows) if rows else np.zeros((0, self.dim))
         return unit_rows(rows) if self.unit else rows
 
@@ -234,30 +239,6 @@ def find_clip(
     advice += f"`hf download {source} --local-dir clip` makes one. For the base `tiny` leave the key out: it has a CLIP of its own "
     return read_anywhere(read_clip, source, "clip_not_found", advice + "in this package.")
 
-# %% ../../nbs/5_eval/03_extractors.ipynb #0c60b8f6
-OPEN_CLIP = {  # (model, pretrained) of open_clip: the same weights for transformers
-    ("ViT-B-32", "openai"): "openai/clip-vit-base-patch32",
-    ("ViT-B-16", "openai"): "openai/clip-vit-base-patch16",
-    ("ViT-L-14", "openai"): "openai/clip-vit-large-patch14",
-    ("ViT-L-14-336", "openai"): "openai/clip-vit-large-patch14-336",
-    ("ViT-B-32", "laion2b_s34b_b79k"): "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
-    ("ViT-L-14", "laion2b_s32b_b82k"): "laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
-    ("ViT-H-14", "laion2b_s32b_b79k"): "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-}
-
-
-def clip_id(
-    clip_model: str,  # folder, hub id, or a model name of open_clip
-    clip_pretrained: str | None = None,  # open_clip's tag; only used with its model names
-) -> str:  # folder or hub id
-    "Where the CLIP model of the configuration is; `LoraMvpError` (`clip_not_found`) for an unknown open_clip name."
-    known = OPEN_CLIP.get((clip_model.replace("/", "-"), clip_pretrained or "openai"))
-    if known or "/" in clip_model or Path(clip_model).is_dir():
-        return known or clip_model
-    names = ", ".join(f"{model} with {tag}" for model, tag in OPEN_CLIP)
-    text = f"evaluation.clip_model {clip_model} with clip_pretrained {clip_pretrained} is neither a folder nor a hub id, and "
-    raise LoraMvpError("clip_not_found", text + f"of the names of open_clip these are known: {names}.")
-
 # %% ../../nbs/5_eval/03_extractors.ipynb #7dc40a0f
 def name_of(
     kind: str,  # `clip`, `dinov2`
@@ -308,6 +289,7 @@ class ClipExtractor(Extractor):
         "Texts as unit vectors; what is beyond the model's length is cut off."
         rows, step = [np.zeros((0, self.dim))], batch_size or self.batch_size
         for k in range(0, len(texts), step):
+            sign_of_life()
             found = self.module.get_text_features(**self.tokens(texts[k : k + step]))
             rows.append(projected(found).double().cpu().numpy())
         return unit_rows(np.concatenate(rows))
@@ -410,8 +392,8 @@ def scorer_for(
     base: str,  # name of the base model whose pictures are scored
     config: AppConfig,
 ) -> Extractor:
-    "The CLIP or SigLIP of `evaluation.clip_model`; when that is not set, the embedded one for the base `tiny`, else OpenAI's ViT-B/32."
-    chosen = config.evaluation.clip_model or ("tiny" if base == "tiny" else "ViT-B-32")
+    "The CLIP or SigLIP that `scorer_name` says."
+    chosen = scorer_name(base, config)
     if chosen.startswith("siglip:"):
         return find_extractor(chosen, config)
     return find_extractor("tiny-clip" if chosen == "tiny" else f"clip:{chosen}", config)

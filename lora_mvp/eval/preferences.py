@@ -23,6 +23,7 @@ from .published import blip_names, clip_names, find_published, fit, read_publish
 from .records import Score
 from .scores import paired_score
 from ..files import no_bars
+from ..screen import sign_of_life
 
 # %% ../../nbs/5_eval/09b_preferences.ipynb #a1e84e3a
 def read_tokenizer(
@@ -58,6 +59,7 @@ class Preference:
         "The number of each prompt with its picture."
         found = [np.zeros(0)]
         for k in range(0, len(prompts), self.batch_size):
+            sign_of_life()
             some = slice(k, k + self.batch_size)
             pixels = torch.from_numpy(np.stack([to_pixels(image, self.preprocess) for image in images[some]]))
             found.append(self.batch(prompts[some], pixels.to(self.device)).double().cpu().numpy())

@@ -26,6 +26,7 @@ from ..data.looks import pixel_hash
 from ..errors import LoraMvpError
 from ..files import asset, atomic_write, read_record
 from ..infer import save_picture
+from ..screen import sign_of_life
 from ..sheets import Tile, contact_sheet
 
 # %% ../../nbs/5_eval/05_samples.ipynb #a4a7c861
@@ -275,6 +276,7 @@ def draw_plan(
     if len(missing) < len(rows):
         log.info("%d of %d pictures are there already", len(rows) - len(missing), len(rows))
     for start in range(0, len(missing), batch_size):
+        sign_of_life()
         batch = missing[start : start + batch_size]
         for k, found in zip(batch, draw_batch(draw, [rows[k] for k in batch]), strict=True):
             pictures[k], errors[k] = save_sample(found, plan, rows[k], model, folder / files[k])

@@ -7,7 +7,6 @@ __all__ = ['add_lora', 'save_adapter']
 
 # %% ../../nbs/2_models/07_adapters.ipynb #6fb8560a
 import json
-import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from ..files import atomic_write, no_bars
 from .contents import WEIGHTS
 from .families import Pipeline, adaptable_parts, text_parts
 from .keys import ADAPTER, adaptable_modules, public_name, tensor_name
+from ..patterns import match_names
 
 # %% ../../nbs/2_models/07_adapters.ipynb #b7ec1fe1
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -40,11 +40,11 @@ def find_targets(
     unet: torch.nn.Module,
     targets: str,  # a key of `TARGETS` or a regular expression on module names
 ) -> list[str]:  # ends of module names, for peft
-    "What gets an adapter; `LoraMvpError` (`targets_unknown`) when nothing matches."
+    "What gets an adapter; `LoraMvpError` (`targets_unknown`) when nothing matches, and those of `match_names`."
     if targets in TARGETS:
         return TARGETS[targets]
     names = list(adaptable_modules(unet))
-    if found := [name for name in names if re.fullmatch(targets, name)]:
+    if found := match_names(targets, names):
         return found
     some = "\n  ".join([n for n in names if n.endswith(("to_q", "to_k"))][:3] + names[:1] + names[-2:])
     presets = ", ".join(TARGETS)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..errors import LoraMvpError
 from .families import Pipeline, encode_text, family_of, native_size, text_parts
+from ..screen import sign_of_life
 
 # %% ../../nbs/2_models/06_drawing.ipynb #8abbbe30
 VAE_PIXELS = 2**20  # through the autoencoder at a time: one picture of 1,024 px, or four of 512
@@ -38,6 +39,7 @@ def decode_latents(
     pictures, vae = [], pipe.vae
     with torch.autocast(vae.device.type, enabled=False):
         for latent in (latents.to(vae.dtype) / vae.config.scaling_factor).split(1):
+            sign_of_life()
             values = vae.decode(latent, return_dict=False)[0]
             if not values.isfinite().all():
                 text = f"the autoencoder gave NaN or infinity in {str(vae.dtype).removeprefix('torch.')}, which would be a black picture"
@@ -82,6 +84,7 @@ def draw_latents(
     for name in text_parts(pipe):  # the pipeline works where its UNet is
         setattr(bare, name, None)
     for start in range(0, len(prompts), batch_size):
+        sign_of_life()
         part = slice(start, start + batch_size)
         asked = prompt_arguments(pipe, prompts[part], guidance_scale, embed or (lambda some: encode_text(pipe, some)))
         generators = [torch.Generator().manual_seed(s) for s in seeds[part]]

@@ -21,6 +21,7 @@ from ..data.manifest import Manifest
 from ..errors import LoraMvpError
 from ..files import atomic_write
 from ..models.headers import read_header
+from ..screen import sign_of_life
 from .known import KnownFiles, state_of
 
 # %% ../../nbs/3_train/02_cache.ipynb #58ef3ecb
@@ -118,6 +119,7 @@ class TensorCache:
         facts: dict,
     ) -> Encoded | None:
         "The tensors for these facts, if they are in the folder and whole."
+        sign_of_life()
         key = self.key(facts)
         if not self.is_whole(key):
             return None

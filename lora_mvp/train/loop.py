@@ -84,15 +84,40 @@ class Interrupted(LoraMvpError):
     "The run was asked to stop and has saved itself."
 
 # %% ../../nbs/3_train/13_loop.ipynb #46ef3fa0
+class Stop(threading.Event):
+    "A wish to stop: it waits for the end of a step, but not for losses and pictures, which can be made later."
+
+    leisure = False  # whether what is done now can be left at once
+
+    def ask(self) -> bool:  # whether to leave at once
+        "Somebody wishes it; only the first one may disturb, since after it the run is saved."
+        first = not self.is_set()
+        self.set()
+        return first and self.leisure
+
+    @contextmanager
+    def leave(
+        self,
+        agreed: bool | None = None,  # what several processes know together; None: there is one
+    ):
+        "What is not begun after a wish, and left at once by a process that is alone; raises `KeyboardInterrupt`."
+        self.leisure = agreed is None
+        try:
+            if agreed or (self.leisure and self.is_set()):
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self.leisure = False
+
+# %% ../../nbs/3_train/13_loop.ipynb #8e800cf1
 @contextmanager
 def stop_request():
-    "Yield an event that SIGINT, SIGTERM and a closed terminal set; the second SIGINT raises KeyboardInterrupt."
-    event, before = threading.Event(), {}
+    "Yield a `Stop` that SIGINT, SIGTERM and a closed terminal set; the second SIGINT raises KeyboardInterrupt."
+    event, before = Stop(), {}
 
     def ask(number, frame):
-        if event.is_set() and number == signal.SIGINT:
+        if number == signal.SIGINT and event.is_set() or event.ask():
             raise KeyboardInterrupt
-        event.set()
 
     if threading.current_thread() is threading.main_thread():
         numbers = [signal.SIGINT, signal.SIGTERM]
@@ -149,7 +174,7 @@ class Trainer:
         self.again = "--resume"  # how the command goes on
         self.saved, self.whole = 0, True  # the step of the newest checkpoint; whether no step is half done
         self.ahead: dict[tuple[int, int, int], Asked] = {}  # the next one, by its place
-        self.stop, self.asked = threading.Event(), False  # to stop: this process; as the last step knew it, any
+        self.stop, self.asked = Stop(), False  # to stop: this process; as the last step knew it, any
         processes, regularization = self.accelerator.num_processes, self.data.regularization
         self.identity = identity | base_identity(self.network.base_hash, regularization, processes)
         if config.training.compile:
@@ -315,7 +340,7 @@ class Trainer:
                     on_step(report)
                 if main:
                     append_row(self.folder.history, report)
-                self.publish(self.stop.is_set() if self.accelerator.num_processes == 1 else self.asked)
+                self.publish()
         return seconds
 
     def due(self) -> tuple[bool, bool, bool]:
@@ -332,15 +357,18 @@ class Trainer:
         if step and saved and (validation or samples):
             self.save()
 
-    def publish(self, stopped: bool) -> None:
-        "Mark and save where a step asks for it; raises `Interrupted` when the run was stopped."
+    def publish(self) -> None:
+        "Mark and save where a step asks for it; raises `Interrupted` when the run is stopped, with the mark left to the next start."
         t, step, (validation, samples, saved) = self.config.training, self.state.step, self.due()
-        self.mark(validation, samples)
-        if saved or stopped:
+        try:
+            with self.stop.leave(self.asked if self.accelerator.num_processes > 1 else None):
+                self.mark(validation, samples)
+        except KeyboardInterrupt:
             self.save()
-        if stopped and step < t.max_train_steps:
             text = f"stopped after step {step} of {t.max_train_steps}; saved in {self.folder.root}. "
-            raise Interrupted("interrupted", text + f"Run the same command with {self.again} to go on.")
+            raise Interrupted("interrupted", text + f"Run the same command with {self.again} to go on.") from None
+        if saved:
+            self.save()
 
     def foresee(self, held: int) -> None:
         "Raise `LoraMvpError` where the end could not be written; `held`: bytes that the run will free first."

@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..config import AppConfig, TrainingConfig
 from ..data.manifest import Manifest
+from ..screen import sign_of_life
 from .cache import TensorCache, cache_folder, plain_config
 from .network import Network, channels_last, fixed_noise_losses
 from .results import surroundings
@@ -103,8 +104,12 @@ def mark_losses(marks: Marks, step: int) -> dict[str, list[float]]:  # split -> 
     def make():
         marks.network.set_mode(False)
         sets = {"train": marks.data.streams[0].images, "val": val_set}
-        found = {k: fixed_noise_losses(marks.network, s, len(val_set), share=marks.share) for k, s in sets.items()}
-        return {split: torch.tensor(values, dtype=torch.float64) for split, values in found.items()}
+        found = {}
+        for split, images in sets.items():
+            sign_of_life()
+            losses = fixed_noise_losses(marks.network, images, len(val_set), share=marks.share)
+            found[split] = torch.tensor(losses, dtype=torch.float64)
+        return found
 
     facts = {name: getattr(t, name) for name in _DATA} | {"augmentations": marks.config.data.augmentations}
     made = kept_first(marks, step, facts | {"dataset": marks.dataset}, make)
