@@ -96,6 +96,13 @@ def notebook_page(source: Path, processed: Path) -> str:
     return json.dumps(nb)
 
 
+def prepared() -> Path:
+    """The folder of all notebooks as nbdev prepares them, made anew where the package has changed since."""
+    folder = ROOT / "_proc"
+    changed = max(file.stat().st_mtime for file in (ROOT / SETTINGS.lib_path.name).rglob("*.py"))
+    return proc_nbs(n_workers=0, force=not folder.exists() or folder.stat().st_mtime < changed)
+
+
 def sources() -> list[Path]:
     """Every file that the site is made of."""
     tracked = subprocess.run(
@@ -199,7 +206,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="build nothing; only look at what is in _docs")
     os.chdir(ROOT)
     if not parser.parse_args().check:
-        processed = proc_nbs(n_workers=0)
+        processed = prepared()
         with tempfile.TemporaryDirectory(prefix="lora-mvp-site-") as temp:
             stage(Path(temp), processed)
             by = render(Path(temp))
