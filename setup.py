@@ -11,6 +11,7 @@ parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 package = cfg["lib_name"]
+site = f"{cfg['doc_host']}{cfg['doc_baseurl']}/"
 EXTRAS = ("service", "notebook", "postgres", "heic", "eval-offline")
 extras = {name: cfg[f"{name.replace('-', '_')}_requirements"].split() for name in EXTRAS}
 
@@ -34,7 +35,14 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author=cfg["author"],
-    url=cfg["git_url"],
+    url=site,
+    project_urls={
+        "Documentation": site,
+        "Source": cfg["git_url"],
+        "Changelog": f"{site}CHANGELOG.html",
+        "Issues": f"{cfg['git_url']}/issues",
+    },
+    classifiers=[line for line in cfg["classifiers"].split("\n") if line],
     keywords=cfg["keywords"],
     license=cfg["license"],
     license_files=["LICENSE"],

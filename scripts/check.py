@@ -28,7 +28,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 STEPS = {}
-TOGETHER = [("tests", "wheel"), ("outputs", "readme")]  # side by side: each waits a lot for files and processes
+TOGETHER = [("tests", "wheel"), ("outputs", "readme", "site")]  # side by side: each waits a lot for files and processes
 IN_A_KERNEL = ("tutorials/*.ipynb", "index.ipynb")  # every chapter runs in the `notebooks` step
 # The first tutorial trains and draws as `lora-mvp demo` does, a minute of a core; here a quarter of it. Saved outputs are of the whole.
 SHORTER = [
@@ -187,6 +187,12 @@ def link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+@step
+def site():
+    """Every page goes through nbdev and a renderer into _docs/, where no link and no picture is broken."""
+    python("scripts/build_site.py", OMP_NUM_THREADS="1")
 
 
 @step

@@ -168,6 +168,18 @@ def import_cells_unfolded(path: Path) -> list[int]:
     ]
 
 
+def imports_mixed(path: Path) -> list[int]:
+    """Cells that hold an import and something else: the build of the site would run all of it, out of its context."""
+    imports = ast.Import | ast.ImportFrom
+    return [
+        cell.place
+        for cell in read_cells(path)
+        if not cell.directives & (EXPORT | {"exec_doc", "eval"})
+        and not cell.only_imports
+        and any(isinstance(node, imports) for node in ast.walk(ast.parse(cell.source)))
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("start", nargs="?", default="", help="only chapters whose path begins so")
@@ -202,6 +214,7 @@ def main() -> None:
                 elif cell.exported and cell.lines > 25:
                     print(f"{name} cell {cell.place}: {cell.lines} lines")
             print("\n".join(f"{name} cell {place}: imports not folded" for place in import_cells_unfolded(path)))
+            print("\n".join(f"{name} cell {place}: imports and other code" for place in imports_mixed(path)))
         for name, paths in sorted(names_defined_twice().items()):
             if any(path.startswith(args.start) for path in paths):
                 print(f"{name}: defined in {', '.join(paths)}")

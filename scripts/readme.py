@@ -1,4 +1,4 @@
-"""Write README.md from nbs/index.ipynb without Quarto; `--check` only says whether it is up to date."""
+"""Write README.md from nbs/index.ipynb without Quarto, its links absolute; `--check` only says whether it is up to date."""
 
 import argparse
 import difflib
@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+from build_site import ADDRESS, FILES, PICTURES, place, relink
 from execnb.nbio import dict2nb, read_nb
 from nbconvert import MarkdownExporter
 from nbdev.processors import FilterDefaults, add_links, insert_warning
@@ -17,11 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 INDEX = ROOT / "nbs" / "index.ipynb"
 README = ROOT / "README.md"
 NOTE = "<!-- Written by scripts/readme.py from nbs/index.ipynb: edit that notebook, not this file. -->\n\n"
-LINK = re.compile(r"(\]\(|(?:src|href)=\")(?![a-z]+:|#|/)([^)\"\s]+)")
 
 
 class ReadmeFilter(FilterDefaults):
-    """nbdev's own steps, less its links to the rendered site (a README links to files) and its note (ours says more)."""
+    """nbdev's own steps, less its links to the rendered site (a README says addresses in full) and its note (ours says more)."""
 
     def base_procs(self):
         return [proc for proc in super().base_procs() if proc not in (add_links, insert_warning)]
@@ -37,18 +37,16 @@ def front_matter(raw: str) -> str:
     return title + (f"> {found['description']}\n\n" if found.get("description") else "")
 
 
-def relink(text: str, folder: Path) -> str:
-    """Links that are relative to the notebook's `folder`, written relative to the repository; a dead one is an error."""
-
-    def replace(match: re.Match) -> str:
-        target, hash_sign, anchor = match[2].partition("#")
-        full = Path(os.path.normpath(folder / target))
-        if not full.exists():
-            raise SystemExit(f"index.ipynb: link to {target}, but there is no {full.relative_to(ROOT).as_posix()}")
-        return match[1] + full.relative_to(ROOT).as_posix() + hash_sign + anchor
-
-    parts = re.split(r"(?ms)(^```.*?^```[ ]*$)", text)  # code blocks stay as they are
-    return "".join(part if i % 2 else LINK.sub(replace, part) for i, part in enumerate(parts))
+def absolute(file: Path) -> str:
+    """The address of a file for readers who are elsewhere, on the page of the package say."""
+    on_site = place(file)
+    if file.suffix in (".png", ".svg"):
+        return PICTURES + file.relative_to(ROOT).as_posix()
+    return (
+        ADDRESS + on_site.as_posix().removesuffix("index.html")
+        if on_site
+        else FILES + file.relative_to(ROOT).as_posix()
+    )
 
 
 def render(index: Path) -> str:
@@ -63,7 +61,7 @@ def render(index: Path) -> str:
     body, resources = MarkdownExporter().from_notebook_node(from_dict(clean))
     if resources.get("outputs"):
         raise SystemExit("index.ipynb has a picture among its outputs: save it under nbs/images and link it instead")
-    body = re.sub(r"\n{3,}", "\n\n", relink(body, index.parent)).strip()
+    body = re.sub(r"\n{3,}", "\n\n", relink(body, index.parent, absolute)).strip()
     return NOTE + head + body + "\n"
 
 
