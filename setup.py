@@ -4,6 +4,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
@@ -11,6 +12,21 @@ parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 package = cfg["lib_name"]
 site = f"{cfg['doc_host']}{cfg['doc_baseurl']}/"
+EXTRAS = ("service", "notebook", "postgres", "heic", "eval-offline")
+extras = {name: cfg[f"{name.replace('-', '_')}_requirements"].split() for name in EXTRAS}
+
+
+class WithTutorials(build_py):
+    """The tutorials and their pictures go into the package, for `lora-mvp lab`."""
+
+    def run(self):
+        super().run()
+        for part in ("tutorials", "images"):
+            target = Path(self.build_lib, package, "assets", "notebooks", part)
+            for file in (here / "nbs" / part).glob("[!.]*.*"):
+                self.mkpath(str(target))
+                self.copy_file(str(file), str(target))
+
 
 setup(
     name=cfg["repo"],
@@ -34,12 +50,12 @@ setup(
     packages=find_packages(include=[package, f"{package}.*"]),
     package_data={package: ["assets/**", "py.typed"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={
-        "dev": cfg["dev_requirements"].split(),
-        "postgres": cfg["postgres_requirements"].split(),  # api.db_path: postgresql+pg8000://...
-        "heic": cfg["heic_requirements"].split(),
-        "eval-offline": cfg["eval_offline_requirements"].split(),
+    extras_require=extras
+    | {
+        "all": sorted(set().union(*extras.values())),
+        "dev": cfg["dev_requirements"].split() + extras["service"] + extras["notebook"],
     },
+    cmdclass={"build_py": WithTutorials},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{package}={package}._modidx:d"],  # turns backticks in the docs into links

@@ -16,6 +16,7 @@ from pathlib import Path
 from . import __version__
 from .api.commands import add_service
 from .config import AppConfig, LoraMvpError, config_schema, config_yaml, find_config, load_config
+from .lab import add_lab
 from .models.adapter_commands import add_adapters, add_base
 from .screen import set_up_output
 from .terminal import SHELLS, Parser, completion, refusal
@@ -427,6 +428,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_grid,
         _add_vote,
         _add_demo,
+        add_lab,
     ):
         add(commands)
     add_service(commands)

@@ -15,6 +15,7 @@ import re
 import sys
 from typing import NoReturn
 
+from .extras import missing
 from .sentences import likely, suggestion
 
 # %% ../nbs/7_doors/02a_terminal.ipynb #7545f84c
@@ -107,7 +108,10 @@ def completion(parser: argparse.ArgumentParser, shell: str) -> str:  # `shell`: 
 
 # %% ../nbs/7_doors/02a_terminal.ipynb #58f015ed
 def refusal(error: Exception) -> str | None:
-    "What the system refused, such as space on a full disk; None for any other error."
+    "What the system refused, such as space on a full disk, or which extra is not installed; None for any other error."
+    if isinstance(error, ModuleNotFoundError):
+        lacking = missing(error.name or "")
+        return str(lacking) if lacking else None
     codes = [getattr(error, "errno", None), *map(int, re.findall(r"\(os error (\d+)\)", str(error)))]  # of safetensors
     known = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
     found = [os.strerror(c) for c in codes if c in known]

@@ -5,6 +5,12 @@
 # %% auto #0
 __all__ = ['TrainMonitor', 'Compare', 'Playground', 'Vote']
 
+# %% ../nbs/7_doors/01_widgets.ipynb #0054a50b
+from .extras import need
+
+# %% ../nbs/7_doors/01_widgets.ipynb #2ca7d78a
+need("ipywidgets")
+
 # %% ../nbs/7_doors/01_widgets.ipynb #3d9ce2eb
 import base64
 import io

@@ -220,6 +220,14 @@ def wheel():
         here = {"cwd": folder, "PATH": os.defpath, "PYTHONPATH": ""}
         run(scripts / "lora-mvp", "--version", **here)
         run(scripts / "python", "-c", WHOLE_JOB, **here)
+        for command, extra in (("serve", "service"), ("lab", "notebook")):
+            try:
+                run(scripts / "lora-mvp", command, **here)
+            except Failed as refused:
+                if f"pip install 'lora-mvp[{extra}]'" in str(refused):
+                    continue
+                raise
+            raise Failed(f"lora-mvp {command} ran without the extra {extra}")
         if not any((folder / "pictures").rglob("*.png")):
             raise Failed("the whole job ended well, but there is no picture")
 

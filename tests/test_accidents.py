@@ -146,7 +146,7 @@ def test_a_step_that_fails_leaves_the_last_whole_one(drawings, small_run, whole,
 def test_a_disk_that_is_too_small_is_foreseen(drawings, small_run, tmp_path):
     from lora_mvp.train.loop import train
 
-    much = {"max_train_steps": 10**9, "checkpointing_steps": 1, "max_checkpoints": 10**8}
+    much = {"max_train_steps": 10**7, "checkpointing_steps": 1, "max_checkpoints": 10**8}
     config = load_config(overrides=small_run(tmp_path / "run", **much))
     with pytest.raises(LoraMvpError, match="the run will take about .* GB .*, and .* are free; free some") as caught:
         train(config, drawings, progress=False)

@@ -80,19 +80,28 @@ def test_asked_to_stop_it_saves_within_a_step(server, drawings, small_run, left_
     assert run.bytes() == left_alone.bytes()
 
 
-def test_asked_to_stop_while_it_draws_it_draws_later(server, drawings, small_run, tmp_path):
+def test_asked_to_stop_while_it_draws_it_draws_later(server, drawings, small_run, left_alone, tmp_path):
     """A picture can take longer than a service or a machine waits; the step before it is saved at once."""
-    settings = small_run(tmp_path / "run", max_train_steps=3, sample_every=2, checkpointing_steps=100)
-    run = Run(server, drawings, settings | {"evaluation.num_inference_steps": 500})
-    process, history = run.start(), tmp_path / "run" / "loss_history.csv"
-    assert wait_for(lambda: history.is_file() and history.read_text().count("\n") == 3, process, 60), run.said()
+    folder = tmp_path / "run"
+    shutil.copytree(left_alone.folder, folder)
+    (folder / "run.json").unlink()
+    for step in (10, 12):
+        shutil.rmtree(folder / f"checkpoint-{step}")
+        for picture in folder.glob(f"samples/step-{step:06d}-*"):
+            picture.unlink()
+    history = folder / "loss_history.csv"
+    history.write_text("".join(history.read_text().splitlines(keepends=True)[:9]))  # as it was after step 8
+    run = Run(server, drawings, small_run(folder, max_train_steps=STEPS))
+    few, run.settings["evaluation.num_inference_steps"] = run.settings["evaluation.num_inference_steps"], 1000
+    process = run.start("--resume")
+    assert wait_for(lambda: history.read_text().count("\n") == 11, process, 100), run.said()
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
-    assert process.exitcode == 130 and "stopped after step 2 of 3" in run.said(), run.said()
-    assert (run.folder / "checkpoint-2").is_dir() and not list(run.folder.glob("samples/step-000002-*"))
-    run.settings["evaluation.num_inference_steps"] = 2
+    assert process.exitcode == 130 and f"stopped after step 10 of {STEPS}" in run.said(), run.said()
+    assert (folder / "checkpoint-10").is_dir() and not list(folder.glob("samples/step-000010-*"))
+    run.settings["evaluation.num_inference_steps"] = few
     assert run.finish("--resume") == 0, run.said()
-    assert list(run.folder.glob("samples/step-000002-0.png"))
+    assert list(folder.glob("samples/step-000010-0.png")) and run.bytes() == left_alone.bytes()
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(server, drawings, small_run, left_alone, tmp_path):

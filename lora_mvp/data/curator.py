@@ -5,6 +5,12 @@
 # %% auto #0
 __all__ = ['Curator']
 
+# %% ../../nbs/1_data/24_curator.ipynb #34ab86b1
+from ..extras import need
+
+# %% ../../nbs/1_data/24_curator.ipynb #8dc7548a
+need("ipywidgets")
+
 # %% ../../nbs/1_data/24_curator.ipynb #2ef6db06
 import io
 import math
