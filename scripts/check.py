@@ -118,9 +118,9 @@ def notebooks():
 
 @step
 def tests():
-    """Plain pytest: what a notebook cannot show. Four workers for two cores, since many tests wait for processes."""
+    """Plain pytest: what a notebook cannot show. Three workers for two cores, since many tests wait for processes."""
     python(
-        "-m", "pytest", "-q", "-n", "4", "--dist", "loadfile", "--no-loadscope-reorder", "tests", OMP_NUM_THREADS="1"
+        "-m", "pytest", "-q", "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder", "tests", OMP_NUM_THREADS="1"
     )
 
 

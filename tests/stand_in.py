@@ -4,7 +4,7 @@ The runner, the job's folder, fencing and how an end is told are the real ones; 
 loads no torch. What it should do is in its sample prompts, which go the way of all settings of a job:
 `pause=0.01` seconds a step, `deaf` to SIGTERM, `grandchild`, or one of `orders_at` such as `hang@5`;
 `hold@5` waits there for a file `go` in the job's folder, `load` before it hears a signal; `busy@5` is at work for
-four seconds beside the steps, and says so; `hang@end` hangs when the steps are done.
+twelve seconds beside the steps, and says so; `hang@end` hangs when the steps are done.
 
     python stand_in.py runner FOLDER --attempt N     what an engine starts
     python stand_in.py work FOLDER --attempt N ...   what the runner starts
@@ -85,7 +85,7 @@ def orders_at(step: int, run: Path, stopped: list) -> dict:
             time.sleep(0.01)
 
     def busy() -> None:
-        for _ in range(80):
+        for _ in range(240):
             sign_of_life()
             time.sleep(0.05)
 

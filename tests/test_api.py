@@ -505,7 +505,7 @@ def test_the_app_is_light_and_opens_nothing_before_it_starts(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("examples", [8, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [4, pytest.param(60, marks=pytest.mark.slow)])
 def test_schemathesis_finds_no_500(client, job, monkeypatch, examples):
     """Requests made from the OpenAPI document, well-formed and not, to every route; answers are as the document says."""
     import schemathesis

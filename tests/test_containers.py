@@ -190,12 +190,12 @@ def test_a_first_start_is_healthy_and_shows_a_token_once(app):
             )
             assert running.poll() is None, (folder / "log").read_text()
             url = f"http://127.0.0.1:{re.search(r'listens on .*:([0-9]+)', (folder / 'log').read_text())[1]}"
-            assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
-            assert httpx.get(f"{url}/v1/jobs").status_code == 401
+            assert httpx.get(f"{url}/healthz", timeout=60).json() == {"status": "ok"}
+            assert httpx.get(f"{url}/v1/jobs", timeout=60).status_code == 401
             shown = re.findall(r"lmvp_[\w-]{20,}", (folder / "log").read_text())
             assert bool(shown) == first and "There is no GPU in this container" in (folder / "log").read_text()
             tokens += shown
-            answer = httpx.get(f"{url}/readyz", headers={"Authorization": f"Bearer {tokens[0]}"})
+            answer = httpx.get(f"{url}/readyz", timeout=60, headers={"Authorization": f"Bearer {tokens[0]}"})
             assert answer.status_code == 200, answer.text
     assert tokens[0] not in "".join(file.read_text() for file in (folder / "state").glob("tokens*"))
 

@@ -845,7 +845,7 @@ def killed_run(config, moment, delay, workers=0):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("kills", [12, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(tmp_path, kills):
     "Kill -9 again and again, each run going on from what the last one left; the end is that of a run that nothing disturbed."
     raw = fill(tmp_path / "raw", cat=24, dog=24)  # few enough for one worker: starting it is most of the work

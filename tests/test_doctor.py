@@ -141,6 +141,7 @@ def test_weights_missing_or_cut_short(look, bases, tmp_path):
     assert any(f.topic == "memory" for f in found["ok"])  # the arithmetic needs configs only
 
 
+@pytest.mark.slow  # ten seconds of a core
 def test_weights_of_another_size(look, bases, tmp_path):
     base = shutil.copytree(bases["sd1"], tmp_path / "base")
     config = json.loads((base / "unet" / "config.json").read_text())
@@ -210,6 +211,7 @@ def test_output_folder(look, bases, tmp_path):
     only(look(pretrained_model=bases["sd1"], output_dir=bases["sd1"])["error"], "settings", "is the base itself")
 
 
+@pytest.mark.slow  # ten seconds of a core
 def test_half_precision_without_a_gpu(look):
     only(look(mixed_precision="fp16")["error"], "environment", "needs a CUDA GPU")
     assert any("bf16" in f.text for f in look(mixed_precision="bf16")["warn"])
@@ -286,6 +288,7 @@ def test_meta_keeps_what_the_cpu_keeps(bases, family, changes):
     assert abs(kept / real_kept - 1) < 0.02 and abs(peak / real_peak - 1) < 0.02
 
 
+@pytest.mark.slow  # chapter 14 of training counts the same
 def test_weights_and_adapter_are_counted_exactly(bases):
     for family in ("sd2", "sdxl"):
         folder, training = bases[family], TrainingConfig(resolution=64, lora_rank=4, text_encoder_learning_rate=1e-4)

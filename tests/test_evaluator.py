@@ -97,6 +97,7 @@ def test_three_steps_of_training_are_no_better_than_the_base_and_worse_than_many
     assert better.columns == ("good", "undertrained")
 
 
+@pytest.mark.slow  # test_verdicts.py simulates the same with numbers
 def test_two_sets_of_one_model_are_called_different_no_more_often_than_the_level_says(root):
     """A pool of pictures of the base, four of each prompt, is dealt into two sets of two again and again."""
     scorer, pool = find_extractor("tiny-clip"), 4
@@ -124,6 +125,7 @@ def test_two_sets_of_one_model_are_called_different_no_more_often_than_the_level
 # -- the same is the same, and the other way round is the other way round -----------------------------------------------
 
 
+@pytest.mark.slow  # ten seconds of a core
 def test_a_model_against_itself_shows_exactly_nothing(root, evaluator, better):
     hand_on(root / "better" / "samples" / "a", root / "same" / "samples" / "a")  # B is drawn by itself
     same = evaluator.ab_test(root / "good", root / "good", root / "same")
@@ -134,6 +136,7 @@ def test_a_model_against_itself_shows_exactly_nothing(root, evaluator, better):
     assert all(s.change.value in (0, None) for s in same.scores.values())
 
 
+@pytest.mark.slow  # ten seconds of a core
 def test_exchanging_the_models_negates_everything(root, evaluator, better):
     there = Metrics.model_validate_json((root / "better" / "metrics.json").read_text())
     assert there == better

@@ -189,7 +189,7 @@ def test_a_killed_runner_takes_its_trainer_and_what_that_started_along(desk):  #
     assert all(gone(process) for process in started)
 
 
-@pytest.mark.parametrize("whom", ["runner", "trainer"])
+@pytest.mark.parametrize("whom", ["runner", pytest.param("trainer", marks=pytest.mark.slow)])
 def test_who_is_told_to_end_saves_first_and_has_not_failed(desk, whom):  # 28, as when the machine is shut down
     desk = desk(max_attempts=1)
     id = desk.submit("hold@8", steps=30)
@@ -227,9 +227,9 @@ def test_every_way_to_fail_has_its_code_and_frees_its_place(desk):  # rows 11 an
 
 
 def test_what_hangs_is_stopped_whenever_it_does_and_what_is_at_work_is_not(desk):  # row 30
-    desk = desk(max_workers=4, stall_seconds=3.0, grace_seconds=0.5)
+    desk = desk(max_workers=4, stall_seconds=10.0, grace_seconds=0.5)
     hanging = [desk.submit(order) for order in ("load", "hang@3", "hang@end")]
-    busy = desk.submit("busy@3", steps=5)  # four seconds without a step, as in a validation
+    busy = desk.submit("busy@3", steps=5)  # twelve seconds without a step, as in a validation
     for id in hanging:
         job = desk.until(id)
         assert (job.status, job.error.code) == ("failed", "stalled"), desk.folder(id).log()
@@ -606,7 +606,7 @@ def at_work(desk: Desk) -> dict[str, str]:
 
 
 @linux
-@pytest.mark.parametrize("rounds", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [5, pytest.param(200, marks=pytest.mark.slow)])
 def test_whatever_is_killed_at_any_moment_every_job_ends_once(server, rounds, monkeypatch):  # row 5
     cards = [f"GPU-{name}-{os.getpid()}" for name in "abcd"]
     monkeypatch.setenv("TEST_CARDS", " ".join(cards))

@@ -74,7 +74,11 @@ def test_the_prior_counts_with_its_weight_and_nothing_else_changes(drawings, sma
     prior = {"regularization_dir": folder, "regularization_prompt": "square"}
     first = {}
     for weight in (0, 1, 2):
-        options = {"max_train_steps": 1, **(prior | {"prior_weight": float(weight)} if weight else {})}
+        options = {
+            "max_train_steps": 1,
+            "sample_every": 0,
+            **(prior | {"prior_weight": float(weight)} if weight else {}),
+        }
         train(load_config(overrides=small_run(tmp_path / str(weight), **options)), drawings, progress=False)
         first[weight] = losses(tmp_path / str(weight))[0]
     assert first[1] > first[0]
