@@ -162,7 +162,8 @@ def test_every_reader_gives_the_same(roots, tmp_path, family, keys):
         assert close(wanted[scale], probe(fresh), 1e-4), scale
 
 
-@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.slow  # in every run of the checks the next one has a DoRA in both forms
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_dora(roots, tmp_path, family):
     pipe = trained(roots[family], lora_variant="dora", lora_targets="attention_ff")
     save_adapter(pipe, tmp_path, roots[family])
@@ -209,6 +210,7 @@ def test_dora_as_whole_differences(roots, tmp_path):
     assert "a125cd84" in describe(inspect_adapter(kohya))
 
 
+@pytest.mark.slow  # ten seconds of a core
 def test_mixed_ranks(roots, tmp_path):
     """A file with its own rank and alpha in each layer, as resizing tools write, keeps each layer's strength."""
     state = kohya_state(trained(roots["sdxl"]))
