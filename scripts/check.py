@@ -5,10 +5,8 @@ python scripts/check.py drift lint   these two
 """
 
 import argparse
-import compileall
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -250,11 +248,6 @@ def attempt(name: str) -> bool:
     return True
 
 
-def compile_installed() -> None:
-    """Bytecode of what is installed, on all cores. pip does it on one; .ci/run tells it not to."""
-    compileall.compile_dir(sysconfig.get_path("purelib"), quiet=2, workers=0, rx=re.compile(r"[/\\]tests?[/\\]"))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*", metavar="step", help="of: " + ", ".join(STEPS))
@@ -263,7 +256,6 @@ def main() -> int:
     if unknown:
         parser.error(f"no step named {', '.join(unknown)}; there are: {', '.join(STEPS)}")
     begin = time.monotonic()
-    compile_installed()
     groups = [next((group for group in TOGETHER if name in group), (name,)) for name in chosen]
     for group in dict.fromkeys(groups):
         names = [name for name in chosen if name in group]
