@@ -5,7 +5,6 @@ python scripts/check.py drift lint   these two
 """
 
 import argparse
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -167,14 +166,12 @@ def link_requirements(site: Path) -> None:
                 follow(canonicalize_name(wanted.name), frozenset(wanted.extras))
         if name == "lora-mvp":
             return  # it comes as the wheel
-        for file in distribution.files or ():
-            source = here / file
-            for path in (source, Path(importlib.util.cache_from_source(source)) if source.suffix == ".py" else source):
-                if ".." not in file.parts and path.is_file():
-                    target = site / path.relative_to(here)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    if not target.exists():
-                        link(path, target)
+        for file in distribution.files or ():  # with the bytecode that pip made of them
+            if ".." not in file.parts and (here / file).is_file():
+                target = site / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not target.exists():
+                    link(here / file, target)
 
     follow("lora-mvp", frozenset())
 
