@@ -49,7 +49,7 @@ class Silence:
         self.last.pop(job.id, None)
 
 # %% ../../nbs/6_api/24_attempts.ipynb #f080e2ab
-def sign_of(
+def last_sign(
     folder: JobFolder,
     beat: Heartbeat | None,  # of the attempt
 ) -> tuple:
@@ -138,7 +138,7 @@ class Attempts:
                 self.records.move(job, "running")
             elif job.status == "cancelling":
                 self.stop(job)
-            elif self.hangs.too_long(job, sign_of(folder, beat)):
+            elif self.hangs.too_long(job, last_sign(folder, beat)):
                 self.lose(
                     job, "The process that watches over the job gave no sign of life for too long (api.stall_seconds)."
                 )

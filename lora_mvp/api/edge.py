@@ -243,6 +243,8 @@ class Edge:
         if scope["type"] == "http":
             trusted = scope["app"].state.backend.config.api.trusted_proxies
             scope["client"] = (client_address(scope, trusted), (scope.get("client") or ("", 0))[1])
+            if scope["method"] == "HEAD" and not scope["path"].endswith("/events"):  # the server sends no body of it
+                scope = {**scope, "method": "GET", "state": {**scope.get("state", {}), "head": True}}
             await Exchange(scope, receive, send).answer(self.app)
 
 # %% ../../nbs/6_api/27_edge.ipynb #178e77f1
