@@ -21,7 +21,7 @@ from ..errors import LoraMvpError
 from ..files import atomic_write, make_folder, no_bars
 from .adapters import adapter_layers, fuse, safetensors_bytes, save_adapter
 from .base import load_base
-from .families import Pipeline, family_of, networks, text_parts
+from .families import Pipeline, denoiser, family_of, networks, text_parts
 from .inspection import inspect_adapter
 from .keys import ADAPTER, kohya_name
 from .kohya import kohya_header, write_kohya
@@ -86,7 +86,7 @@ def export_fused(
     partial: bool = False,  # layers that do not fit are left out
 ) -> Path:
     "Write base and adapter as one pipeline; `LoraMvpError` (`export_unfaithful`) when it does not do the same."
-    dtype = dtype or pipe.unet.dtype
+    dtype = dtype or denoiser(pipe).dtype
     load_lora(pipe, adapter, partial)
     wanted, _, tolerance = effect_of(pipe)
     fuse(pipe)

@@ -41,7 +41,7 @@ def fused_bytes(
     "Bytes of the base in the precision that it is kept in, which is that of the fused pipeline; where there are none that can be read, in float32."
     try:
         with tidy(folder) as seen:
-            kept = stored_dtype(seen / "unet").itemsize
+            kept = stored_dtype(seen / family_of(pipe).denoiser).itemsize
     except LoraMvpError:  # a damaged file, of which others tell
         kept = 4
     vae = family_of(pipe).vae_dtype

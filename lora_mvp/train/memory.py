@@ -17,15 +17,25 @@ from types import SimpleNamespace
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.checkpoint import checkpoint
 
 from ..config import LoraMvpError, TrainingConfig
 from ..models.adapters import add_lora
 from ..models.base import DTYPES, with_precision
 from ..models.drawing import UNET_PIXELS, VAE_PIXELS, together
-from ..models.families import FAMILIES, encode_text, family_of, granularity, networks, text_parts, unet_arguments
+from lora_mvp.models.families import (
+    denoise,
+    denoiser,
+    encode_text,
+    family_of,
+    granularity,
+    networks,
+    size_facts,
+    text_parts,
+    workings,
+)
 from ..models.kernels import lean
+from ..models.kinds import Family
 from ..models.layouts import check_folder
 from ..models.proof import exact
 from .counting import LiveBytes, OnDevice
@@ -39,23 +49,27 @@ class _Tokenizer:
     def __init__(self, length: int):
         self.model_max_length = length
 
-    def __call__(self, prompts: list[str], **_) -> SimpleNamespace:
-        shape = len(prompts), self.model_max_length
+    def __call__(self, prompts: list[str], padding: str, max_length: int = 1, **_) -> SimpleNamespace:
+        shape = len(prompts), max_length  # 1: diffusers looks whether something was cut off
         return SimpleNamespace(input_ids=torch.zeros(shape, dtype=torch.long, device="meta"))
 
 # %% ../../nbs/3_train/14_memory.ipynb #f56b1378
-def _configured_parts(folder: Path) -> dict:
+def _configured_parts(folder: Path, family: Family) -> dict:
     "Every part of a pipeline, made from its config."
     index = json.loads((folder / "model_index.json").read_text())
     read = {"scheduler": getattr(diffusers, index["scheduler"][1]).from_pretrained(folder, subfolder="scheduler")}
     with torch.device("meta"):
-        for name, part in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
-            read[name] = part.from_config(part.load_config(folder, subfolder=name))
-        for name in ("text_encoder", "text_encoder_2"):
-            if index.get(name, [None])[0]:
-                config = transformers.CLIPTextConfig.from_pretrained(folder, subfolder=name)
-                read[name] = getattr(transformers, index[name][1])(config)
-                read[name.replace("text_encoder", "tokenizer")] = _Tokenizer(config.max_position_embeddings)
+        for name, kind in family.classes.items():
+            words = name.replace("text_encoder", "tokenizer")
+            if not index[name][0]:
+                read |= {name: None, words: None}
+            elif name not in family.text_encoders:
+                part = getattr(diffusers, kind)
+                read[name] = part.from_config(part.load_config(folder, subfolder=name))
+            else:
+                part = getattr(transformers, kind)
+                config = part.config_class.from_pretrained(folder, subfolder=name)
+                read |= {name: part(config), words: _Tokenizer(getattr(config, "max_position_embeddings", 512))}
     return read
 
 # %% ../../nbs/3_train/14_memory.ipynb #881a6eb1
@@ -69,16 +83,15 @@ def skeleton(
     training: TrainingConfig,
 ):
     "The pipeline as `load_base` gives it, on the meta device; `LoraMvpError` where its configs make none."
-    kind = check_folder(folder)
-    options = next(family.options for family in FAMILIES.values() if family.pipeline is kind)
+    family = check_folder(folder)
     try:
-        parts = _configured_parts(folder)
+        parts = _configured_parts(folder, family)
     except Exception as error:  # what a wrong config makes of a constructor can be of any type
         reason = str(error).strip().split("\n")[0]
         raise LoraMvpError(
             "base_unreadable", f"the configs in {folder} make no model: {reason}. Get the base again."
         ) from error
-    pipe, dtype = kind(**parts, **options), _dtype(training)
+    pipe, dtype = family.pipeline(**parts, **family.options), _dtype(training)
     for part in networks(pipe).values():
         torch.nn.Module.to(part, family_of(pipe).vae_dtype or dtype if part is pipe.vae else dtype)
         part.requires_grad_(False).eval()
@@ -96,17 +109,17 @@ def counted(
         yield live
 
 # %% ../../nbs/3_train/14_memory.ipynb #bdbdd395
-def unet_inputs(
+def example(
     pipe,
     batch: int,
     size: int,  # pixels
     embeds: dict[str, torch.Tensor],  # of `encode_text`
-) -> tuple:  # latents, timesteps, keyword arguments
-    "Something for the UNet to work on."
-    side, dtype = size // pipe.vae_scale_factor, pipe.unet.dtype
-    latents = torch.zeros(batch, pipe.unet.config.in_channels, side, side, dtype=dtype, device="meta")
-    times = torch.zeros(batch, 6, device="meta") if family_of(pipe).needs_time_ids else None
-    return latents, torch.zeros(batch, dtype=torch.long, device="meta"), unet_arguments(pipe, embeds, times)
+) -> tuple:  # of `denoise`, after the pipeline
+    "Something for the denoiser to work on."
+    side, dtype = size // pipe.vae_scale_factor, denoiser(pipe).dtype
+    latents = torch.zeros(batch, family_of(pipe).latent_channels, side, side, dtype=dtype, device="meta")
+    sizes = size_facts(pipe, (size, size), (0, 0), (size, size))
+    return latents, torch.zeros(batch, dtype=torch.long, device="meta"), embeds, sizes
 
 # %% ../../nbs/3_train/14_memory.ipynb #77002fa3
 def _set_checkpointing(pipe, training: TrainingConfig, cuda: bool) -> None:
@@ -115,11 +128,11 @@ def _set_checkpointing(pipe, training: TrainingConfig, cuda: bool) -> None:
     how = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again)}
     learning = text_parts(pipe).values() if training.text_encoder_learning_rate is not None else ()
     if not training.gradient_checkpointing:
-        pipe.unet.disable_gradient_checkpointing()
+        denoiser(pipe).disable_gradient_checkpointing()
         for encoder in (part for part in learning if part.is_gradient_checkpointing):
             encoder.gradient_checkpointing_disable()
         return
-    pipe.unet.enable_gradient_checkpointing(partial(checkpoint, **how))
+    denoiser(pipe).enable_gradient_checkpointing(partial(checkpoint, **how))
     for encoder in learning:
         encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
@@ -128,10 +141,8 @@ def embedded(pipe, training: TrainingConfig, batch: int) -> dict[str, torch.Tens
     "Captions of a batch: made by text encoders that are trained, else taken from a table."
     if training.text_encoder_learning_rate is not None:
         return encode_text(pipe, [""] * batch)
-    width = {"prompt_embeds": (batch, pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)}
-    if family_of(pipe).pooled:
-        width["pooled"] = (batch, pipe.text_encoder_2.config.projection_dim)
-    return {name: torch.empty(shape, dtype=pipe.unet.dtype, device="meta") for name, shape in width.items()}
+    shapes, how = workings(pipe).text_shapes(pipe), {"dtype": denoiser(pipe).dtype, "device": "meta"}
+    return {name: torch.empty(batch, *shape, **how) for name, shape in shapes.items()}
 
 # %% ../../nbs/3_train/14_memory.ipynb #6702c5d0
 def step_bytes(
@@ -140,7 +151,7 @@ def step_bytes(
     cuda: bool = False,
 ) -> tuple[int, int]:  # bytes kept by the forward pass; the most at any moment of the step
     "What a training step holds beside weights, gradients and optimiser."
-    parts = (pipe.unet, *text_parts(pipe).values())
+    parts = (denoiser(pipe), *text_parts(pipe).values())
     for parameter in (p for part in parts for p in part.parameters()):
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     _set_checkpointing(pipe, training, cuda)
@@ -148,8 +159,7 @@ def step_bytes(
         part.train()
     with counted(pipe, _dtype(training, cuda), cuda) as live:
         embeds = embedded(pipe, training, training.batch_size)
-        latents, timesteps, arguments = unet_inputs(pipe, training.batch_size, training.resolution, embeds)
-        prediction = pipe.unet(latents, timesteps, **arguments).sample
+        prediction = denoise(pipe, *example(pipe, training.batch_size, training.resolution, embeds))
         kept = live.now
         image_losses(prediction, torch.zeros_like(prediction)).mean().backward()
     for part in parts:
@@ -206,8 +216,7 @@ COPIES = {  # of the adapter's numbers, beside what comes and goes
 def answering_bytes(pipe, training: TrainingConfig, batch: int, size: int, cuda: bool = False) -> int:
     "The most that text encoders, if trained, and UNet hold over a batch of this size in pixels that nothing is learned from."
     with counted(pipe, _dtype(training, cuda), cuda) as live:
-        latents, timesteps, arguments = unet_inputs(pipe, batch, size, embedded(pipe, training, batch))
-        pipe.unet(latents, timesteps, **arguments)
+        denoise(pipe, *example(pipe, batch, size, embedded(pipe, training, batch)))
     return live.peak
 
 # %% ../../nbs/3_train/14_memory.ipynb #5f119cd0
@@ -216,7 +225,7 @@ def decoding_bytes(pipe, size: int) -> int:
     "The most that the autoencoder holds while it decodes one picture, in its own precision."
     side = size // pipe.vae_scale_factor
     with counted(pipe) as live:
-        pipe.vae.decode(torch.zeros(1, pipe.unet.config.in_channels, side, side, dtype=pipe.vae.dtype))
+        pipe.vae.decode(torch.zeros(1, family_of(pipe).latent_channels, side, side, dtype=pipe.vae.dtype))
     return live.peak
 
 # %% ../../nbs/3_train/14_memory.ipynb #3efe6a78
@@ -225,8 +234,8 @@ def proving_bytes(pipe, cuda: bool = False) -> int:
     "The most that a certificate holds: the answer to its question, in float32; half weights are widened one layer at a time."
     with counted(pipe, cuda=cuda) as live, exact(pipe):
         embeds = {name: value.float() for name, value in encode_text(pipe, ["", ""]).items()}
-        latents, timesteps, arguments = unet_inputs(pipe, 2, 16 * pipe.vae_scale_factor, embeds)
-        pipe.unet(latents.float(), timesteps, **arguments)
+        latents, *asked = example(pipe, 2, 16 * pipe.vae_scale_factor, embeds)
+        denoise(pipe, latents.float(), *asked)
     return live.peak
 
 # %% ../../nbs/3_train/14_memory.ipynb #56407601
@@ -296,7 +305,7 @@ class MemoryEstimate:
         "What is on the device in each phase; on a CPU all parts stay where they are."
         pipe, adapters = self.pipe(t)
         encoders = list(text_parts(pipe).values())
-        learning = [pipe.unet, *(encoders if len(adapters) > 1 else ())]
+        learning = [denoiser(pipe), *(encoders if len(adapters) > 1 else ())]
         found = dict.fromkeys(("train", "validate", "sample", "certify"), learning)
         found |= {"encode": [pipe.vae, *encoders], "decode": [pipe.vae, *learning[1:]]}
         return found if self.cuda else dict.fromkeys(found, list(networks(pipe).values()))
@@ -315,7 +324,7 @@ class MemoryEstimate:
     def beside(self, t: TrainingConfig) -> float:
         "What decoding needs with the UNet on the device as well, in bytes."
         need = next(phase.total for phase in self.phases(t) if phase.name == "decode")
-        return need + (frozen_bytes(self.pipe(t)[0].unet) if self.cuda else 0)
+        return need + (frozen_bytes(denoiser(self.pipe(t)[0])) if self.cuda else 0)
 
     def _fused(self, t: TrainingConfig) -> int:
         return self._once("fused", t, "", lambda: fused_bytes(self.pipe(t)[0], self.folder))
@@ -325,7 +334,7 @@ class MemoryEstimate:
         pipe, told = self.pipe(t)[0], t.model_copy(update={"text_encoder_learning_rate": None})
         words = 0 if told == t else wording_bytes(pipe, pictures, _dtype(t, self.cuda), self.cuda)
         held = sum(value.nbytes for value in embedded(pipe, told, 2 * pictures).values())
-        held += 4 * pictures * pipe.unet.config.in_channels * (t.resolution // pipe.vae_scale_factor) ** 2
+        held += 4 * pictures * family_of(pipe).latent_channels * (t.resolution // pipe.vae_scale_factor) ** 2
         return max(words, held + answering_bytes(pipe, told, 2 * pictures, t.resolution, self.cuda))
 
     def working(self, t: TrainingConfig) -> dict[str, int]:  # phase -> bytes

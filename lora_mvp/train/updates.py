@@ -17,6 +17,7 @@ from diffusers.optimization import get_scheduler
 from ..config import TrainingConfig
 from ..errors import LoraMvpError
 from ..models.adapters import adapter_state, add_lora, restore_adapter
+from ..models.families import family_of
 from ..models.starting import start_from
 from .checkpoints import checkpoints, optimizer_tensors, restore_optimizer
 from .network import Network
@@ -87,7 +88,7 @@ class Updates:
         t, self.network, self.accelerator = network.settings, network, network.accelerator
         if self.accelerator.is_main_process:
             warn_of_warmup(t)
-        groups, rates = add_lora(network.pipe, t), {"unet": t.learning_rate}
+        groups, rates = add_lora(network.pipe, t), {family_of(network.pipe).denoiser: t.learning_rate}
         if t.init_adapter is not None:
             log.info("%s", start_from(network.pipe, t.init_adapter))
         self.params = [p for group in groups.values() for p in group]
