@@ -159,7 +159,8 @@ def step_bytes(
         part.train()
     with counted(pipe, _dtype(training, cuda), cuda) as live:
         embeds = embedded(pipe, training, training.batch_size)
-        prediction = denoise(pipe, *example(pipe, training.batch_size, training.resolution, embeds))
+        asked = example(pipe, training.batch_size, training.resolution, embeds)  # stays until the end of the step
+        prediction = denoise(pipe, *asked)
         kept = live.now
         image_losses(prediction, torch.zeros_like(prediction)).mean().backward()
     for part in parts:
