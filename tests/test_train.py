@@ -39,8 +39,10 @@ EVERYTHING = {"text_encoder_learning_rate": 1e-4, "snr_gamma": 5.0, "caption_dro
             {"caption_dropout": 0.3, "shuffle_tags": True, "mixed_precision": "bf16"},
             marks=pytest.mark.slow,
         ),
+        ("sd3", {"lora_targets": "all", "gradient_checkpointing": True}),
+        ("flux", {"lora_targets": "attention_ff", "aspect_buckets": True}),
     ],
-    ids=["sd1", "sd2", "sdxl", "sdxl-bf16"],
+    ids=["sd1", "sd2", "sdxl", "sdxl-bf16", "sd3", "flux"],
 )
 def test_every_family_trains_resumes_and_exports(drawings, small_run, tmp_path, family, changes):
     from lora_mvp.models.miniatures import random_base

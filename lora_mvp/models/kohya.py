@@ -26,13 +26,15 @@ def kohya_alpha(layer: LoraLayer) -> float:
 
 # %% ../../nbs/2_models/09_kohya.ipynb #c6daf92e
 def kohya_state(pipe: Pipeline) -> dict[str, torch.Tensor]:
-    "The adapter's tensors as ComfyUI reads them, under kohya's names or diffusers', with an alpha in each layer that gives the strength it was trained at."
+    "The adapter's tensors as other programs read them at the strength it was trained at: kohya's names and an alpha, or diffusers' names and the strength in the matrices."
     state = {}
     for name, layer in adapter_layers(pipe).items():
-        key, own = kohya_name(pipe, name), bool(family_of(pipe).prefixes)
-        state[f"{key}.alpha"] = torch.tensor(kohya_alpha(layer))
-        state[f"{key}.{'lora_down' if own else 'lora_A'}.weight"] = layer.lora_A[ADAPTER].weight
-        state[f"{key}.{'lora_up' if own else 'lora_B'}.weight"] = layer.lora_B[ADAPTER].weight
+        key, down, up = kohya_name(pipe, name), layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        if family_of(pipe).prefixes:
+            state |= {f"{key}.alpha": torch.tensor(kohya_alpha(layer))}
+            state |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        else:
+            state |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": layer.scaling[ADAPTER] * up}
         if ADAPTER in layer.lora_magnitude_vector:
             ones = [1] * (layer.get_base_layer().weight.ndim - 1)
             state[f"{key}.dora_scale"] = layer.lora_magnitude_vector[ADAPTER].weight.reshape(-1, *ones)
