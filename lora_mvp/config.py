@@ -213,7 +213,13 @@ class _LoopKeys(_Section):
     aspect_buckets: bool = Field(False, description="keep each image's shape, at the area of resolution squared")
     batch_size: BatchSize = Field(1, description="images per micro-batch")
     gradient_accumulation: BatchSize = Field(4, description="micro-batches per optimiser step")
-    learning_rate: float = Field(1e-4, gt=0, le=1, description="peak learning rate of AdamW")
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor"] = Field(
+        "adamw", description="what moves the adapter"
+    )
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="peak learning rate; 1 for prodigy, which finds its own")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="pull of the optimiser towards zero")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="memory of the gradients' mean; adafactor has none")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="memory of their squares; adafactor has its own")
     max_train_steps: Annotated[int, Field(ge=1, le=10_000_000)] = Field(1000, description="optimiser steps")
     lr_scheduler: Scheduler = Field("cosine", description="course of the learning rate after the warm-up")
     lr_warmup_steps: int = Field(100, ge=0, description="optimiser steps until the learning rate is at its peak")
@@ -221,7 +227,7 @@ class _LoopKeys(_Section):
         "auto", description="compute type; auto: bf16 on a GPU that has it; adapters are always fp32"
     )
     gradient_checkpointing: bool = Field(False, description="less memory, about a third more time per step")
-    compile: bool = Field(False, description="compile the UNet's blocks: a start of minutes, then faster on a GPU")
+    compile: bool = Field(False, description="compile the denoiser's blocks: a start of minutes, then faster on a GPU")
     max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are shortened to this norm")
     resume_from: PathKey | None = Field(None, description="checkpoint folder to continue from")
     seed: Seed = Field(42, description="decides noise, timesteps, data order and the first adapter weights")
@@ -271,17 +277,13 @@ class _AdapterKeys(_MarkKeys):
     save_dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="numbers of the saved adapter; the half-sized ones lose what no eye sees"
     )
-    vae: ModelKey | None = Field(
-        None, description="another autoencoder: folder, .safetensors file or hub id; null: the base's own"
-    )
+    vae: ModelKey | None = Field(None, description="another autoencoder: folder, file or hub id; null: the base's")
 
 # %% ../nbs/08_config.ipynb #35a5f717
 class TrainingConfig(_AdapterKeys):
     "How to train, and where the results go."
 
-    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
-        None, description="null: what the base says; a base that says otherwise is refused"
-    )
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(None, description="null: what the base says")
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weighting, 5 in its paper; null: none")
     noise_offset: float = Field(0.0, ge=0, le=1, description="a constant added to the noise of each channel")
     zero_terminal_snr: bool = Field(False, description="noise the last timestep fully; v_prediction bases only")

@@ -41,6 +41,7 @@ from ..models.proof import exact
 from .counting import LiveBytes, OnDevice
 from .foresight import amount, fused_bytes
 from .objectives import image_losses
+from .optimizers import state_bytes
 
 # %% ../../nbs/3_train/14_memory.ipynb #c0d78a8c
 class _Tokenizer:
@@ -181,7 +182,7 @@ class Phase:
 
     name: str  # encode, train, validate, sample, decode, certify or pipeline
     weights: float  # of the base
-    adapter: float  # its weights, gradients and the two moments of AdamW
+    adapter: float  # its weights, gradients and the optimizer's state
     working: float  # all that comes and goes, mostly activations
     program: float  # the process itself, and what is lost between allocations
 
@@ -202,14 +203,14 @@ def adapter_bytes(
     return 4 * sum(p.numel() for part in adapters.values() for p in part)
 
 # %% ../../nbs/3_train/14_memory.ipynb #16913070
-COPIES = {  # of the adapter's numbers, beside what comes and goes
+COPIES = {  # of the adapter's numbers, beside the optimizer's state and what comes and goes
     "encode": 0,
-    "train": 4,  # weights, gradients and the two moments of AdamW
-    "validate": 3,
-    "sample": 3,
-    "decode": 3,
-    "certify": 4,  # the file that is proved is loaded beside the trained one
-    "pipeline": 3,  # its file, and the moments of the run
+    "train": 2,  # weights and gradients
+    "validate": 1,
+    "sample": 1,
+    "decode": 1,
+    "certify": 2,  # the file that is proved is loaded beside the trained one
+    "pipeline": 1,  # its file
 }
 
 # %% ../../nbs/3_train/14_memory.ipynb #a074c309
@@ -315,7 +316,9 @@ class MemoryEstimate:
         pipe, adapters = self.pipe(t)
         weights = self._fused(t) if name == "pipeline" else frozen_bytes(*self.parts(t)[name])
         program = PROGRAM[self.device] + WASTE[self.device] * working
-        return Phase(name, weights, COPIES[name] * adapter_bytes(adapters), working, program)
+        learning = [p for part in adapters.values() for p in part]
+        held = COPIES[name] * adapter_bytes(adapters) + (state_bytes(t, learning) if COPIES[name] else 0)
+        return Phase(name, weights, held, working, program)
 
     def phases(self, t: TrainingConfig) -> list[Phase]:
         "What each phase of a run holds on its device, where a UNet that leaves no room for decoding waits elsewhere."
@@ -331,12 +334,13 @@ class MemoryEstimate:
         return self._once("fused", t, "", lambda: fused_bytes(self.pipe(t)[0], self.folder))
 
     def _draw(self, t: TrainingConfig, pictures: int) -> int:
-        "The UNet on pictures with and without their prompts, embedded before; the sampler holds these twice, and its latents."
+        "The denoiser on pictures with and without their prompts, embedded before; the sampler holds these twice, and its latents."
         pipe, told = self.pipe(t)[0], t.model_copy(update={"text_encoder_learning_rate": None})
         words = 0 if told == t else wording_bytes(pipe, pictures, _dtype(t, self.cuda), self.cuda)
-        held = sum(value.nbytes for value in embedded(pipe, told, 2 * pictures).values())
+        asked = (1 + workings(pipe).GUIDED_TWICE) * pictures
+        held = sum(value.nbytes for value in embedded(pipe, told, asked).values())
         held += 4 * pictures * family_of(pipe).latent_channels * (t.resolution // pipe.vae_scale_factor) ** 2
-        return max(words, held + answering_bytes(pipe, told, 2 * pictures, t.resolution, self.cuda))
+        return max(words, held + answering_bytes(pipe, told, asked, t.resolution, self.cuda))
 
     def working(self, t: TrainingConfig) -> dict[str, int]:  # phase -> bytes
         "What comes and goes in each phase, in the order of a run."
