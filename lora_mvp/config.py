@@ -202,7 +202,14 @@ class DataConfig(_Section):
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 # %% ../nbs/08_config.ipynb #4e7b80c7
-class _LoopKeys(_Section):
+class _StepKeys(_Section):
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor"] = Field("adamw", description="how steps are made")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="pull of the optimiser towards zero")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="memory of the gradients' mean; adafactor has none")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="memory of their squares; adafactor has its own")
+
+# %% ../nbs/08_config.ipynb #58eedd93
+class _LoopKeys(_StepKeys):
     pretrained_model: ModelKey = Field(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         description="base: hub id, folder, file, or tiny (embedded, 64 px)",
@@ -213,13 +220,7 @@ class _LoopKeys(_Section):
     aspect_buckets: bool = Field(False, description="keep each image's shape, at the area of resolution squared")
     batch_size: BatchSize = Field(1, description="images per micro-batch")
     gradient_accumulation: BatchSize = Field(4, description="micro-batches per optimiser step")
-    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor"] = Field(
-        "adamw", description="what moves the adapter"
-    )
     learning_rate: float = Field(1e-4, gt=0, le=1, description="peak learning rate; 1 for prodigy, which finds its own")
-    weight_decay: float = Field(0.01, ge=0, le=1, description="pull of the optimiser towards zero")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="memory of the gradients' mean; adafactor has none")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="memory of their squares; adafactor has its own")
     max_train_steps: Annotated[int, Field(ge=1, le=10_000_000)] = Field(1000, description="optimiser steps")
     lr_scheduler: Scheduler = Field("cosine", description="course of the learning rate after the warm-up")
     lr_warmup_steps: int = Field(100, ge=0, description="optimiser steps until the learning rate is at its peak")
@@ -258,11 +259,9 @@ def _targets(value: str) -> str:
 # %% ../nbs/08_config.ipynb #cf3e5afe
 class _AdapterKeys(_MarkKeys):
     lora_rank: Annotated[int, Field(ge=1, le=4096)] = Field(
-        8, description="inner size of the adapter; more learns more and weighs more"
+        8, description="inner size; more learns more and weighs more"
     )
-    lora_alpha: Annotated[int, Field(ge=1, le=65536)] = Field(
-        16, description="strength of the adapter; it acts with alpha / rank"
-    )
+    lora_alpha: Annotated[int, Field(ge=1, le=65536)] = Field(16, description="strength; it acts with alpha / rank")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="share of adapter inputs dropped while training")
     lora_variant: Literal["lora", "rslora", "dora"] = Field(
         "lora", description="rslora: strength alpha / sqrt(rank); dora: also learns the weights' length"
@@ -331,9 +330,7 @@ class EvaluationConfig(_Section):
     goal: Literal["style", "subject", "both"] = Field(
         "both", description="what a LoRA is for, which decides when `choose` confirms one"
     )
-    margin: float = Field(
-        0.1, gt=0, lt=1, description="differences up to this share of a score's span are taken for none"
-    )
+    margin: float = Field(0.1, gt=0, lt=1, description="differences up to this share of a score's span count as none")
 
 # %% ../nbs/08_config.ipynb #23baa173
 def _anchor_store(name: str, info) -> str:
@@ -363,9 +360,7 @@ class ApiConfig(_Section):
         ["tiny"], description="other models that jobs may use: tiny, hub ids, id@commit to hold one version"
     )
     allow_downloads: bool = Field(False, description="whether a job may fetch a model of that list from the hub")
-    tokens_file: PathKey | None = Field(
-        None, description="hashes of access tokens; null: state/tokens, once it is there"
-    )
+    tokens_file: PathKey | None = Field(None, description="hashes of access tokens; null: state/tokens, once there")
     allowed_hosts: list[Prompt] = Field(
         ["localhost", "127.0.0.1", "[::1]"], description="names by which clients may address the service"
     )

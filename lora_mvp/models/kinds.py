@@ -60,7 +60,6 @@ class Family(Written):
         return self.vae_precision and getattr(import_module("torch"), self.vae_precision)
 
 # %% ../../nbs/2_models/01a_kinds.ipynb #4a7f14a1
-_NO_CHECKER = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 _CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
@@ -76,6 +75,9 @@ _WITH_UNET = {
     },
     "blocks": ("BasicTransformerBlock", "ResnetBlock2D"),
 }
+
+# %% ../../nbs/2_models/01a_kinds.ipynb #a51d4a9a
+_NO_CHECKER = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
 _ONE_ENCODER = {
     **_WITH_UNET,
     "pipeline_name": "StableDiffusionPipeline",
@@ -86,6 +88,8 @@ _ONE_ENCODER = {
     "prefixes": {"unet": "lora_unet", "text_encoder": "lora_te"},
     "names": "diffusers",
 }
+
+# %% ../../nbs/2_models/01a_kinds.ipynb #6c76ea59
 _TINY = Family(
     name="tiny",
     title="the embedded base",
@@ -153,20 +157,16 @@ _JOINT_FF = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.n
 _MODULATION = ("norm1.linear", "norm1_context.linear")
 
 # %% ../../nbs/2_models/01a_kinds.ipynb #32b69a15
+_THREE = dict.fromkeys(("text_encoder", "text_encoder_2"), "CLIPTextModelWithProjection")
+_THREE["text_encoder_3"] = "T5EncoderModel"
 _SD3 = Family(
     name="sd3",
     title="Stable Diffusion 3.x",
     **_WITH_FLOW,
     pipeline_name="StableDiffusion3Pipeline",
     hub_id="stabilityai/stable-diffusion-3.5-medium",
-    classes={
-        "transformer": "SD3Transformer2DModel",
-        "vae": "AutoencoderKL",
-        "text_encoder": "CLIPTextModelWithProjection",
-        "text_encoder_2": "CLIPTextModelWithProjection",
-        "text_encoder_3": "T5EncoderModel",
-    },
-    text_encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
+    classes={"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL", **_THREE},
+    text_encoders=tuple(_THREE),
     optional=("text_encoder_3",),
     inputs=16,
     text_width=4096,
@@ -182,19 +182,15 @@ _SD3 = Family(
 )
 
 # %% ../../nbs/2_models/01a_kinds.ipynb #27c9fabe
+_TWO = {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
 _FLUX = Family(
     name="flux",
     title="FLUX.1",
     **_WITH_FLOW,
     pipeline_name="FluxPipeline",
     hub_id="black-forest-labs/FLUX.1-dev",
-    classes={
-        "transformer": "FluxTransformer2DModel",
-        "vae": "AutoencoderKL",
-        "text_encoder": "CLIPTextModel",
-        "text_encoder_2": "T5EncoderModel",
-    },
-    text_encoders=("text_encoder", "text_encoder_2"),
+    classes={"transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL", **_TWO},
+    text_encoders=tuple(_TWO),
     inputs=64,
     text_width=4096,
     targets={

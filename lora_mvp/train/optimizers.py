@@ -40,7 +40,7 @@ def flat(state: dict, start: str = "") -> dict:
         found |= flat(value, f"{start}{name}.") if isinstance(value, dict) else {f"{start}{name}": value}
     return found
 
-
+# %% ../../nbs/3_train/10b_optimizers.ipynb #0f8de105
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     "The optimizer's tensors, `<parameter>.<name>`, on the CPU."
     found = flat(optimizer.state_dict()["state"])
@@ -51,7 +51,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 def _numbers(values: dict) -> dict:
     return {k: v for k, v in values.items() if isinstance(v, int | float) and k not in ("lr", "initial_lr")}
 
-
+# %% ../../nbs/3_train/10b_optimizers.ipynb #79214924
 def optimizer_numbers(optimizer: torch.optim.Optimizer) -> dict[str, list[dict] | dict]:
     "What it counts beside its tensors, by parameter and by group, ready for JSON."
     state = optimizer.state_dict()
