@@ -54,6 +54,18 @@ class _Tokenizer:
         shape = len(prompts), max_length  # 1: diffusers looks whether something was cut off
         return SimpleNamespace(input_ids=torch.zeros(shape, dtype=torch.long, device="meta"))
 
+    def tokenize(self, prompt: str) -> list[str]:
+        "No word that stands for several."
+        return []
+
+# %% ../../nbs/3_train/14_memory.ipynb #f4e3e654
+def _longest(tokenizer: Path, config: transformers.PretrainedConfig) -> int:
+    "How many tokens an encoder reads: CLIP's config says it, for T5 the tokenizer, 512 where that is not there."
+    if hasattr(config, "max_position_embeddings"):
+        return config.max_position_embeddings
+    file = tokenizer / "tokenizer_config.json"
+    return json.loads(file.read_text()).get("model_max_length", 512) if file.is_file() else 512
+
 # %% ../../nbs/3_train/14_memory.ipynb #f56b1378
 def _configured_parts(folder: Path, family: Family) -> dict:
     "Every part of a pipeline, made from its config."
@@ -70,7 +82,7 @@ def _configured_parts(folder: Path, family: Family) -> dict:
             else:
                 part = getattr(transformers, kind)
                 config = part.config_class.from_pretrained(folder, subfolder=name)
-                read |= {name: part(config), words: _Tokenizer(getattr(config, "max_position_embeddings", 512))}
+                read |= {name: part(config), words: _Tokenizer(_longest(folder / words, config))}
     return read
 
 # %% ../../nbs/3_train/14_memory.ipynb #881a6eb1
@@ -192,8 +204,9 @@ class Phase:
 
 # %% ../../nbs/3_train/14_memory.ipynb #fd1c755e
 def frozen_bytes(*modules: torch.nn.Module) -> int:
-    "Bytes of the weights that do not learn."
-    return sum(p.numel() * p.element_size() for m in modules for p in m.parameters() if not p.requires_grad)
+    "Bytes of the weights that do not learn, and of tables such as SD 3's of places, which are half a gigabyte."
+    tables = [b for m in modules for b in m.buffers() if b.is_floating_point()]
+    return sum(x.nbytes for x in [*tables, *(p for m in modules for p in m.parameters() if not p.requires_grad)])
 
 # %% ../../nbs/3_train/14_memory.ipynb #45a0ef51
 def adapter_bytes(
