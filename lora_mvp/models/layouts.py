@@ -32,7 +32,7 @@ def check_index(
         raise LoraMvpError("base_unsupported", f"{path.parent} is a {kind}. {_SUPPORTED}")
     for name, wanted in family.classes.items():
         found = parts.get(name, [None, "missing"])[1]
-        if found != wanted and not (found is None and name in family.optional):
+        if found != wanted and not (found in (None, "missing") and name in family.optional):
             raise LoraMvpError("base_unsupported", f"{path}: the part {name} is {found}, not {wanted}. {_SUPPORTED}")
     return family
 

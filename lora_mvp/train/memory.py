@@ -74,7 +74,7 @@ def _configured_parts(folder: Path, family: Family) -> dict:
     with torch.device("meta"):
         for name, kind in family.classes.items():
             words = name.replace("text_encoder", "tokenizer")
-            if not index[name][0]:
+            if not index.get(name, [None])[0]:
                 read |= {name: None, words: None}
             elif name not in family.text_encoders:
                 part = getattr(diffusers, kind)

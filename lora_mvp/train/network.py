@@ -176,7 +176,7 @@ class Network:
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         "The pictures; where the device has no room for the autoencoder beside the UNet, that waits on the CPU meanwhile."
-        vae, unet = self.pipe.vae, denoiser(self.pipe)
+        vae, network = self.pipe.vae, denoiser(self.pipe)
         if not self.by_turns:
             try:
                 with visit([vae], self.device):
@@ -184,7 +184,7 @@ class Network:
             except torch.OutOfMemoryError:
                 self.by_turns = True
                 log.warning(BY_TURNS)
-        with visit([unet], torch.device("cpu"), self.device), visit([vae], self.device):
+        with visit([network], torch.device("cpu"), self.device), visit([vae], self.device):
             return decode_latents(self.pipe, latents)
 
 # %% ../../nbs/3_train/10_network.ipynb #38ebd0f4
