@@ -92,6 +92,8 @@ def read_folder(
     with tidy(folder) as seen:
         dtype = dtype or stored_dtype(seen / family.denoiser)
         how = {"dtype": {"default": dtype, "vae": family.vae_dtype or dtype}, **family.options}
+        for part in (part for part in family.optional if not (seen / part).is_dir()):  # diffusers wants to be told
+            how |= {part: None, part.replace("text_encoder", "tokenizer"): None}
         with no_bars():
             pipe = family.pipeline.from_pretrained(str(seen), use_safetensors=True, local_files_only=True, **how)
         for part, module in text_parts(pipe).items():  # transformers fills holes with random numbers and only warns
