@@ -36,7 +36,7 @@ def drawings_manifest(path):
 
 def counted_step(trainer):
     """One step: what the host read, and the operators; drawing the next batch on the CPU is left out."""
-    trainer.question = unseen(trainer.question)
+    trainer.learner.question = unseen(trainer.learner.question)
     with HostReads() as reads, Operators() as operators:
         trainer.step()
     return reads.found, operators
