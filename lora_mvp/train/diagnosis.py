@@ -471,7 +471,7 @@ def doctor(
     device: str | None = None,  # cpu, cuda or mps; None: the GPU where there is one
     memory: float | None = None,  # bytes of the device; None: what is free
 ) -> list[Finding]:
-    "Look at everything that can be known before a run begins; no weights of the base are read and nothing is written."
+    "Look at everything that can be known before a run begins; the base is not loaded and nothing is written."
     device = device or usual_device()
     findings, t, memory_of = [], config.training, "cpu" if device == "mps" else device
 

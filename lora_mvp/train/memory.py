@@ -274,6 +274,17 @@ def encoding_bytes(
         pipe.vae.encode(torch.zeros(some, 3, size, size, dtype=pipe.vae.dtype))
     return max(live.peak, wording_bytes(pipe, 1))
 
+# %% ../../nbs/3_train/14_memory.ipynb #49776c39
+@torch.no_grad()
+def drawing_bytes(pipe, training: TrainingConfig, pictures: int, cuda: bool = False) -> int:
+    "The denoiser on pictures with and without their prompts, embedded before; the sampler holds these twice, and its latents."
+    told = training.model_copy(update={"text_encoder_learning_rate": None})
+    words = 0 if told == training else wording_bytes(pipe, pictures, _dtype(training, cuda), cuda)
+    asked = (1 + workings(pipe).GUIDED_TWICE) * pictures
+    held = sum(value.nbytes for value in embedded(pipe, told, asked).values())
+    held += 4 * pictures * family_of(pipe).latent_channels * (training.resolution // pipe.vae_scale_factor) ** 2
+    return max(words, held + answering_bytes(pipe, told, asked, training.resolution, cuda))
+
 # %% ../../nbs/3_train/14_memory.ipynb #415d7e5d
 def checking_bytes(
     pipe,
@@ -282,6 +293,19 @@ def checking_bytes(
     "The most that is held while a written pipeline is checked: its largest tensor, the absolute values and two masks."
     sizes = [p.numel() for part in networks(pipe).values() for p in part.parameters()]
     return round((2 * written / sum(sizes) + 2) * max(sizes))
+
+# %% ../../nbs/3_train/14_memory.ipynb #b67199e2
+def parts_on_device(
+    pipe,
+    adapters: dict[str, list],  # of `add_lora`
+    cuda: bool,
+) -> dict[str, list]:  # phase -> parts of the base
+    "What is on the device in each phase; on a CPU all parts stay where they are."
+    encoders = list(text_parts(pipe).values())
+    learning = [denoiser(pipe), *(encoders if len(adapters) > 1 else ())]
+    found = dict.fromkeys(("train", "validate", "sample", "certify"), learning)
+    found |= {"encode": [pipe.vae, *encoders], "decode": [pipe.vae, *learning[1:]]}
+    return found if cuda else dict.fromkeys(found, list(networks(pipe).values()))
 
 # %% ../../nbs/3_train/14_memory.ipynb #8574a0e1
 class MemoryEstimate:
@@ -316,18 +340,10 @@ class MemoryEstimate:
 
         return self._once("pipe", t, self.MODEL, make)
 
-    def parts(self, t: TrainingConfig) -> dict[str, list]:  # phase -> parts of the base
-        "What is on the device in each phase; on a CPU all parts stay where they are."
-        pipe, adapters = self.pipe(t)
-        encoders = list(text_parts(pipe).values())
-        learning = [denoiser(pipe), *(encoders if len(adapters) > 1 else ())]
-        found = dict.fromkeys(("train", "validate", "sample", "certify"), learning)
-        found |= {"encode": [pipe.vae, *encoders], "decode": [pipe.vae, *learning[1:]]}
-        return found if self.cuda else dict.fromkeys(found, list(networks(pipe).values()))
-
     def _phase(self, name: str, t: TrainingConfig, working: float) -> Phase:
         pipe, adapters = self.pipe(t)
-        weights = self._fused(t) if name == "pipeline" else frozen_bytes(*self.parts(t)[name])
+        parts = parts_on_device(pipe, adapters, self.cuda)
+        weights = self._fused(t) if name == "pipeline" else frozen_bytes(*parts[name])
         program = PROGRAM[self.device] + WASTE[self.device] * working
         learning = [p for part in adapters.values() for p in part]
         held = COPIES[name] * adapter_bytes(adapters) + (state_bytes(t, learning) if COPIES[name] else 0)
@@ -346,15 +362,6 @@ class MemoryEstimate:
     def _fused(self, t: TrainingConfig) -> int:
         return self._once("fused", t, "", lambda: fused_bytes(self.pipe(t)[0], self.folder))
 
-    def _draw(self, t: TrainingConfig, pictures: int) -> int:
-        "The denoiser on pictures with and without their prompts, embedded before; the sampler holds these twice, and its latents."
-        pipe, told = self.pipe(t)[0], t.model_copy(update={"text_encoder_learning_rate": None})
-        words = 0 if told == t else wording_bytes(pipe, pictures, _dtype(t, self.cuda), self.cuda)
-        asked = (1 + workings(pipe).GUIDED_TWICE) * pictures
-        held = sum(value.nbytes for value in embedded(pipe, told, asked).values())
-        held += 4 * pictures * family_of(pipe).latent_channels * (t.resolution // pipe.vae_scale_factor) ** 2
-        return max(words, held + answering_bytes(pipe, told, asked, t.resolution, self.cuda))
-
     def working(self, t: TrainingConfig) -> dict[str, int]:  # phase -> bytes
         "What comes and goes in each phase, in the order of a run."
         (pipe, adapters), size, once = self.pipe(t), t.resolution, partial(self._once, t=t)
@@ -369,7 +376,7 @@ class MemoryEstimate:
         }
         if t.sample_every != 0:
             drawn = min(len(t.sample_prompts) or DRAWN, DRAWN, max(1, room // 2))
-            found["sample"] = once(f"draw {drawn}", keys=drawing, make=lambda: self._draw(t, drawn))
+            found["sample"] = once(f"draw {drawn}", keys=drawing, make=lambda: drawing_bytes(pipe, t, drawn, self.cuda))
             found["decode"] = once("decode", keys=precision, make=lambda: decoding_bytes(pipe, size))
         files = 0 if self.cuda else 2 * adapter_bytes(adapters)  # what is read and compared is on the CPU
         found["certify"] = max(files, once("certify", keys=self.MODEL, make=lambda: proving_bytes(pipe, self.cuda)))

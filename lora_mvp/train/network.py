@@ -84,6 +84,22 @@ def channels_last(t: TrainingConfig, device: str) -> bool:
     "Whether the UNet's weights lie with the channels last; `device`: cpu, cuda or mps."
     return device == "cuda" or t.compile or (device == "cpu" and t.batch_size == 1)
 
+# %% ../../nbs/3_train/10_network.ipynb #8306d332
+def economize_parts(
+    pipe: Pipeline,
+    t: TrainingConfig,
+    device: str,  # cpu, cuda or mps
+    learning: list[torch.nn.Module],  # the text encoders that are trained
+) -> None:
+    "Kernels, memory layout and gradient checkpointing, once the adapter is part of the network."
+    lean(pipe)
+    if channels_last(t, device):
+        denoiser(pipe).to(memory_format=torch.channels_last)
+    if t.gradient_checkpointing:
+        denoiser(pipe).enable_gradient_checkpointing()
+        for encoder in learning:
+            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
 # %% ../../nbs/3_train/10_network.ipynb #1506d089
 log = logging.getLogger("lora_mvp")
 BY_TURNS = "too little memory for UNet and autoencoder at once: from now on the UNet waits on the CPU while samples are decoded"
@@ -121,14 +137,8 @@ class Network:
 
     def economize(self) -> None:
         "Kernels, memory layout and gradient checkpointing, once the adapter is part of the network."
-        t, pipe = self.settings, self.pipe
-        lean(pipe)
-        if channels_last(t, self.device.type):
-            denoiser(pipe).to(memory_format=torch.channels_last)
-        if t.gradient_checkpointing:
-            denoiser(pipe).enable_gradient_checkpointing()
-            for encoder in text_parts(pipe).values() if self.texts is None else []:
-                encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        learning = list(text_parts(self.pipe).values()) if self.texts is None else []
+        economize_parts(self.pipe, self.settings, self.device.type, learning)
 
     def set_mode(self, training: bool) -> None:
         "Switch dropout and gradient checkpointing on or off; walking through all modules costs milliseconds, so only on change."
@@ -154,16 +164,6 @@ class Network:
         with self.accelerator.autocast():
             times = self.objective.model_time(timesteps)
             return denoise(self.pipe, noisy, times, embeds, sent(time_ids, self.device))
-
-    def predict_in_parts(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, captions: list[str], time_ids: torch.Tensor | None
-    ) -> torch.Tensor:  # like `noisy`
-        "The same where nothing is learned, as many at a time as `together` says."
-        height, width = (side * self.pipe.vae_scale_factor for side in noisy.shape[-2:])
-        parts = torch.arange(len(noisy)).split(together((height, width), UNET_PIXELS))
-        ids = [None if time_ids is None else time_ids[p] for p in parts]
-        asked = [(noisy[p], timesteps[p], captions[: len(p)], i) for p, i in zip(parts, ids, strict=True)]
-        return torch.cat([self.predict(some, times, self.embed(said), i) for some, times, said, i in asked])
 
     def draw(self, prompts: list[str], e: EvaluationConfig) -> list[Image.Image]:
         "A picture per prompt, all from the same seed."
@@ -250,6 +250,17 @@ def batch_losses(
     question = pose(network, batch, seed, step, micro)
     return answer_losses(network, question), question.timesteps
 
+# %% ../../nbs/3_train/10_network.ipynb #9f730db0
+def predict_in_parts(
+    network: Network, noisy: torch.Tensor, timesteps: torch.Tensor, captions: list[str], time_ids: torch.Tensor | None
+) -> torch.Tensor:  # like `noisy`
+    "What the network answers where nothing is learned, as many at a time as `together` says."
+    height, width = (side * network.pipe.vae_scale_factor for side in noisy.shape[-2:])
+    parts = torch.arange(len(noisy)).split(together((height, width), UNET_PIXELS))
+    ids = [None if time_ids is None else time_ids[p] for p in parts]
+    asked = [(noisy[p], timesteps[p], captions[: len(p)], i) for p, i in zip(parts, ids, strict=True)]
+    return torch.cat([network.predict(some, times, network.embed(said), i) for some, times, said, i in asked])
+
 # %% ../../nbs/3_train/10_network.ipynb #b333b1c7
 VALIDATION_IMAGES = 32  # at most, of each split: a mark must stay short beside the training between two of them
 
@@ -273,7 +284,7 @@ def fixed_noise_losses(
         noise, _ = draw_noise(seed, i, 0, latents.shape)
         noisy, target = network.objective.mix(latents, noise, timesteps)
         ids = None if time_ids is None else time_ids.expand(grid, -1)
-        prediction = network.predict_in_parts(noisy, timesteps, [caption] * grid, ids)
+        prediction = predict_in_parts(network, noisy, timesteps, [caption] * grid, ids)
         masks = None if data.least is None else sent(data.mask(i, 0).expand(grid, -1, -1, -1), network.device)
         losses.append(image_losses(prediction, sent(target, network.device), masks=masks).mean())
     return torch.stack(losses).tolist() if losses else []
