@@ -108,6 +108,7 @@ def _check_model_file(fd: int, name: str, file: str) -> None:
 # %% ../../nbs/6_api/12_access.ipynb #0dafa344
 MODEL_FILES = {".safetensors", ".json", ".txt", ".md", ".png", ".jpg", ".jpeg", ".webp"}
 MODEL_FILES |= {""}  # LICENSE, .gitattributes
+MODEL_FILES |= {".csv"}  # the curves of a training of ours, whose folder is a model, too
 
 
 def check_model_folder(
