@@ -317,7 +317,8 @@ def test_photographs_are_told_from_drawings(tmp_path):
     photos = [Image.open(next(folder.glob(f"{name}.*"))) for name in names]
     for suffix in ("png", "jpg"):
         taken = rows_of(tmp_path / suffix, photos, suffix)
-        assert "cannot learn" in photo_warning(taken, "tiny")
+        said = photo_warning(taken, "tiny")
+        assert "cannot learn" in said and "`lora-mvp init`" in said
         assert photo_warning(taken, "runwayml/stable-diffusion-v1-5") is None
         for style in STYLES:
             drawn = rows_of(tmp_path / suffix / style, pictures_in(style, "heldout", slice(None, None, 3))[1], suffix)
