@@ -25,13 +25,18 @@ def notebooks_folder() -> Path:
 
 # %% ../nbs/7_doors/02e_lab.ipynb #de26bf51
 def put_tutorials(folder: Path) -> list[Path]:  # the new files
-    "Copy the tutorials and their pictures into a folder; a file that is there stays as it is."
-    new = []
-    for file in sorted(f for part in PARTS for f in (notebooks_folder() / part).glob("[!.]*.*")):
-        target = make_folder(folder / file.parent.name, "the folder for the tutorials") / file.name
-        if not target.exists():
+    "Copy the tutorials into a folder and their pictures into `images` in it; a file that is there stays as it is."
+    make_folder(folder / "images", "the folder for the tutorials")
+    source, new = notebooks_folder(), []
+    for file in sorted(f for part in PARTS for f in (source / part).glob("[!.]*.*")):
+        target = folder / file.relative_to(source / "tutorials" if file.suffix == ".ipynb" else source)
+        if target.exists():
+            continue
+        if file.suffix == ".ipynb":
+            target.write_text(file.read_text(encoding="utf-8").replace("](../images/", "](images/"), encoding="utf-8")
+        else:
             shutil.copyfile(file, target)
-            new.append(target)
+        new.append(target)
     return new
 
 # %% ../nbs/7_doors/02e_lab.ipynb #ba2018a6
@@ -46,7 +51,7 @@ def lab(args: argparse.Namespace) -> None:
     os.chdir(args.folder)
     from jupyterlab.labapp import main
 
-    main([*options, "--ServerApp.root_dir=.", "--LabApp.default_url=/lab/tree/tutorials/01_first_lora.ipynb"])
+    main([*options, "--ServerApp.root_dir=.", "--LabApp.default_url=/lab/tree/01_first_lora.ipynb"])
 
 # %% ../nbs/7_doors/02e_lab.ipynb #bcb62f28
 def add_lab(commands) -> None:  # of argparse

@@ -22,6 +22,8 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 import yaml
+from execnb.nbio import mk_cell, read_nb
+from nbdev import serve_drv
 from nbdev.config import get_config
 from nbdev.doclinks import _nbpath2html
 from nbdev.serve import proc_nbs
@@ -34,6 +36,7 @@ FILES = f"{SETTINGS.git_url}/blob/{SETTINGS.branch}/"
 PICTURES = f"{SETTINGS.git_url.replace('github.com', 'raw.githubusercontent.com')}/{SETTINGS.branch}/"
 ROOT_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md")
 SHOWN_AS_THEY_ARE = (".png", ".jpg", ".svg", ".json", ".css")
+TITLE = re.compile(r"#\s[^\n]*\s*(?:>[^\n]*\n?)*")
 BLOCK = re.compile(r"(?ms)(^```.*?^```[ ]*$)")
 TO_A_NAME = re.compile(rf"\[(`[^`]+`)\]\({re.escape(ADDRESS)}[^)\s]*\)")  # written by nbdev, in blocks of code, too
 TO_A_PRIVATE_NAME = re.compile(
@@ -96,10 +99,25 @@ def notebook_page(source: Path, processed: Path) -> str:
     return json.dumps(nb)
 
 
+def title_apart(path: Path):
+    """A notebook whose title stands alone: nbdev makes the page's head of its cell, and drops what else is in there."""
+    nb = read_nb(path)
+    for k, cell in enumerate(nb.cells):
+        if cell.cell_type == "markdown":
+            head = TITLE.match(cell.source)
+            if head and (rest := cell.source[head.end() :].strip()):
+                cell.source = head[0]
+                nb.cells.insert(k + 1, mk_cell(rest, "markdown"))
+            return nb
+    return nb
+
+
 def prepared() -> Path:
-    """The folder of all notebooks as nbdev prepares them, made anew where the package has changed since."""
+    """The folder of all notebooks as nbdev prepares them, made anew where the package or this file has changed since."""
     folder = ROOT / "_proc"
-    changed = max(file.stat().st_mtime for file in (ROOT / SETTINGS.lib_path.name).rglob("*.py"))
+    serve_drv.read_nb = title_apart  # nbdev reads notebooks with it, in this process
+    package = (ROOT / SETTINGS.lib_path.name).rglob("*.py")
+    changed = max(file.stat().st_mtime for file in (*package, Path(__file__)))
     return proc_nbs(n_workers=0, force=not folder.exists() or folder.stat().st_mtime < changed)
 
 

@@ -27,11 +27,15 @@ BIN = Path(sys.executable).parent
 STEPS = {}
 TOGETHER = [("tests", "wheel"), ("outputs", "readme", "site")]  # side by side: each waits a lot for files and processes
 IN_A_KERNEL = ("tutorials/*.ipynb", "index.ipynb")  # every chapter runs in the `notebooks` step
-# The first tutorial trains and draws as `lora-mvp demo` does, a minute of a core; here a quarter of it. Saved outputs are of the whole.
+# Tutorials that train and draw for a minute of a core do a quarter of it here, or less. Saved outputs are of the whole.
 SHORTER = [
     ("config = demo_folder(work)", "config = demo_folder(work)\nconfig.training.max_train_steps = 20"),
     ("e = config.evaluation\n", "e = config.evaluation\ne.num_inference_steps = 5\n"),
     ("num_inference_steps: 8", "num_inference_steps: 2"),
+    ("training.max_train_steps=120", "training.max_train_steps=8"),
+    ("training.checkpointing_steps=40", "training.checkpointing_steps=4"),
+    ("evaluation.num_inference_steps=12", "evaluation.num_inference_steps=2"),
+    ('"max_train_steps": 24, "checkpointing_steps": 12', '"max_train_steps": 8, "checkpointing_steps": 4'),
 ]
 # What a user does with the package, in short, in one process; tests/test_demo.py runs the demo in full.
 WHOLE_JOB = """

@@ -37,7 +37,7 @@ def arrows(found: dict[str, list[str]]) -> Counter:
     return Counter((part_of[a], part_of[b]) for a, b in pairs if part_of[a] != part_of[b])
 
 
-def wrapped(names: list[str], width: int = 74) -> str:
+def wrapped(names: list[str], width: int = 86) -> str:
     """Names of a room on as many lines as they need."""
     lines = [""]
     for name in names:
@@ -52,7 +52,8 @@ def draw(found: dict[str, list[str]], count: Counter, file: Path) -> None:
     names = {part: wrapped([module.split(".")[-1] for module in found[part]]) for part in PARTS}
     rows = {part: LINE * (1.5 + names[part].count("\n")) for part in PARTS}
     height = sum(rows.values()) + GAP * len(PARTS)
-    figure, axes = plt.subplots(figsize=(11, height * 0.62), dpi=110)
+    figure = plt.figure(figsize=(11, height * 0.62), dpi=90)
+    axes = figure.add_axes((0, 0, 1, 1))
     middle, y = {}, 0.0
     for part in PARTS:
         row = rows[part]
@@ -79,7 +80,9 @@ def draw(found: dict[str, list[str]], count: Counter, file: Path) -> None:
                 alpha=0.75,
             )
         )
-    axes.set(xlim=(-0.1, WIDTH + 2.3), ylim=(-0.15, height - GAP + 0.15))
+    said = "an arrow leads to what a part imports, the thicker the more it imports"
+    axes.text(0, -0.3, said, va="center", size=9, color="#56616b")
+    axes.set(xlim=(-0.1, WIDTH + 2.7), ylim=(-0.5, height - GAP + 0.15))
     axes.axis("off")
     figure.savefig(file, bbox_inches="tight", metadata={"Software": None})
 

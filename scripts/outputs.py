@@ -54,7 +54,8 @@ def execute(path: Path) -> None:
     nb = nbformat.read(path, as_version=4)
     runnable = [cell for cell in nb.cells if cell.cell_type != "code" or not skipped(cell)]
     part = nbformat.v4.new_notebook(cells=runnable, metadata=nb.metadata)
-    ExecutePreprocessor(timeout=900, kernel_name="python3").preprocess(part, {"metadata": {"path": str(path.parent)}})
+    runner = ExecutePreprocessor(timeout=900, kernel_name="python3", coalesce_streams=True)
+    runner.preprocess(part, {"metadata": {"path": str(path.parent)}})
     for cell in runnable:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if keep(output)]

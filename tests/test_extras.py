@@ -56,11 +56,14 @@ def asked(address: str) -> dict | None:
 def test_lab_opens_the_tutorials_and_keeps_what_is_there(tmp_path):
     """JupyterLab is really started: it lists the tutorials, and every picture that they show is there."""
     new = put_tutorials(tmp_path)
+    assert {file.relative_to(tmp_path).parent.as_posix() for file in new} == {".", "images"}
+    shown = []
     for file in (f for f in new if f.suffix == ".ipynb"):
         for cell in nbformat.read(file, 4).cells:
-            for name in (part.split(")")[0] for part in cell.source.split("](../")[1:]):
-                assert (tmp_path / name).exists() or ".ipynb" in name, f"{file.name} shows {name}"
-    (tmp_path / "tutorials" / "01_first_lora.ipynb").write_text(nbformat.writes(nbformat.v4.new_notebook()))
+            shown += [(file.name, link) for link in re.findall(r"\]\(([^)]+)", cell.source) if "://" not in link]
+    assert len(shown) > 3
+    assert not [pair for pair in shown if not (tmp_path / pair[1]).is_file()]
+    (tmp_path / "01_first_lora.ipynb").write_text(nbformat.writes(nbformat.v4.new_notebook()))
     command = [sys.executable, "-m", "lora_mvp.cli", "lab", str(tmp_path), "--no-browser"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
@@ -68,12 +71,10 @@ def test_lab_opens_the_tutorials_and_keeps_what_is_there(tmp_path):
             while not (found := re.search(r"http://(?:127\.0\.0\.1|localhost):(\d+)/\S*token=(\w+)", said[-1])):
                 said.append(process.stdout.readline())
                 assert said[-1], "".join(said)
-            address = f"http://127.0.0.1:{found[1]}/api/contents/tutorials?token={found[2]}"
+            address = f"http://127.0.0.1:{found[1]}/api/contents?token={found[2]}"
             listed = wait_for(lambda: asked(address))["content"]
         finally:
             process.terminate()
     assert said[0].startswith("0 new files")
-    assert {file["name"] for file in listed} == {file.name for file in new if file.suffix == ".ipynb"}
-    assert not nbformat.read(tmp_path / "tutorials" / "01_first_lora.ipynb", 4).cells, (
-        "a user's notebook was overwritten"
-    )
+    assert {file["name"] for file in listed} == {"images", *(file.name for file in new if file.suffix == ".ipynb")}
+    assert not nbformat.read(tmp_path / "01_first_lora.ipynb", 4).cells, "a user's notebook was overwritten"

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import strangers_hour  # scripts/strangers_hour.py
 import yaml
 from PIL import Image
 
-from lora_mvp.cli import build_parser
+from lora_mvp.cli import build_parser, main
 from lora_mvp.config import AppConfig, config_schema, load_config
 from lora_mvp.data.prepare import prepare_data
 from lora_mvp.models.miniatures import random_base
@@ -82,7 +83,7 @@ def test_the_settings_of_a_guide_are_those_of_init_and_the_doctor_takes_them(kin
 @pytest.mark.parametrize("guide", GUIDES)
 def test_every_setting_and_command_in_a_guide_exists(guide):
     text = GUIDES[guide]
-    named = set(re.findall(r"\b((?:data|training|evaluation|api)\.[a-z_]+)", text))
+    named = set(re.findall(r"\b((?:data|training|evaluation|api)\.[a-z_0-9]+)", text))
     assert named <= KEYS, named - KEYS
     parser = build_parser()
     typed = [line for block in blocks(guide, "bash") for line in block.splitlines() if line.startswith("lora-mvp")]
@@ -132,3 +133,27 @@ def test_prompts_of_a_guide_are_read(tmp_path):
         calling = [prompt for group, prompts in groups.items() for prompt in prompts if "{subject}" in prompt]
         assert len(calling) >= 16 and len(set(calling)) == len(calling) and len(groups["without_trigger"]) == 8
         json.dumps(groups)
+
+
+@pytest.mark.parametrize("last", ["open", pytest.param("grid", marks=pytest.mark.slow)])
+def test_the_commands_of_a_guide_do_their_work_in_their_order(last, tmp_path, monkeypatch):
+    """From the empty folder to the chosen checkpoint, on `tiny`, with as little as possible of everything."""
+    monkeypatch.setattr("lora_mvp.train.diagnosis.estimate_for", lambda config, device: None)  # takes seconds
+    run = {"max_train_steps": 2, "checkpointing_steps": 1, "lr_warmup_steps": 0, "sample_prompts": ["a teapot"]}
+    run = {f"training.{name}": json.dumps(value) for name, value in run.items()}
+    draw = {"evaluation.num_inference_steps": 1, "evaluation.num_samples": 1}
+    less = {"doctor": run | draw, "train": run | draw, "choose": draw, "grid": draw}
+    done = []
+    for step in strangers_hour.steps(GUIDES["object"]):
+        monkeypatch.chdir(tmp_path / step.folder)
+        words = strangers_hour.tried(step.words, less)[1:]
+        assert main([*words, *(["--no-browser"] if words[0] == "open" else [])]) == 0, words
+        if words[0] == "init":
+            strangers_hour.ready(tmp_path / words[1], 1)
+        done.append(words[0])
+        if words[0] == last:
+            break
+    everything = ["init", "prepare-data", "doctor", "train", "open", "choose", "grid"]
+    assert done == everything[: everything.index(last) + 1]
+    made = {"open": ["run.html", "zkr-teapot.safetensors"], "grid": ["best_adapter", "evaluation/grid/grid.png"]}
+    assert all((tmp_path / "my-teapot" / "outputs" / "zkr-teapot" / name).exists() for name in made[last])

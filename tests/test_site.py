@@ -7,7 +7,10 @@ import re
 from pathlib import Path
 
 import build_site  # scripts/build_site.py
+import nbformat
 import pytest
+from nbdev import serve_drv
+from nbdev.processors import FilterDefaults
 
 from lora_mvp.cli import build_parser
 from lora_mvp.config import load_config
@@ -116,3 +119,17 @@ def test_pages_stand_where_nbdev_says_and_link_to_each_other():
     )
     with pytest.raises(SystemExit, match="no nbs/gone.md"):
         build_site.for_page("[a](../gone.md)", ROOT / "nbs/1_data/09_manifest.ipynb")
+
+
+def test_what_stands_below_a_title_comes_to_the_site(tmp_path, monkeypatch):
+    """nbdev alone drops it."""
+    source, target = ROOT / "nbs/02a_screen.ipynb", tmp_path / "page.ipynb"
+    title, _, opening = nbformat.read(source, 4).cells[1].source.split("\n\n")[:3]
+    seen = []
+    for read in (serve_drv.read_nb, build_site.title_apart):
+        monkeypatch.setattr(serve_drv, "read_nb", read)
+        serve_drv.exec_nb(source, target, FilterDefaults)
+        cells = nbformat.read(target, 4).cells
+        assert f"title: {title[2:]}" in cells[0].source
+        seen.append(any(cell.source.startswith(opening[:30]) for cell in cells))
+    assert seen == [False, True]

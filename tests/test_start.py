@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jsonschema
+import nbformat
 import pytest
 from PIL import Image
 
@@ -168,3 +169,23 @@ def test_the_doctor_names_no_next_command_before_a_mistake_is_mended(home, capsy
     assert main(["doctor", "--set", "training.lora_targets=no_such_layer"]) == 2
     said = capsys.readouterr()
     assert "next:" not in said.out and "1 of these must be mended" in said.err
+
+
+@pytest.mark.slow
+def test_the_tutorial_for_photos_runs_on_another_base_by_its_one_line(home, capsys):
+    """As a reader does it: the line with the base is changed, the photos lie there, and all cells are run."""
+    from lora_mvp.models.miniatures import random_base  # with it comes torch, which the other tests here do without
+
+    base = random_base("sd1", home / "base")
+    (home / "my-teapot" / "data" / "raw" / "teapot").mkdir(parents=True)
+    for k in range(4):
+        photo = Image.effect_noise((30, 25), 90 + k).resize((600, 500), Image.Resampling.NEAREST)
+        photo.convert("RGB").save(home / "my-teapot" / "data" / "raw" / "teapot" / f"{k}.jpg")
+    cells = nbformat.read(ROOT / "nbs" / "tutorials" / "05_your_photos.ipynb", 4).cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    assert code.count('BASE = "tiny"') == 1
+    exec(code.replace('BASE = "tiny"', f"BASE = {str(base)!r}"), {})
+    run = home / "my-teapot" / "outputs" / "zkr-teapot"
+    assert json.loads((run / "run.json").read_text())["base"] == str(base)
+    assert len([*(home / "my-teapot" / "drawn").glob("*.png")]) == 4
+    assert "trigger   zkr teapot" in capsys.readouterr().out

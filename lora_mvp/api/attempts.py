@@ -48,7 +48,7 @@ class Silence:
         "Something else is known of the job."
         self.last.pop(job.id, None)
 
-# %% ../../nbs/6_api/24_attempts.ipynb #f080e2ab
+# %% ../../nbs/6_api/24_attempts.ipynb #721af260
 def last_sign(
     folder: JobFolder,
     beat: Heartbeat | None,  # of the attempt

@@ -46,9 +46,9 @@ class Marks:
 
     @property
     def prompts(self) -> list[str]:
-        "What the sample pictures show: the configured prompts, or the first captions of the validation split."
+        "What the sample pictures show: the configured prompts, or the first different captions of the validation split."
         data = self.data.val_set or self.data.streams[0].images
-        return self.config.training.sample_prompts or data.captions[:4]
+        return self.config.training.sample_prompts or list(dict.fromkeys(data.captions))[:4]
 
     @property
     def share(self) -> slice:

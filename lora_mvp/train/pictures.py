@@ -183,4 +183,7 @@ def photo_warning(
     if np.median(shares) >= PLAIN:
         return None
     text = "the pictures look like photographs, and the base `tiny` cannot learn those: it knows 171 emoji in drawn styles. The run shows how training works; "
-    return text + "for results leave training.pretrained_model out, which gives Stable Diffusion 1.5, and use a GPU."
+    return (
+        text
+        + "for results use a real base and a GPU: `lora-mvp init`, in a folder without a config.yaml, writes settings for them."
+    )

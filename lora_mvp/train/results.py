@@ -48,6 +48,7 @@ from .network import Network, known_base
 from .objectives import sampling_scheduler
 from .runs import RunFolder, RunRecord, dataset_hash, read_run, remove_all, sample_files, sample_sheet
 from .streams import TrainingData
+from ..words import as_words
 
 # %% ../../nbs/3_train/12_results.ipynb #8e17f342
 @dataclass
@@ -180,15 +181,17 @@ def training_facts(ending: FinishedRun) -> dict:
     captions = {
         label: dict(Counter(row.caption for row in train if row.label == label)) for label in {r.label for r in train}
     }
+    word = as_words(ending.config.data.trigger)
+    called = word if word and any(word in row.caption for row in train) else ", ".join(sorted(captions))
     return {name: getattr(t, name) for name in names} | {
         "title": ending.folder.kohya.stem,
-        "trigger": ", ".join(sorted(captions)),
+        "trigger": called,
         "base": Path(t.pretrained_model).name,
         "images": len(train),
         "regularization_images": record.regularization_images,
         "steps": record.steps,
         "batch_size": t.batch_size * t.gradient_accumulation * record.processes,
-        "optimizer": "AdamW",
+        "optimizer": t.optimizer,
         "tag_frequency": captions,
     }
 
