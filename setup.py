@@ -53,7 +53,7 @@ setup(
     extras_require=extras
     | {
         "all": sorted(set().union(*extras.values())),
-        "dev": cfg["dev_requirements"].split() + extras["service"] + extras["notebook"] + extras["optimizers"],
+        "dev": cfg["dev_requirements"].split() + extras["service"] + extras["notebook"],
     },
     cmdclass={"build_py": WithTutorials},
     entry_points={

@@ -42,7 +42,7 @@ def edge_maps(
         maps.append(cv2.GaussianBlur(size * np.clip(1 - apart, 0, None), (0, 0), 2))
     found = np.stack(maps)
     found -= found.mean((1, 2), keepdims=True)
-    return found / max(float(np.linalg.norm(found)), 1e-6)
+    return found / max(float(np.linalg.norm(found.astype(np.float64))), 1e-6)
 
 # %% ../../nbs/5_eval/08a_kept.ipynb #7f937bf0
 def edge_agreement(
