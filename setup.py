@@ -12,7 +12,7 @@ parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 package = cfg["lib_name"]
 site = f"{cfg['doc_host']}{cfg['doc_baseurl']}/"
-EXTRAS = ("service", "notebook", "postgres", "heic", "eval-offline")
+EXTRAS = ("service", "notebook", "postgres", "heic", "optimizers", "eval-offline")
 extras = {name: cfg[f"{name.replace('-', '_')}_requirements"].split() for name in EXTRAS}
 
 
@@ -53,7 +53,7 @@ setup(
     extras_require=extras
     | {
         "all": sorted(set().union(*extras.values())),
-        "dev": cfg["dev_requirements"].split() + extras["service"] + extras["notebook"],
+        "dev": cfg["dev_requirements"].split() + extras["service"] + extras["notebook"] + extras["optimizers"],
     },
     cmdclass={"build_py": WithTutorials},
     entry_points={

@@ -3,7 +3,7 @@
 set -eu
 
 if [ "${1:-} ${2:-}" = "lora-mvp serve" ]; then
-    for folder in models outputs state; do
+    for folder in data models outputs state; do
         if [ ! -d "$folder" ] || [ ! -w "$folder" ] || [ ! -x "$folder" ]; then
             echo "error: $PWD/$folder cannot be written by the user $(id -u):$(id -g). Give the folder to that user" \
                 "(chown -R $(id -u):$(id -g) FOLDER), or set LORA_MVP_USER to UID:GID of its owner." >&2

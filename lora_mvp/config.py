@@ -202,7 +202,14 @@ class DataConfig(_Section):
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 # %% ../nbs/08_config.ipynb #4e7b80c7
-class _LoopKeys(_Section):
+class _StepKeys(_Section):
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor"] = Field("adamw", description="how steps are made")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="pull of the optimiser towards zero")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="memory of the gradients' mean; adafactor has none")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="memory of their squares; adafactor has its own")
+
+# %% ../nbs/08_config.ipynb #58eedd93
+class _LoopKeys(_StepKeys):
     pretrained_model: ModelKey = Field(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         description="base: hub id, folder, file, or tiny (embedded, 64 px)",
@@ -213,7 +220,7 @@ class _LoopKeys(_Section):
     aspect_buckets: bool = Field(False, description="keep each image's shape, at the area of resolution squared")
     batch_size: BatchSize = Field(1, description="images per micro-batch")
     gradient_accumulation: BatchSize = Field(4, description="micro-batches per optimiser step")
-    learning_rate: float = Field(1e-4, gt=0, le=1, description="peak learning rate of AdamW")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="peak learning rate; 1 for prodigy, which finds its own")
     max_train_steps: Annotated[int, Field(ge=1, le=10_000_000)] = Field(1000, description="optimiser steps")
     lr_scheduler: Scheduler = Field("cosine", description="course of the learning rate after the warm-up")
     lr_warmup_steps: int = Field(100, ge=0, description="optimiser steps until the learning rate is at its peak")
@@ -221,7 +228,7 @@ class _LoopKeys(_Section):
         "auto", description="compute type; auto: bf16 on a GPU that has it; adapters are always fp32"
     )
     gradient_checkpointing: bool = Field(False, description="less memory, about a third more time per step")
-    compile: bool = Field(False, description="compile the UNet's blocks: a start of minutes, then faster on a GPU")
+    compile: bool = Field(False, description="compile the denoiser's blocks: a start of minutes, then faster on a GPU")
     max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are shortened to this norm")
     resume_from: PathKey | None = Field(None, description="checkpoint folder to continue from")
     seed: Seed = Field(42, description="decides noise, timesteps, data order and the first adapter weights")
@@ -252,11 +259,9 @@ def _targets(value: str) -> str:
 # %% ../nbs/08_config.ipynb #cf3e5afe
 class _AdapterKeys(_MarkKeys):
     lora_rank: Annotated[int, Field(ge=1, le=4096)] = Field(
-        8, description="inner size of the adapter; more learns more and weighs more"
+        8, description="inner size; more learns more and weighs more"
     )
-    lora_alpha: Annotated[int, Field(ge=1, le=65536)] = Field(
-        16, description="strength of the adapter; it acts with alpha / rank"
-    )
+    lora_alpha: Annotated[int, Field(ge=1, le=65536)] = Field(16, description="strength; it acts with alpha / rank")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="share of adapter inputs dropped while training")
     lora_variant: Literal["lora", "rslora", "dora"] = Field(
         "lora", description="rslora: strength alpha / sqrt(rank); dora: also learns the weights' length"
@@ -271,17 +276,13 @@ class _AdapterKeys(_MarkKeys):
     save_dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="numbers of the saved adapter; the half-sized ones lose what no eye sees"
     )
-    vae: ModelKey | None = Field(
-        None, description="another autoencoder: folder, .safetensors file or hub id; null: the base's own"
-    )
+    vae: ModelKey | None = Field(None, description="another autoencoder: folder, file or hub id; null: the base's")
 
 # %% ../nbs/08_config.ipynb #35a5f717
 class TrainingConfig(_AdapterKeys):
     "How to train, and where the results go."
 
-    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
-        None, description="null: what the base says; a base that says otherwise is refused"
-    )
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(None, description="null: what the base says")
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weighting, 5 in its paper; null: none")
     noise_offset: float = Field(0.0, ge=0, le=1, description="a constant added to the noise of each channel")
     zero_terminal_snr: bool = Field(False, description="noise the last timestep fully; v_prediction bases only")
@@ -329,9 +330,7 @@ class EvaluationConfig(_Section):
     goal: Literal["style", "subject", "both"] = Field(
         "both", description="what a LoRA is for, which decides when `choose` confirms one"
     )
-    margin: float = Field(
-        0.1, gt=0, lt=1, description="differences up to this share of a score's span are taken for none"
-    )
+    margin: float = Field(0.1, gt=0, lt=1, description="differences up to this share of a score's span count as none")
 
 # %% ../nbs/08_config.ipynb #23baa173
 def _anchor_store(name: str, info) -> str:
@@ -361,9 +360,7 @@ class ApiConfig(_Section):
         ["tiny"], description="other models that jobs may use: tiny, hub ids, id@commit to hold one version"
     )
     allow_downloads: bool = Field(False, description="whether a job may fetch a model of that list from the hub")
-    tokens_file: PathKey | None = Field(
-        None, description="hashes of access tokens; null: state/tokens, once it is there"
-    )
+    tokens_file: PathKey | None = Field(None, description="hashes of access tokens; null: state/tokens, once there")
     allowed_hosts: list[Prompt] = Field(
         ["localhost", "127.0.0.1", "[::1]"], description="names by which clients may address the service"
     )
@@ -379,7 +376,7 @@ class ApiConfig(_Section):
     grace_seconds: float = Field(60.0, ge=0, description="seconds for a checkpoint before a stopped job is killed")
     keep_jobs: Count | None = Field(None, description="ended jobs that are kept; older ones are deleted; null: all")
     keep_days: float | None = Field(None, gt=0, description="days after which an ended job is deleted; null: never")
-    min_free_gb: float = Field(1.0, ge=0, description="free disk, in GB, below which no job is taken or started")
+    min_free_gb: float = Field(1.0, ge=0, description="free disk, in GB, below which no job or upload begins")
     max_upload_gb: float = Field(
         2.0, ge=0, description="size of an upload, in GB, packed and unpacked; 0: none are taken"
     )

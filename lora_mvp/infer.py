@@ -22,7 +22,7 @@ from .files import make_folder, not_writable
 from .models.adapters import WEIGHTS, fuse, set_scale
 from .models.base import LOADING, base_revision, load_base, usual_device
 from .models.drawing import cut_prompts, sample
-from .models.families import Pipeline, native_size
+from .models.families import Pipeline, denoiser, native_size
 from .models.reading import base_for, load_lora
 from .train.objectives import sampling_scheduler
 from .train.runs import RunFolder, read_run
@@ -107,7 +107,7 @@ def render(
 def bare_base(run: LoadedRun) -> LoadedRun:
     "The base of a run, loaded anew, with the run's scheduler."
     pipe = run.pipe
-    base = load_base(run.base, pipe.device, pipe.unet.dtype, base_revision(pipe))
+    base = load_base(run.base, pipe.device, denoiser(pipe).dtype, base_revision(pipe))
     base.scheduler, base.vae = type(pipe.scheduler).from_config(pipe.scheduler.config), pipe.vae
     return LoadedRun(base, run.base, None)
 

@@ -25,6 +25,7 @@ from .eval.strengths import Grid
 from .files import atomic_write, read_record
 from .html import fold, gallery, html_table, jpeg_uri, page, png_uri, section, text, tile
 from .models.base import find_base
+from .models.inspection import inspect_adapter
 from .models.kinds import FAMILIES
 from .models.proof import Certificate
 from .train.checkpoints import checkpoints
@@ -240,10 +241,13 @@ def uses(seen: RunSeen, home: Path) -> list[str]:  # HTML; `home`: folder of the
     diff = typed_html(f"lora-mvp export {typed_path(root)} --to diff --out {name}-diff.safetensors")
     family = read_record(Certificate, certificate_of(folder)).family if certified(folder) else ""
     prompt = seen.prompts[0] if seen.prompts else seen.trigger
+    readers = inspect_adapter(folder.kohya).readers if folder.kohya.is_file() else {}
+    webuis = [program for program in ("A1111", "Forge") if readers.get(program, True)]
+    tag = typed_html(f"<lora:{name}:0.8>")
     return [
         f"{call}Strength: {text(best_strength(folder))}.",
         f"ComfyUI: put {file} into <i>models/loras</i> and choose it in the node <i>Load LoRA</i>.",
-        f"A1111 and Forge: put it into <i>models/Lora</i> and write {typed_html(f'<lora:{name}:0.8>')} into the prompt.",
+        f"{' and '.join(webuis)}: put it into <i>models/Lora</i> and write {tag} into the prompt." if webuis else "",
         f"This is a DoRA. They read it exactly after {diff}." if seen.config.training.lora_variant == "dora" else "",
         f"Here: {typed_html(f'lora-mvp generate --model-path {typed_path(root)} --lora-scale 0.8 --prompt ...')}",
         f"diffusers: {block_html(diffusers_code(seen.record.base, family, str(folder.adapter), prompt))}",

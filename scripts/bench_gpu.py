@@ -261,7 +261,7 @@ class Bench:
         """Batches of another size from now on."""
         stream = self.trainer.data.streams[0]
         shapes = stream.plan.shapes
-        stream.plan, self.trainer.ahead = Plan(shapes, batch, 0, [16] * len(shapes)), {}  # no batch is smaller
+        stream.plan, self.trainer.learner.ahead = Plan(shapes, batch, 0, [16] * len(shapes)), {}  # no batch is smaller
 
     def gflop(self) -> float:
         """The work of one image."""
@@ -270,7 +270,7 @@ class Bench:
         if self.work is None:
             self.deal(1)
             with FlopCounterMode(display=False) as counted:
-                self.trainer.learn()
+                self.trainer.learner.learn(self.trainer.state.step)
             self.trainer.updates.optimizer.zero_grad()
             self.work = counted.get_total_flops() / 1e9
         return self.work
@@ -279,7 +279,7 @@ class Bench:
         """Seconds until a step's forward and backward pass are ordered; a full queue makes it the time of the card."""
         wait()
         start = time.perf_counter()
-        self.trainer.learn()
+        self.trainer.learner.learn(self.trainer.state.step)
         self.trainer.updates.limit_gradients()
         spent = time.perf_counter() - start
         self.trainer.updates.optimizer.zero_grad()

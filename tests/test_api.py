@@ -300,6 +300,12 @@ def test_artifacts_are_served_whole_or_in_parts(client, job):
     assert (other.status_code, other.content) == (200, content)
     assert client.get(row["url"], headers={"If-None-Match": whole.headers["etag"]}).status_code == 304
     problem(client.get(row["url"], headers={"Range": f"bytes={len(content)}-"}), 416, "range_not_satisfiable")
+    head = client.head(row["url"])
+    assert (head.status_code, head.headers["etag"]) == (200, whole.headers["etag"])
+    assert int(head.headers["content-length"]) == len(content) and not head.content
+    assert client.head("/healthz").status_code == client.head("/").status_code == 200
+    assert client.head(f"/v1/jobs/{job}/events").status_code == 405  # it has no end
+    problem(client.get(f"/v1/jobs/{job}/metrics"), 404, "artifact_not_found")
     hostile = (
         "../job.json",
         "..%2Fjob.json",
@@ -405,6 +411,9 @@ def test_healthz_answers_when_everything_else_is_gone(tmp_path):
 
 def test_metrics_name_no_job(client, job):
     client.get(f"/status/{job}")
+    client.post(
+        f"/v1/jobs/{client.post('/train', json=ASKED).json()['job_id']}/cancel"
+    )  # one that has come into a state
     client.request("BREW", "/none")
     text = client.get("/metrics").text
     queued = next(line for line in text.splitlines() if line.startswith('lora_jobs{kind="train",status="queued"}'))

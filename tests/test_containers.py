@@ -158,20 +158,21 @@ def started(app, *command, device="/dev/null", **env):
     }
 
 
-def test_a_folder_of_another_user_is_told_and_the_rest_is_left_to_the_command(app):
+@pytest.mark.parametrize("closed", ["data", "state"])
+def test_a_folder_of_another_user_is_told_and_the_rest_is_left_to_the_command(app, closed):
     folder, _ = app
     if os.geteuid() == 0 and shutil.which("setpriv"):  # the shell needs no Python
         app = folder, ["setpriv", "--reuid=10001", "--regid=10001", "--clear-groups"]
         for name in ("data", "models", "outputs", "state"):
-            os.chown(folder / name, *((0, 0) if name == "state" else (10001, 10001)))
+            os.chown(folder / name, *((0, 0) if name == closed else (10001, 10001)))
         user = "10001:10001"
     else:
-        (folder / "state").rmdir()
+        (folder / closed).rmdir()
         user = f"{os.getuid()}:{os.getgid()}"
     start, how = started(app, "lora-mvp", "serve")
     done = subprocess.run(start, **how, capture_output=True, text=True)
     assert done.returncode == 2 and "LORA_MVP_USER" in done.stderr
-    assert f"{folder}/state cannot be written by the user {user}." in done.stderr
+    assert f"{folder}/{closed} cannot be written by the user {user}." in done.stderr
     start, how = started(app, "echo", "serve")
     assert subprocess.run(start, **how, capture_output=True, text=True, check=True).stdout == "serve\n"
 

@@ -290,6 +290,7 @@ def test_a_folder_is_sent_checked_and_ready_for_a_training(uploads, tmp_path):
         (linked(), 422, "archive_invalid"),
         (zipped({"bomb.png": bytes(10**7)}), 413, "archive_too_large"),
         (zipped({"1.png": b"no picture"}), 422, "nothing_accepted"),
+        (zipped({f"{'x' * 300}.png": b"x"}), 422, "archive_invalid"),
         (b"no archive", 422, "archive_invalid"),
         (os.urandom(2**21), 413, None),
     ],

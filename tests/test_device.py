@@ -36,7 +36,7 @@ def drawings_manifest(path):
 
 def counted_step(trainer):
     """One step: what the host read, and the operators; drawing the next batch on the CPU is left out."""
-    trainer.question = unseen(trainer.question)
+    trainer.learner.question = unseen(trainer.learner.question)
     with HostReads() as reads, Operators() as operators:
         trainer.step()
     return reads.found, operators
@@ -69,14 +69,14 @@ def test_every_product_of_a_bf16_step_is_taken_in_bf16(trainer):
 def test_no_part_of_a_step_reads_what_is_on_the_device(trainer):
     """On the meta device nothing can be read or brought back, so what asks for a number there ends in an error."""
     trainer = trainer(snr_gamma=5.0, gradient_accumulation=2)
-    network, trainer.ahead = trainer.network, {}
+    network, trainer.learner.ahead = trainer.network, {}
     network.device = torch.device("meta")
     network.pipe.unet.to("meta")
-    total, answered = trainer.learn()
+    total, answered = trainer.learner.learn(0)
     assert {total.device.type, *(losses.device.type for _, losses in answered)} == {"meta"}
     learning = [p for p in network.pipe.unet.parameters() if p.requires_grad]
     assert learning and all(p.grad.device.type == "meta" for p in learning)
-    (ahead,) = trainer.ahead.values()
+    (ahead,) = trainer.learner.ahead.values()
     sent = [ahead.times, ahead.noisy, ahead.target, ahead.weights, *ahead.embeds.values()]
     assert {value.device.type for value in sent} == {"meta"} and ahead.timesteps.device.type == "cpu"
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):

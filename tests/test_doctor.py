@@ -17,7 +17,7 @@ from lora_mvp.data.prepare import prepare_data
 from lora_mvp.files import asset
 from lora_mvp.models.adapters import add_lora
 from lora_mvp.models.base import load_base
-from lora_mvp.models.families import encode_text, family_of, text_parts, unet_arguments
+from lora_mvp.models.families import denoise, denoiser, encode_text, family_of, networks, size_facts, text_parts
 from lora_mvp.models.kernels import lean
 from lora_mvp.models.miniatures import random_base
 from lora_mvp.train.counting import LiveBytes
@@ -246,12 +246,12 @@ def kept_on_cpu(folder, training):
         parameter.grad = torch.zeros_like(parameter)
     lean(pipe)
     if training.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
+        denoiser(pipe).enable_gradient_checkpointing()
         for encoder in text_parts(pipe).values():
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for part in (pipe.unet, *text_parts(pipe).values()):
+    for part in (denoiser(pipe), *text_parts(pipe).values()):
         part.train()
-    modules, n = (pipe.unet, pipe.vae, *text_parts(pipe).values()), training.batch_size
+    modules, n = networks(pipe).values(), training.batch_size
     with torch.no_grad():
         table = encode_text(pipe, ["a"] * n)
     half = torch.autocast("cpu", torch.bfloat16, enabled=training.mixed_precision == "bf16", cache_enabled=False)
@@ -259,10 +259,9 @@ def kept_on_cpu(folder, training):
         learns = training.text_encoder_learning_rate is not None
         embeds = encode_text(pipe, ["a"] * n) if learns else {name: value.clone() for name, value in table.items()}
         side = training.resolution // pipe.vae_scale_factor
-        times = torch.zeros(n, 6) if family_of(pipe).needs_time_ids else None
-        latents = torch.randn(n, 4, side, side, dtype=pipe.unet.dtype)
-        timesteps = torch.zeros(n, dtype=torch.long)
-        prediction = pipe.unet(latents, timesteps, **unet_arguments(pipe, embeds, times)).sample
+        latents = torch.randn(n, family_of(pipe).latent_channels, side, side, dtype=denoiser(pipe).dtype)
+        sizes = size_facts(pipe, (64, 64), (0, 0), (64, 64))
+        prediction = denoise(pipe, latents, torch.zeros(n, dtype=torch.long), embeds, sizes)
         kept = live.now
         image_losses(prediction, torch.zeros_like(prediction)).mean().backward()
     return kept, live.peak
@@ -293,7 +292,7 @@ def test_weights_and_adapter_are_counted_exactly(bases):
     for family in ("sd2", "sdxl"):
         folder, training = bases[family], TrainingConfig(resolution=64, lora_rank=4, text_encoder_learning_rate=1e-4)
         estimate, pipe = MemoryEstimate(folder), load_base(str(folder))
-        weights = sum(p.numel() * 4 for m in (pipe.unet, pipe.vae, *text_parts(pipe).values()) for p in m.parameters())
+        weights = sum(p.numel() * 4 for m in networks(pipe).values() for p in m.parameters())
         adapter = sum(p.numel() for part in add_lora(pipe, training).values() for p in part)
         phase = next(p for p in estimate.phases(training) if p.name == "train")
         assert (phase.weights, phase.adapter) == (weights, 16 * adapter), family

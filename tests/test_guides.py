@@ -83,7 +83,7 @@ def test_the_settings_of_a_guide_are_those_of_init_and_the_doctor_takes_them(kin
 @pytest.mark.parametrize("guide", GUIDES)
 def test_every_setting_and_command_in_a_guide_exists(guide):
     text = GUIDES[guide]
-    named = set(re.findall(r"\b((?:data|training|evaluation|api)\.[a-z_]+)", text))
+    named = set(re.findall(r"\b((?:data|training|evaluation|api)\.[a-z_0-9]+)", text))
     assert named <= KEYS, named - KEYS
     parser = build_parser()
     typed = [line for block in blocks(guide, "bash") for line in block.splitlines() if line.startswith("lora-mvp")]

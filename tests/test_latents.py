@@ -23,7 +23,7 @@ from lora_mvp.data.prepare import prepare_data
 from lora_mvp.data.steps import Plan
 from lora_mvp.data.storage import OBLONG, bucket_of
 from lora_mvp.models.base import load_base
-from lora_mvp.models.families import encode_text, granularity, unet_arguments
+from lora_mvp.models.families import denoise, encode_text, granularity
 from lora_mvp.models.miniatures import random_base
 from lora_mvp.train.cache import cache_folder, unpack_tensors
 from lora_mvp.train.latents import LatentSet, encode_images
@@ -376,9 +376,8 @@ def test_sdxl_is_encoded_in_float32_and_told_its_sizes(train, training, tmp_path
     table = TextTable(full, data.captions, tmp_path / "cache")
     for i in range(plan.batches_per_epoch):
         batch = data.draw(plan.batch(i), 42, i, 0, training)
-        arguments = unet_arguments(full, table[batch.captions], batch.time_ids)
         with torch.no_grad():
-            out = full.unet(batch.latents, torch.tensor(500), **arguments).sample
+            out = denoise(full, batch.latents, torch.tensor(500), table[batch.captions], batch.time_ids)
         assert out.shape == batch.latents.shape and out.isfinite().all()
     embeds = encode_text(full, data.captions)
     for name, tensor in table[data.captions].items():

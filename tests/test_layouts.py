@@ -235,9 +235,9 @@ def test_masks_captions_and_repeats_reach_the_training(tmp_path, small_run):
     batch = stream.images.draw(stream.plan.batch(0), 1, 0, 0, trainer.config.training)
     assert batch.masks.shape == (4, 1, 16, 16) and set(batch.masks.unique().tolist()) <= {0.25, 1.0}
     assert {"one", "two"} <= set(trainer.data.texts.rows)
-    error = answer_losses(trainer.network, trainer.question(0, 0, 0))
+    error = answer_losses(trainer.network, trainer.learner.question(0, 0, 0))
     stream.images.least = None
-    assert error.isfinite().all() and not error.equal(answer_losses(trainer.network, trainer.question(0, 0, 0)))
+    assert error.isfinite().all() and not error.equal(answer_losses(trainer.network, trainer.learner.question(0, 0, 0)))
 
 
 def test_a_lone_train_folder_and_masks_in_a_tree_of_their_own(tmp_path):

@@ -81,6 +81,9 @@ SLOW_ROWS = [
     ("sd2", 64, {"batch_size": 1, "lora_variant": "rslora", "lora_targets": "attention_ff"}, {}),
     ("sdxl", 64, {"batch_size": 3, "lora_rank": 64}, {}),
     ("sdxl", 64, {"text_encoder_learning_rate": 1e-4, "lora_targets": "all"}, {}),
+    ("sd3", 128, {"batch_size": 2, "lora_rank": 16, "lora_targets": "all"}, {}),
+    ("flux", 128, {"batch_size": 4, "gradient_checkpointing": True}, {"transformer": {"num_attention_heads": 8}}),
+    ("flux", 128, {"lora_rank": 64, "optimizer": "prodigy"}, {}),
 ]
 ALL = [*ROWS, *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW_ROWS)]
 

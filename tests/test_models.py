@@ -1,5 +1,6 @@
 "Base models: what is refused before it is loaded, every family from disk to the UNet's answer, one file against a folder."
 
+import inspect
 import json
 import os
 import re
@@ -20,14 +21,16 @@ from lora_mvp.models.base import base_revision, find_base, load_base, weights_ha
 from lora_mvp.models.drawing import sample
 from lora_mvp.models.families import (
     FAMILIES,
+    denoise,
+    denoiser,
     encode_text,
     family_of,
     granularity,
     native_size,
     networks,
+    size_facts,
     text_parts,
-    time_ids,
-    unet_arguments,
+    workings,
 )
 from lora_mvp.models.layouts import check_folder
 from lora_mvp.models.miniatures import random_base
@@ -59,7 +62,7 @@ def edit(path: Path, **changes):
 
 
 def is_frozen(pipe) -> bool:
-    parts = (pipe.unet, pipe.vae, *text_parts(pipe).values())
+    parts = networks(pipe).values()
     return not any(m.training for m in parts) and not any(p.requires_grad for m in parts for p in m.parameters())
 
 
@@ -147,7 +150,7 @@ def test_the_index_of_a_real_sd15_folder_passes(folder):
 
 @pytest.mark.parametrize(
     "kind",
-    ["StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionXLImg2ImgPipeline"],
+    ["SanaPipeline", "Flux2Pipeline", "StableDiffusionInpaintPipeline", "StableDiffusionXLImg2ImgPipeline"],
 )
 def test_other_kinds_are_refused_by_name(folder, kind):
     edit(folder / "model_index.json", _class_name=kind)
@@ -225,42 +228,46 @@ def test_names_that_lead_nowhere(tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_family_from_disk_to_the_answer_of_the_unet(bases, name):
+def test_family_from_disk_to_the_answer_of_the_denoiser(bases, name):
     pipe = load_base(str(bases[name]))
     family = family_of(pipe)
     assert family is FAMILIES[name] and is_frozen(pipe) and list(text_parts(pipe)) == list(family.text_encoders)
-    assert pipe.unet.config.sample_size * pipe.vae_scale_factor == native_size(pipe)
+    assert native_size(pipe) == {"sd3": 64, "flux": 1024}.get(name, 64)
     embeds = encode_text(pipe, ["a cat", "", "a dog"])
-    assert ("pooled" in embeds) == family.pooled
-    ids = time_ids((80, 60), (3, 5), (64, 64)).expand(3, 6) if family.needs_time_ids else None
+    assert ("pooled" in embeds) == (name in ("sdxl", "sd3", "flux"))
+    sizes = size_facts(pipe, (80, 60), (3, 5), (64, 64))
+    assert (sizes is None) == (name != "sdxl")
     side = granularity(pipe) // pipe.vae_scale_factor
-    noisy = torch.randn(3, 4, side, 2 * side, generator=torch.Generator().manual_seed(0))
-    answer = pipe.unet(noisy, torch.tensor([0, 500, 999]), **unet_arguments(pipe, embeds, ids)).sample
+    noisy = torch.randn(3, family.latent_channels, side, 2 * side, generator=torch.Generator().manual_seed(0))
+    answer = denoise(pipe, noisy, torch.tensor([0, 500, 999]), embeds, sizes)
     assert answer.shape == noisy.shape and answer.isfinite().all()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_unet_gets_what_the_pipeline_itself_passes(bases, name):
+def test_the_denoiser_gets_what_the_pipeline_itself_passes(bases, name):
     pipe, prompts, seen = load_base(str(bases[name])), ["a red apple", "a blue boat, flat style"], []
-    hook = pipe.unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    sizes = {"original_size": (90, 70), "crops_coords_top_left": (4, 6), "target_size": (64, 64)}
-    pipe(
-        prompts,
-        num_inference_steps=1,
-        guidance_scale=1.0,
-        height=64,
-        width=64,
-        output_type="latent",
-        **(sizes if FAMILIES[name].needs_time_ids else {}),
-    )
+    forward = inspect.signature(type(denoiser(pipe)).forward)
+
+    def look(module, args, kwargs):
+        seen.append(dict(forward.bind(module, *args, **kwargs).arguments))
+
+    hook = denoiser(pipe).register_forward_pre_hook(look, with_kwargs=True)
+    told = {"original_size": (90, 70), "crops_coords_top_left": (4, 6), "target_size": (64, 64)}
+    how = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 64, "width": 64, "output_type": "latent"}
+    how |= {"max_sequence_length": workings(pipe).tokens(pipe)} if name == "flux" else told if name == "sdxl" else {}
+    pipe(prompts, **how)
+    theirs = seen.pop()
+    noisy = theirs.get("sample", theirs.get("hidden_states"))
+    noisy = workings(pipe).drawn(pipe, noisy, 64)
+    times = theirs["timestep"].expand(2) * (1000 if name == "flux" else 1)
+    with torch.no_grad():
+        denoise(pipe, noisy, times, encode_text(pipe, prompts), size_facts(pipe, *told.values()))
     hook.remove()
-    ids = time_ids((90, 70), (4, 6), (64, 64)) if FAMILIES[name].needs_time_ids else None
-    ours = unet_arguments(pipe, encode_text(pipe, prompts), ids)
-    torch.testing.assert_close(ours["encoder_hidden_states"], seen[0]["encoder_hidden_states"], rtol=0, atol=0)
-    theirs = seen[0]["added_cond_kwargs"] or {}
-    assert set(ours.get("added_cond_kwargs", {})) == set(theirs)
-    for key, value in theirs.items():
-        torch.testing.assert_close(ours["added_cond_kwargs"][key], value, rtol=0, atol=0)
+    (ours,) = seen
+    for key in set(theirs) - {"self", "timestep", "return_dict"}:
+        if theirs[key] not in (None, {}) if not isinstance(theirs[key], torch.Tensor) else True:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
+    torch.testing.assert_close(ours["timestep"].expand(2).float(), theirs["timestep"].expand(2).float())
 
 
 @pytest.mark.parametrize(
@@ -302,13 +309,13 @@ def test_gradients_reach_the_text_encoders(bases):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_samples_of_every_family_and_under_an_adapter(bases, name, dtype):
     pipe = load_base(str(bases[name]), dtype=dtype)
-    assert pipe.unet.dtype == dtype and pipe.vae.dtype == (FAMILIES[name].vae_dtype or dtype)
+    assert denoiser(pipe).dtype == dtype and pipe.vae.dtype == (FAMILIES[name].vae_dtype or dtype)
     prompts, seeds = ["a cat", "a dog", "a bird"], [1, 2, 3]
     state = torch.get_rng_state()
     before = sample(pipe, prompts, seeds, 2, 3.0, size=64, batch_size=2)
     assert torch.equal(torch.get_rng_state(), state)
     assert [p.size for p in before] == [(64, 64)] * 3
-    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    denoiser(pipe).add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     after = sample(pipe, prompts, seeds, 2, 3.0, size=64, batch_size=2)
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(before, after))
 
@@ -318,9 +325,9 @@ def test_float_samples_equal_the_pipelines_own_pictures(bases):
         pipe = load_base("tiny" if name == "tiny" else str(bases[name]))
         generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
         pipe.vae.enable_slicing()  # one picture at a time, as here
-        theirs = pipe(
-            ["x", "y"], num_inference_steps=2, guidance_scale=3.0, generator=generators, height=64, width=64
-        ).images
+        how = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 64, "width": 64}
+        how |= {"max_sequence_length": workings(pipe).tokens(pipe)} if name == "flux" else {}
+        theirs = pipe(["x", "y"], generator=generators, **how).images
         ours = sample(pipe, ["x", "y"], [1, 2], 2, 3.0, size=64)
         for a, b in zip(ours, theirs):
             assert np.array_equal(np.asarray(a), np.asarray(b))
@@ -649,4 +656,4 @@ def test_other_files_are_refused(bases, tmp_path):
 
 def test_the_package_holds_to_its_own_rules():
     assert find_base("tiny") == str(asset("tiny"))
-    assert check_folder(asset("tiny")) is FAMILIES["tiny"].pipeline
+    assert check_folder(asset("tiny")) is FAMILIES["tiny"]

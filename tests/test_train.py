@@ -30,7 +30,8 @@ EVERYTHING = {"text_encoder_learning_rate": 1e-4, "snr_gamma": 5.0, "caption_dro
         ),
         pytest.param(
             "sd2",
-            {"zero_terminal_snr": True, "lora_variant": "dora", "lora_targets": "all"} | EVERYTHING,
+            {"zero_terminal_snr": True, "lora_variant": "dora", "lora_targets": "all", "optimizer": "adafactor"}
+            | EVERYTHING,
             marks=pytest.mark.slow,
         ),
         ("sdxl", {"aspect_buckets": True, "lora_alpha": 2} | EVERYTHING),
@@ -39,8 +40,10 @@ EVERYTHING = {"text_encoder_learning_rate": 1e-4, "snr_gamma": 5.0, "caption_dro
             {"caption_dropout": 0.3, "shuffle_tags": True, "mixed_precision": "bf16"},
             marks=pytest.mark.slow,
         ),
+        ("sd3", {"lora_targets": "all", "gradient_checkpointing": True, "optimizer": "prodigy", "learning_rate": 1.0}),
+        ("flux", {"lora_targets": "attention_ff", "aspect_buckets": True, "optimizer": "adamw8bit"}),
     ],
-    ids=["sd1", "sd2", "sdxl", "sdxl-bf16"],
+    ids=["sd1", "sd2", "sdxl", "sdxl-bf16", "sd3", "flux"],
 )
 def test_every_family_trains_resumes_and_exports(drawings, small_run, tmp_path, family, changes):
     from lora_mvp.models.miniatures import random_base

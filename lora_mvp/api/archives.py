@@ -6,11 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/6_api/31a_archives.ipynb #791756c0
+import errno
 import os
 import struct
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -86,6 +87,7 @@ def write_member(
     content: BinaryIO,
     place: Path,  # new
     left: int,  # bytes that may be written
+    check: Callable[[], None],  # before each piece; raises where the disk has no room for more
 ) -> int:  # bytes that were
     "Write one file of an archive; raises `LoraMvpError` (`archive_too_large`, `archive_invalid`)."
     flags, written = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0
@@ -93,12 +95,17 @@ def write_member(
         place.parent.mkdir(parents=True, exist_ok=True)
         with open(os.open(place, flags, 0o600), "wb") as file:
             while piece := content.read(min(2**20, left - written + 1)):
+                check()
                 written += len(piece)
                 if written > left:
                     raise LoraMvpError("archive_too_large", "The archive unpacks to more than api.max_upload_gb.")
                 file.write(piece)
     except (FileExistsError, NotADirectoryError):
         raise refused_archive(f"{quoted(place.name)} is in it twice, or is a file and a folder.") from None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise refused_archive(f"{quoted(place.name)} is too long a name.") from None
     return written
 
 # %% ../../nbs/6_api/31a_archives.ipynb #c26d033c
@@ -106,6 +113,7 @@ def unpack(
     archive: Path,
     folder: Path,  # new
     max_bytes: int,  # of all files together
+    check: Callable[[], None] = lambda: None,  # raises where the disk has no room for more
 ) -> int:  # files
     "Unpack a zip or a tar; hidden files are left out. Raises `LoraMvpError`: `archive_invalid`, `archive_too_large`, `path_forbidden`."
     files, left = 0, max_bytes
@@ -118,7 +126,7 @@ def unpack(
                 if files > MAX_FILES or len(parts) > 16:
                     raise refused_archive(f"It holds more than {MAX_FILES} files, or folders in folders in folders.")
                 if not any(part.startswith(".") or part == "__MACOSX" for part in parts):
-                    left -= write_member(content, folder.joinpath(*parts), left)
+                    left -= write_member(content, folder.joinpath(*parts), left, check)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise refused_archive(f"It cannot be read ({type(error).__name__}).") from None
     return files
@@ -127,8 +135,9 @@ def unpack(
 def pack(
     folder: Path,
     archive: Path,  # new
-) -> None:
+) -> int:  # files
     "Write the files of a folder, hidden ones and links aside, into a tar; raises `LoraMvpError` (`not_writable`)."
+    count = 0
     try:
         with tarfile.open(archive, "w") as made:
             for place, folders, files in os.walk(folder):
@@ -140,5 +149,7 @@ def pack(
                     info.size = path.stat().st_size
                     with path.open("rb") as file:
                         made.addfile(info, file)
+                    count += 1
     except OSError as error:
         raise LoraMvpError("not_writable", f"Cannot pack {folder}: {error.strerror or error}.") from error
+    return count

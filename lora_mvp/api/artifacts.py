@@ -12,6 +12,7 @@ from typing import Literal
 
 from .hashes import Hashes
 from .jobs import FrozenRecord
+from ..models.kinds import PIPELINE_PARTS
 
 # %% ../../nbs/6_api/08_artifacts.ipynb #a305171d
 ArtifactKind = Literal[
@@ -39,17 +40,7 @@ class Artifact(FrozenRecord):
     kind: ArtifactKind
 
 # %% ../../nbs/6_api/08_artifacts.ipynb #d062423d
-PIPELINE = [
-    "model_index.json",
-    "unet",
-    "vae",
-    "scheduler",
-    "text_encoder",
-    "text_encoder_2",
-    "tokenizer",
-    "tokenizer_2",
-]
-PIPELINE += ["feature_extractor", "image_encoder", "safety_checker"]
+PIPELINE = ["model_index.json", *PIPELINE_PARTS, "image_encoder", "safety_checker"]
 
 
 def kind_of(

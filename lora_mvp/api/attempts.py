@@ -14,7 +14,7 @@ from typing import Any
 
 from .admission import Admission, disk_low
 from .engines import Engine, Life
-from .folders import Result
+from .folders import Heartbeat, JobFolder, Result
 from .jobs import ACTIVE, RETRIED, Job, JobError
 from .records import Records
 from ..config import ApiConfig
@@ -22,7 +22,7 @@ from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/24_attempts.ipynb #c46ba58d
 class Silence:
-    "Since when there was no new sign of life of attempts that no engine knows."
+    "Since when there was no new sign of life of attempts."
 
     def __init__(
         self,
@@ -47,6 +47,17 @@ class Silence:
     def end(self, job: Job) -> None:
         "Something else is known of the job."
         self.last.pop(job.id, None)
+
+# %% ../../nbs/6_api/24_attempts.ipynb #721af260
+def last_sign(
+    folder: JobFolder,
+    beat: Heartbeat | None,  # of the attempt
+) -> tuple:
+    "Something that is another whenever an attempt has done something."
+    try:
+        return beat and beat.time, folder.alive_file.stat().st_mtime_ns
+    except OSError:
+        return beat and beat.time, None
 
 # %% ../../nbs/6_api/24_attempts.ipynb #333a9654
 class Backoff:
@@ -84,6 +95,7 @@ class Attempts:
     ):
         self.records, self.engine, self.api = records, engine, api
         self.silence, self.backoff = Silence(lease, clock), Backoff(backoff, clock)
+        self.hangs = Silence(max(lease, api.stall_seconds), clock)  # of attempts that the engine knows
         self.stopping: set[str] = set()  # refs that the engine was told to stop
         self.lost = Counter()  # by error code, since the start
         self.surveyed = False  # whether the engine has said what runs
@@ -126,6 +138,10 @@ class Attempts:
                 self.records.move(job, "running")
             elif job.status == "cancelling":
                 self.stop(job)
+            elif self.hangs.too_long(job, last_sign(folder, beat)):
+                self.lose(
+                    job, "The process that watches over the job gave no sign of life for too long (api.stall_seconds)."
+                )
         elif life in ("exited", "gone"):
             self.lose(job, "The process that watched over the job was lost.")
         elif self.silence.too_long(job, beat and beat.time):
@@ -141,6 +157,7 @@ class Attempts:
         else:
             self.records.move(job, result.outcome, error=result.error)
         self.silence.end(job)
+        self.hangs.end(job)
 
     def lose(self, job: Job, why: str) -> None:
         "Give up an attempt whose process is lost."
@@ -162,6 +179,7 @@ class Attempts:
     def fence(self, job: Job) -> None:
         "End an attempt for good: it may write nothing, and nothing of it is left."
         self.silence.end(job)
+        self.hangs.end(job)
         self.records.folder(job).claim_attempt(job.attempt + 1)
         if job.engine_ref:
             self.engine.stop(job.engine_ref, 0)

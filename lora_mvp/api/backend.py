@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/6_api/29_backend.ipynb #3dafc209
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -102,6 +103,9 @@ class Backend:
         guarded: bool = False,  # whether tokens are asked for in any case
     ):
         check_server(config)
+        if config.api.max_upload_gb:  # they go there; where it cannot be made, `ready` says so
+            with suppress(OSError):
+                config.api.data_dir.mkdir(parents=True, exist_ok=True)
         named = guarded or config.api.tokens_file is not None
         self.config, self.tokens = config, Tokens(tokens_place(config.api), needed=named)
         self.buckets, self.stopping = Buckets(config.api.requests_per_minute), False

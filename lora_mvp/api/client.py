@@ -225,7 +225,10 @@ class Client:
             raise LoraMvpError("raw_missing", f"There is no folder {folder}.")
         with tempfile.TemporaryDirectory() as place:
             archive = Path(place, "upload.tar")
-            pack(folder, archive)
+            if not pack(folder, archive):
+                raise LoraMvpError(
+                    "raw_missing", f"{folder} holds no file that could be sent; hidden ones and links are not."
+                )
             name = upload_name(folder, archive, settings)
             try:
                 return self.connection.ask("GET", f"/v1/datasets/{name}")

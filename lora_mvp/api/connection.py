@@ -24,8 +24,11 @@ def refused(answer: httpx.Response) -> LoraMvpError:
     "The error that an answer of 400 and above stands for."
     answer.read()
     try:
-        body = answer.json()
-        return LoraMvpError(body["code"], body["detail"])
+        body, how = (
+            answer.json(),
+            " LORA_MVP_TOKEN holds the one that commands send." if answer.status_code == 401 else "",
+        )
+        return LoraMvpError(body["code"], body["detail"] + how)
     except (ValueError, KeyError, TypeError):
         what = f"{answer.status_code} {answer.reason_phrase}".strip()
         text = f"{answer.request.url} answered {what}, which is no answer of the job service; check the address."

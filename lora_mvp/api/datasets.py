@@ -8,13 +8,14 @@ __all__ = []
 # %% ../../nbs/6_api/31c_datasets.ipynb #b62cda2f
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,17 +26,19 @@ from fastapi import Path as FromPath
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, Field
 
-from .admission import disk_low, settings_for
+from .access import MODEL_FILES
+from .admission import settings_for
 from .archives import form_of
 from .edge import READ, SUBMIT
 from .engines import clean_environment
 from .failures import cut_paths
+from .intake import check_space
 from .job_settings import in_cache
 from .problems import errors
 from .routes import check_stopping
 from ..config import ApiConfig, AppConfig, override_values
 from ..errors import LoraMvpError
-from ..files import atomic_write, make_folder
+from ..files import atomic_write
 
 # %% ../../nbs/6_api/31c_datasets.ipynb #48870796
 class DatasetRow(BaseModel):
@@ -105,6 +108,11 @@ def manifests_below(
             found.append(DatasetRow(manifest=name, train=counts[0], val=counts[1]))
     return found
 
+# %% ../../nbs/6_api/31c_datasets.ipynb #021f2c19
+def only_safe(folder: Path) -> bool:
+    "Whether a model's files are of the kinds that a job may read; what is in them is looked at when a job names it."
+    return all(Path(file.lower()).suffix in MODEL_FILES for _, _, files in os.walk(folder) for file in files)
+
 # %% ../../nbs/6_api/31c_datasets.ipynb #1e6769ed
 def models_for(
     api: ApiConfig,
@@ -118,7 +126,7 @@ def models_for(
     for folder, files in folders_below(api.models_dir):
         name = folder.relative_to(api.models_dir).as_posix()
         weights = [file for file in sorted(files) if file.endswith(".safetensors")]
-        if "model_index.json" in files:
+        if "model_index.json" in files and only_safe(folder):
             found.append(ModelRow(name=name, kind="base", here=True))
         elif name == ".":  # single files: what they are is known when they are read
             found += [ModelRow(name=file, kind="base", here=True) for file in weights]
@@ -150,11 +158,13 @@ async def keep_stream(
     pieces: AsyncIterator[bytes],
     file: Path,  # new
     most: int,  # bytes
+    check: Callable[[], None],  # raises where the disk has no room for more
 ) -> str:  # SHA-256
     "Write a body to the disk as it comes; raises `LoraMvpError` (`archive_too_large`)."
     digest, size, waiting = hashlib.sha256(), 0, bytearray()
 
     def write(end: bool) -> None:
+        check()
         digest.update(waiting)
         with open(file, "ab") as out:
             out.write(waiting)
@@ -201,8 +211,24 @@ def same_upload(
 # %% ../../nbs/6_api/31c_datasets.ipynb #d5ffc090
 INTAKE_SECONDS = 3600
 INTAKES = CapacityLimiter(2)  # at a time; the others wait
+_logger = logging.getLogger("lora_mvp.api")
 
 
+def broken_intake(
+    folder: Path,  # of the upload
+    config: AppConfig,
+) -> LoraMvpError:
+    "What is said of an upload whose process ended without an answer; what that said itself goes into the log."
+    try:
+        check_space(config.api, folder)
+    except LoraMvpError as error:
+        return error
+    said = (folder / "log").read_text(errors="replace")[-4000:]
+    _logger.error("an upload could not be looked at", extra={"facts": {"stack": said}})
+    text = "The pictures could not be looked at: the process that does it ended without an answer; the log of the service has what it said."
+    return LoraMvpError("intake_failed", text)
+
+# %% ../../nbs/6_api/31c_datasets.ipynb #04fc6522
 def run_intake(
     folder: Path,  # of the upload
     config: AppConfig,  # to prepare it with
@@ -216,12 +242,11 @@ def run_intake(
             subprocess.run(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=INTAKE_SECONDS)
             answer = json.loads((folder / "answer.json").read_bytes())
         except (subprocess.TimeoutExpired, OSError, ValueError):
-            text = "The pictures could not be looked at: the process that does it ended without an answer."
-            raise LoraMvpError("intake_failed", text) from None
+            raise broken_intake(folder, config) from None
     if error := answer.get("error"):
         why = "; ".join(f"{row['file']}: {row['why']}" for row in answer.get("rejected", [])[:20])
-        text = cut_paths(f"{error['message']}{' ' if why else ''}{why}", {str(folder): ""})
-        raise LoraMvpError(error["code"], text)
+        text = error["message"].replace(str(folder / "raw"), "the upload") + (f". Each of them: {why}" if why else "")
+        raise LoraMvpError(error["code"], cut_paths(text, {str(folder): ""}))
     return answer | {"summary": cut_paths(answer["summary"], {str(folder): ""})}
 
 # %% ../../nbs/6_api/31c_datasets.ipynb #d4f33f45
@@ -246,12 +271,20 @@ def new_upload(api: ApiConfig) -> Path:
     "A folder for an upload; what was left by one that broke off a day ago goes away. Raises `LoraMvpError`: `disk_low`, `not_writable`."
     if api.max_upload_gb == 0:
         raise LoraMvpError("uploads_off", "This service takes no uploads (api.max_upload_gb is 0).")
-    if disk_low(api):
-        raise LoraMvpError("disk_low", "the service's disk is nearly full; try again when there is room.")
     for old in Path(api.data_dir).glob(".upload-*"):
         if old.stat().st_mtime < time.time() - 86_400:
             shutil.rmtree(old, ignore_errors=True)
-    return make_folder(Path(api.data_dir, f".upload-{secrets.token_hex(8)}"), "api.data_dir", mode=0o700)
+    folder = Path(api.data_dir, f".upload-{secrets.token_hex(8)}")
+    try:
+        folder.mkdir(parents=True, mode=0o700)
+        check_space(api, folder)
+    except OSError as error:
+        text = f"The upload cannot be kept: the data folder of the service cannot be written ({error.strerror})."
+        raise LoraMvpError("not_writable", text) from error
+    except LoraMvpError:
+        folder.rmdir()
+        raise
+    return folder
 
 # %% ../../nbs/6_api/31c_datasets.ipynb #6eac0f8e
 router = APIRouter()
@@ -284,7 +317,7 @@ async def upload_dataset(request: Request, response: Response, name: Name, set: 
     folder = await run_in_threadpool(new_upload, config.api)
     try:
         most = round(config.api.max_upload_gb * 1e9)
-        digest = await keep_stream(request.stream(), folder / "upload", most)
+        digest = await keep_stream(request.stream(), folder / "upload", most, lambda: check_space(config.api, folder))
         upload = hashlib.sha256(json.dumps([digest, sorted(set)]).encode()).hexdigest()
         answer = await run_in_threadpool(same_upload, name, upload, config.api)
         response.status_code = 200 if answer else 201

@@ -162,6 +162,9 @@ def artifact(
         return Response(status_code=304, headers={k: v for k, v in headers.items() if k != "Content-Length"})
     part = wanted_range(range, size) if if_range in (None, tag) else None
     sent = pieces(file, *(part or (0, size)), None if part else found.sha256)
+    if getattr(request.state, "head", False):  # nothing is read for it
+        file.close()
+        sent = ()
     return StreamingResponse(sent, 206 if part else 200, headers_of(found, size, part), "application/octet-stream")
 
 # %% ../../nbs/6_api/31_downloads.ipynb #0cf0bc17
@@ -177,7 +180,12 @@ _METRICS = {"content": {"application/json": {"schema": {"$ref": "#/components/sc
 )
 def metrics_file(job_id: JobId, request: Request, token=READ) -> Response:
     "Everything that an evaluation found: its artifact metrics.json."
-    with open_artifact(folder_of(request, job_id), "metrics.json")[1] as file:
+    folder = folder_of(request, job_id)
+    if not (folder.run / "metrics.json").exists():
+        raise LoraMvpError(
+            "artifact_not_found", "This job has no metrics; an evaluation has them once it has succeeded."
+        )
+    with open_artifact(folder, "metrics.json")[1] as file:
         return Response(file.read(), media_type="application/json")
 
 # %% ../../nbs/6_api/31_downloads.ipynb #79457860

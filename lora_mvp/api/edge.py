@@ -217,10 +217,10 @@ def client_address(
     trusted: list[str],  # `api.trusted_proxies`: addresses and networks
 ) -> str:
     "Where a request comes from."
-    peer = (scope.get("client") or [""])[0]
+    peer, port = scope.get("client") or ("", 0)
     given = ",".join(Headers(scope=scope).getlist("x-forwarded-for"))
     hops = [hop.strip().strip("[]") for hop in given.split(",") if hop.strip()]
-    peer = "127.0.0.1" if peer in hops else peer  # uvicorn has put it there
+    peer = "127.0.0.1" if peer in hops and port == 0 else peer  # uvicorn has put it there
     for hop in reversed(hops):
         try:
             if not any(ipaddress.ip_address(peer) in ipaddress.ip_network(network) for network in trusted):
@@ -243,6 +243,8 @@ class Edge:
         if scope["type"] == "http":
             trusted = scope["app"].state.backend.config.api.trusted_proxies
             scope["client"] = (client_address(scope, trusted), (scope.get("client") or ("", 0))[1])
+            if scope["method"] == "HEAD" and not scope["path"].endswith("/events"):  # the server sends no body of it
+                scope = {**scope, "method": "GET", "state": {**scope.get("state", {}), "head": True}}
             await Exchange(scope, receive, send).answer(self.app)
 
 # %% ../../nbs/6_api/27_edge.ipynb #178e77f1

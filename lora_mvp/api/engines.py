@@ -97,6 +97,16 @@ def hold_card(uuid: str) -> socket.socket | None:
         return None
     return name
 
+# %% ../../nbs/6_api/21_engines.ipynb #c852d9bd
+def hold_free_cards(
+    gpus: list[Gpu],
+    taken: set[str],  # UUIDs that need not be tried
+    most: int | None = None,
+) -> list[tuple[str, socket.socket]]:
+    "UUIDs of cards that no attempt has, of this service or of another; each held until its name is closed."
+    held = ((gpu.uuid, hold_card(gpu.uuid)) for gpu in gpus if gpu.uuid not in taken)
+    return list(islice(((uuid, name) for uuid, name in held if name), most))
+
 # %% ../../nbs/6_api/21_engines.ipynb #9a4e245f
 KEPT = {"PATH", "HOME", "USER", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SYSTEMROOT"}
 KEPT |= {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "PYTHONDONTWRITEBYTECODE"}
@@ -138,23 +148,34 @@ def gpus_of(
     except psutil.Error:
         return []
 
+# %% ../../nbs/6_api/21_engines.ipynb #af1d806e
+def runner_environment(
+    api: ApiConfig,
+    mark: str,
+    gpus: list[str] | None,  # UUIDs of its cards; None: this machine has none
+) -> dict[str, str]:
+    "What a runner finds in its environment: what a job may see, its mark and its cards."
+    env = clean_environment(api, dict(os.environ)) | {MARK: mark}
+    return env if gpus is None else env | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+
 # %% ../../nbs/6_api/21_engines.ipynb #24551aae
 def start_runner(
     command: list[str],
     folder: JobFolder,
     env: dict[str, str],
     held: list[socket.socket],  # the names of its cards
-) -> subprocess.Popen:
-    "Start a runner in a session of its own."
+) -> tuple[str, subprocess.Popen]:  # by what name `poll` and `stop` know it
+    "Start a runner in a session of its own; raises `OSError` and `psutil.Error`."
     numbers, deaf = [name.fileno() for name in held], {signal.SIGTERM}
     env = env | {RUNNER: str(folder.root), HELD: " ".join(map(str, numbers))}
     with open(folder.root / "runner.log", "ab") as log:
         how = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
         signal.pthread_sigmask(signal.SIG_BLOCK, deaf)  # a stop waits until the runner can hear it
         try:
-            return subprocess.Popen(command, cwd=folder.root, env=env, pass_fds=numbers, **how)
+            process = subprocess.Popen(command, cwd=folder.root, env=env, pass_fds=numbers, **how)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, deaf)
+    return ref_of(process.pid, env[MARK]), process
 
 # %% ../../nbs/6_api/21_engines.ipynb #f115abda
 LATE = 20.0  # seconds after the grace time in which a runner must have ended everything by itself
@@ -189,8 +210,7 @@ class LocalEngine:
     def hold_free(self, most: int | None = None) -> list[tuple[str, socket.socket]]:
         "UUIDs of cards that no attempt has, each held."
         taken = {uuid for place in self.places.values() for uuid in place.gpus}
-        held = ((gpu.uuid, hold_card(gpu.uuid)) for gpu in self.gpus if gpu.uuid not in taken)
-        return list(islice(((uuid, name) for uuid, name in held if name), most))
+        return hold_free_cards(self.gpus, taken, most)
 
     def free_gpus(self) -> list[str]:
         "The UUIDs of cards that no attempt has, of this service or of another."
@@ -216,12 +236,10 @@ class LocalEngine:
             if len(gpus) < wanted:
                 text = f"{wanted} GPUs are wanted and {len(gpus)} are free."
                 raise LoraMvpError("engine_unavailable", text)
-            env = clean_environment(self.api, dict(os.environ)) | {MARK: mark}
-            env |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if self.gpus or wanted == 0 else {}
+            env = runner_environment(self.api, mark, gpus if self.gpus or wanted == 0 else None)
             command = [*self.program, str(folder.root), "--attempt", str(job.attempt)]
             try:
-                process = start_runner(command, folder, env, names)
-                ref = ref_of(process.pid, mark)
+                ref, process = start_runner(command, folder, env, names)
             except (OSError, psutil.Error) as error:
                 text = f"the runner cannot be started: {getattr(error, 'strerror', None) or error}."
                 raise LoraMvpError("engine_unavailable", text) from error

@@ -49,9 +49,19 @@ def _read(kind: type[Note], file: Path) -> Note | None:
     except (OSError, ValidationError):
         return None
 
-# %% ../../nbs/6_api/09_folders.ipynb #a91345d3
-class JobFolder:
-    "The files of one job."
+# %% ../../nbs/6_api/09_folders.ipynb #1c262314
+def read_piece(file: Path, offset: int, limit: int) -> bytes:
+    "A piece of a file, in bytes; empty where there is none."
+    try:
+        with open(file, "rb") as opened:
+            opened.seek(max(0, offset))
+            return opened.read(limit)
+    except FileNotFoundError:
+        return b""
+
+# %% ../../nbs/6_api/09_folders.ipynb #ef87f120
+class JobFiles:
+    "Where the files of a job are."
 
     def __init__(self, root: str | os.PathLike):
         self.root = Path(root)
@@ -66,6 +76,13 @@ class JobFolder:
         self.cancel_file = self.root / "cancel"
         self.outcome_file = self.root / "outcome.json"
         self.result_file = self.root / "result.json"
+
+# %% ../../nbs/6_api/09_folders.ipynb #a91345d3
+class JobFolder(JobFiles):
+    "The files of one job, read and written."
+
+    def __init__(self, root: str | os.PathLike):
+        super().__init__(root)
         self._events = Events(self.events_file)
 
     def write_job(self, job: Job) -> None:
@@ -141,12 +158,7 @@ class JobFolder:
 
     def log(self, offset: int = 0, limit: int = 2**16) -> bytes:
         "A piece of the log, in bytes."
-        try:
-            with open(self.log_file, "rb") as file:
-                file.seek(max(0, offset))
-                return file.read(limit)
-        except FileNotFoundError:
-            return b""
+        return read_piece(self.log_file, offset, limit)
 
     def files(self) -> dict[str, Path]:
         "The files of the run by their names as artifacts."

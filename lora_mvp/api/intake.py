@@ -8,14 +8,16 @@ __all__ = []
 # %% ../../nbs/6_api/31b_intake.ipynb #f3ccdf34
 import argparse
 import json
+import shutil
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
+from .admission import disk_low
 from .archives import unpack
 from .work import die_with_parent
-from ..config import AppConfig
+from ..config import ApiConfig, AppConfig
 from ..errors import LoraMvpError
 from ..files import atomic_write
 
@@ -37,6 +39,15 @@ def report_of(manifest: Any) -> dict[str, Any]:  # a `Manifest`
         "summary": summary(manifest),
     }
 
+# %% ../../nbs/6_api/31b_intake.ipynb #3e2cf05b
+def check_space(
+    api: ApiConfig,
+    folder: Path,  # of the upload
+) -> None:
+    "Raise `LoraMvpError` (`disk_low`) where less than `api.min_free_gb` is left."
+    if disk_low(api) or shutil.disk_usage(folder).free < max(1, api.min_free_gb * 1e9):
+        raise LoraMvpError("disk_low", "the service's disk is nearly full; try again when there is room.")
+
 # %% ../../nbs/6_api/31b_intake.ipynb #d8f5a144
 def take_in(
     folder: Path,  # holds the archive `upload`; `raw` and `prepared` are made in it
@@ -45,7 +56,8 @@ def take_in(
     "Unpack, check and prepare."
     from lora_mvp.data.prepare import NothingAccepted, prepare_data
 
-    unpack(folder / "upload", folder / "raw", round(config.api.max_upload_gb * 1e9))
+    most = round(config.api.max_upload_gb * 1e9)
+    unpack(folder / "upload", folder / "raw", most, lambda: check_space(config.api, folder))
     (folder / "upload").unlink()
     where = {"raw_data_dir": folder / "raw", "processed_dir": folder / "prepared"}
     config = config.model_copy(update={"data": config.data.model_copy(update=where)})

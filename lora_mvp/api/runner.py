@@ -134,6 +134,19 @@ def prepare_trainer(
     except OSError:
         return  # not Linux, or not allowed
 
+# %% ../../nbs/6_api/20_runner.ipynb #50da2edb
+def start_trainer(
+    folder: JobFolder,
+    command: list[str],
+    mark: str,
+) -> subprocess.Popen:
+    "Start the trainer in the job's folder, with its output in a pipe; the names of its cards are passed on."
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+    env = {name: value for name, value in os.environ.items() if name not in (RUNNER, HELD)}
+    env |= {MARK: mark, "PYTHONUNBUFFERED": "1", ALIVE: str(folder.alive_file)}
+    how |= {"env": env, "cwd": folder.root, "pass_fds": [int(n) for n in os.environ.get(HELD, "").split()]}
+    return subprocess.Popen(command, preexec_fn=partial(prepare_trainer, os.getpid()), **how)
+
 # %% ../../nbs/6_api/20_runner.ipynb #1a07dc77
 class Ending:
     "The steps that end a trainer, each at its time."
@@ -226,6 +239,46 @@ def keep_room(
     except OSError as error:
         complain(error)
 
+# %% ../../nbs/6_api/20_runner.ipynb #f9cc8ee3
+def write_last_word(
+    folder: JobFolder,
+    result: Result,
+    clock: Callable[[], float],
+    seconds: float = 60.0,  # to wait for room on a full disk
+) -> int:  # exit status
+    "Write how an attempt ended, unless it no longer counts."
+    limit = clock() + seconds
+    while folder.current_attempt() == result.attempt:
+        try:
+            folder.write_result(result)
+            return 0
+        except LoraMvpError as error:
+            if clock() > limit:
+                complain(error)
+                return FULL
+            time.sleep(0.5)
+    return FENCED
+
+# %% ../../nbs/6_api/20_runner.ipynb #5ce5cb62
+class SignsOfLife:
+    "What shows that a trainer is at work."
+
+    def __init__(self, folder: JobFolder, attempt: int, now: float):
+        self.folder, self.attempt = folder, attempt
+        self.newest, self.came = None, now  # the newest sign, and when it was seen
+        self.printed = 0  # how often something was printed
+
+    def ask(self) -> tuple:
+        "Something that is another whenever the trainer has done something."
+        progress, alive = self.folder.progress(self.attempt), self.folder.alive_file
+        step = progress and progress["step"]
+        return step, alive.stat().st_mtime_ns if alive.exists() else None, self.printed if step is None else None
+
+    def look(self, now: float) -> None:
+        "Note a sign that has come."
+        if (sign := self.ask()) != self.newest:
+            self.newest, self.came = sign, now
+
 # %% ../../nbs/6_api/20_runner.ipynb #41700312
 class Runner:
     "One attempt at a job."
@@ -245,17 +298,14 @@ class Runner:
         self.reserve = folder.root / ".reserve"  # room on the disk for the last word
         self.reason: str | None = None  # to stop: an error code, "cancelled", "stopped" or "fenced"
         self.told_to_end, self.ending = False, None
-        self.began = self.beaten = self.signed = clock()
-        self.sign, self.printed = (
-            None,
-            0,
-        )  # the newest sign of life, which came at `signed`; how often something was printed
+        self.began = self.beaten = clock()
+        self.signs = SignsOfLife(folder, attempt, self.began)
 
     def run(self) -> int:  # exit status
         "Watch over the trainer until it and all it started are gone."
         self.start()
         while self.process.poll() is None:
-            self.printed += self.output.pump(0.1)
+            self.signs.printed += self.output.pump(0.1)
             self.beat()
             if self.reason is None:
                 self.look()
@@ -273,11 +323,7 @@ class Runner:
         self.say("starting")
         keep_room(self.reserve)
         command = trainer_command(self.folder, self.attempt, self.work, self.job.spec.gpus)
-        how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        env = {name: value for name, value in os.environ.items() if name not in (RUNNER, HELD)}
-        env |= {MARK: self.mark, "PYTHONUNBUFFERED": "1", ALIVE: str(self.folder.alive_file)}
-        how |= {"env": env, "cwd": self.folder.root, "pass_fds": [int(n) for n in os.environ.get(HELD, "").split()]}
-        self.process = subprocess.Popen(command, preexec_fn=partial(prepare_trainer, os.getpid()), **how)
+        self.process = start_trainer(self.folder, command, self.mark)
         self.output = Output(self.process.stdout.fileno(), self.log)
         self.say("running")
 
@@ -298,14 +344,7 @@ class Runner:
             self.reason, self.ending = "fenced", None
             return
         self.say("stopping" if self.reason else "running")
-        if (sign := self.newest_sign()) != self.sign:
-            self.sign, self.signed = sign, now
-
-    def newest_sign(self) -> tuple:
-        "Something that is another whenever the trainer has done something."
-        progress, alive = self.folder.progress(self.attempt), self.folder.alive_file
-        step = progress and progress["step"]
-        return step, alive.stat().st_mtime_ns if alive.exists() else None, self.printed if step is None else None
+        self.signs.look(now)
 
     def look(self) -> None:
         "Find a reason to stop."
@@ -316,7 +355,7 @@ class Runner:
             self.reason = "stopped"
         elif self.api.max_runtime and now - self.began > self.api.max_runtime:
             self.reason = "deadline_exceeded"
-        elif now - self.signed > self.api.stall_seconds:
+        elif now - self.signs.came > self.api.stall_seconds:
             self.reason = "stalled"
 
     def press(self) -> None:
@@ -334,22 +373,13 @@ class Runner:
         except psutil.Error:
             return []
 
-    def conclude(self, seconds: float = 60.0) -> int:
-        "Write the result; when the disk is full, wait a while for room."
-        said, limit = self.folder.read_outcome(), self.clock() + seconds
+    def conclude(self) -> int:  # exit status
+        "Judge how it ended, and write it down."
+        said = self.folder.read_outcome()
         said = said if said and said.attempt == self.attempt else None
         self.reserve.unlink(missing_ok=True)
         result = judge_attempt(self.attempt, self.process.returncode, said, self.reason)
-        while self.folder.current_attempt() == self.attempt:
-            try:
-                self.folder.write_result(result)
-                return 0
-            except LoraMvpError as error:
-                if self.clock() > limit:
-                    complain(error)
-                    return FULL
-                time.sleep(0.5)
-        return FENCED
+        return write_last_word(self.folder, result, self.clock)
 
 # %% ../../nbs/6_api/20_runner.ipynb #e57c181a
 def run_attempt(

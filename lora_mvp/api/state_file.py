@@ -89,6 +89,29 @@ def keep_old(
         os.replace(path, backup)
     return True
 
+# %% ../../nbs/6_api/03_state_file.ipynb #0b3a870b
+def replace_file(
+    path: Path,
+    content: bytes,
+    backup: Path,  # where the old one is kept
+    names: tuple[Path, Path],  # that are free for a moment
+) -> bool:  # whether there was an old one
+    "Put a new file in the place of the old one, or leave all as it was; raises `OSError`."
+    replaced, (temp, link) = False, names
+    try:
+        write_synced(temp, content)
+        replaced = keep_old(path, backup, link)
+        os.replace(temp, path)
+        sync(path.parent)
+    except OSError:
+        if replaced:
+            os.replace(backup, path)
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # what went wrong before is what is said
+            temp.unlink(missing_ok=True)
+    return replaced
+
 # %% ../../nbs/6_api/03_state_file.ipynb #83ef1937
 def journal_of(path: Path, generation: int, sha256: str) -> Path:
     "The journal of a file."
@@ -116,6 +139,39 @@ def _bytes_of(file: Path) -> bytes:
     except OSError as error:
         raise store_failed(f"{file} cannot be read: {error.strerror}.") from error
 
+# %% ../../nbs/6_api/03_state_file.ipynb #f3cee43e
+def believed(file: Path, broken: dict[Path, str]) -> Generation | None:
+    "What a file holds; None, and a word in `broken`, where it cannot be believed."
+    try:
+        return unpack_jobs(_bytes_of(file))
+    except FileNotFoundError:
+        return None
+    except (ValueError, IsADirectoryError) as error:
+        broken[file] = str(getattr(error, "strerror", None) or error).split("\n")[0]
+        return None
+
+# %% ../../nbs/6_api/03_state_file.ipynb #8ca64797
+def journals_after(
+    path: Path,
+    base: Generation,
+    whole: bool,  # whether that is the file itself, and not the one before it
+) -> list[Path]:  # oldest first
+    "The journals whose changes came after a generation; others are named in the log."
+    beside, own = journals_of(path), journal_of(path, base.number, base.sha256)
+    used = [file for number, file in beside if file == own or (not whole and number > base.number)]
+    for number, file in beside:
+        if file not in used and number >= base.number:
+            _logger.warning("%s belongs to another %s and is not used", file.name, path.name)
+    return used
+
+# %% ../../nbs/6_api/03_state_file.ipynb #e9641ab8
+def drop_journals(path: Path, before: int) -> None:
+    "Remove the journals of the generations before one."
+    for number, file in journals_of(path):
+        if number < before:
+            with contextlib.suppress(OSError):  # a file too many harms nothing, and is tried again
+                file.unlink()
+
 # %% ../../nbs/6_api/03_state_file.ipynb #acad2ec6
 LEAST_JOURNAL = 2**20  # bytes that a journal may have however small its file is
 
@@ -133,22 +189,11 @@ class StateFile:
 
     def write(self, lines: Iterable[bytes]) -> None:
         "Put a new generation with all jobs on the disk, or leave all as it was; raises `OSError`."
-        replaced, content = False, pack_jobs(self.generation + 1, lines)
-        try:
-            write_synced(self.temp, content)
-            replaced = keep_old(self.path, self.backup, self.link)
-            os.replace(self.temp, self.path)
-            sync(self.path.parent)
-        except OSError:
-            if replaced:
-                os.replace(self.backup, self.path)
-            raise
-        finally:
-            with contextlib.suppress(OSError):  # what went wrong before is what is said
-                self.temp.unlink(missing_ok=True)
+        content = pack_jobs(self.generation + 1, lines)
+        replaced = replace_file(self.path, content, self.backup, (self.temp, self.link))
         self.close()
         if replaced:  # what is the backup now needs none of the earlier journals
-            self._drop_journals(self.number)
+            drop_journals(self.path, self.number)
         self.generation = self.number = self.generation + 1
         self.sha256, self.size, self.due = _sha256_of(content), len(content), False
 
@@ -173,41 +218,20 @@ class StateFile:
             with contextlib.suppress(OSError):  # a place where nothing can be removed may still be read
                 left.unlink(missing_ok=True)
         broken: dict[Path, str] = {}
-        main = self._generation(self.path, broken)
-        base = main or self._generation(self.backup, broken) or Generation(0, SCHEMA, "", [])
-        jobs, beside = {job.id: job for job in base.jobs}, journals_of(self.path)
-        own = journal_of(self.path, base.number, base.sha256)
-        used = [file for number, file in beside if file == own or (not main and number > base.number)]
+        main = believed(self.path, broken)
+        base = main or believed(self.backup, broken) or Generation(0, SCHEMA, "", [])
+        jobs, used = {job.id: job for job in base.jobs}, journals_after(self.path, base, whole=bool(main))
         for file in used:
             changes, flaw = read_journal(_bytes_of(file))
             replay(jobs, changes)
             broken |= {file: flaw} if flaw else {}
-        for number, file in beside:
-            if file not in used and number >= base.number:
-                _logger.warning("%s belongs to another %s and is not used", file.name, self.path.name)
-        self.generation = max(base.number, *(number for number, _ in beside), 0)
+        self.generation = max(base.number, *(number for number, _ in journals_of(self.path)), 0)
         if not main or broken:
             jobs, self.recovered = recover(self.path, broken, list(jobs.values()), rebuild, self._write_jobs)
             return jobs
         self.number, self.sha256, self.size = main.number, main.sha256, self.path.stat().st_size
         self.due = bool(used) or main.schema != SCHEMA
         return list(jobs.values())
-
-    def _generation(self, file: Path, broken: dict[Path, str]) -> Generation | None:
-        "What a file holds; None, and a word in `broken`, where it cannot be believed."
-        try:
-            return unpack_jobs(_bytes_of(file))
-        except FileNotFoundError:
-            return None
-        except (ValueError, IsADirectoryError) as error:
-            broken[file] = str(getattr(error, "strerror", None) or error).split("\n")[0]
-            return None
-
-    def _drop_journals(self, before: int) -> None:
-        for number, file in journals_of(self.path):
-            if number < before:
-                with contextlib.suppress(OSError):  # a file too many harms nothing, and is tried again
-                    file.unlink()
 
     def _write_jobs(self, jobs: list[Job]) -> None:
         self.write(job.model_dump_json().encode() for job in jobs)

@@ -106,7 +106,9 @@ def _roots(folder: JobFolder) -> dict[str, str]:
         api = read_settings(folder).api
     except LoraMvpError:
         return {str(folder.root): ""}
-    return {str(folder.root): "", str(api.jobs_dir): "jobs/", str(api.data_dir): "", str(api.models_dir): ""}
+    near = os.path.relpath(os.path.realpath(api.data_dir), os.path.realpath(folder.root))  # as a run names its pictures
+    here = {str(folder.root): "", str(api.jobs_dir): "jobs/", str(api.data_dir): "", str(api.models_dir): ""}
+    return here | ({near: ""} if near.strip("./") else {})
 
 # %% ../../nbs/6_api/18_work.ipynb #5ee91eae
 def outcome_of(error: BaseException | None, folder: JobFolder, attempt: int) -> Result:

@@ -25,6 +25,7 @@ from ..infer import LoadedRun, load_run, render
 from ..models.base import base_hash
 from ..models.contents import adapter_file
 from ..models.drawing import cut_prompts
+from ..models.families import denoiser
 from ..train.runs import RunFolder, read_run
 from ..words import as_words
 
@@ -151,7 +152,7 @@ def base_facts(
     run: LoadedRun,
 ) -> dict[str, Any]:
     "The identity of a base."
-    dtype = str(run.pipe.unet.dtype).removeprefix("torch.")
+    dtype = str(denoiser(run.pipe).dtype).removeprefix("torch.")
     return {"base": run.base, "base_sha256": base_hash(run.pipe), "dtype": dtype}
 
 # %% ../../nbs/5_eval/10_columns.ipynb #d1d0a586

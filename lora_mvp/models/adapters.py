@@ -21,33 +21,26 @@ from ..config import TrainingConfig, derive_seed
 from ..errors import LoraMvpError
 from ..files import atomic_write, no_bars
 from .contents import WEIGHTS
-from .families import Pipeline, adaptable_parts, text_parts
+from .families import Pipeline, adaptable_parts, denoiser, family_of, text_parts
 from .keys import ADAPTER, adaptable_modules, public_name, tensor_name
 from ..patterns import match_names
 
 # %% ../../nbs/2_models/07_adapters.ipynb #b7ec1fe1
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
-CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
-TARGETS = {  # training.lora_targets -> ends of the module names that get an adapter
-    "attention": ATTENTION,
-    "attention_ff": ATTENTION + FEED_FORWARD,
-    "all": ATTENTION + FEED_FORWARD + CONVOLUTIONS,
-}
-
-
 def find_targets(
-    unet: torch.nn.Module,
-    targets: str,  # a key of `TARGETS` or a regular expression on module names
+    pipe: Pipeline,
+    targets: str,  # attention, attention_ff, all, or a regular expression on module names
 ) -> list[str]:  # ends of module names, for peft
     "What gets an adapter; `LoraMvpError` (`targets_unknown`) when nothing matches, and those of `match_names`."
-    if targets in TARGETS:
-        return TARGETS[targets]
-    names = list(adaptable_modules(unet))
+    known, names = family_of(pipe).targets, list(adaptable_modules(denoiser(pipe)))
+    if targets in known:
+        ends = known[targets]
+        if not set(ends) & set(names):
+            return list(ends)
+        return [name for name in names if name.endswith(tuple(f".{end}" for end in ends))]  # FLUX ends in a `proj_out`
     if found := match_names(targets, names):
         return found
     some = "\n  ".join([n for n in names if n.endswith(("to_q", "to_k"))][:3] + names[:1] + names[-2:])
-    presets = ", ".join(TARGETS)
+    presets = ", ".join(known)
     text = f"training.lora_targets: no layer's whole name matches {targets!r}. Use one of {presets}, or a regular expression for names such as\n  {some}"
     raise LoraMvpError("targets_unknown", text)
 
@@ -72,17 +65,21 @@ def add_lora(
     pipe: Pipeline,  # changed in place
     training: TrainingConfig,
 ) -> dict[str, list[torch.nn.Parameter]]:  # part -> its adapter's parameters, float32, trainable
-    "Freeze UNet and text encoders and add an adapter that changes nothing yet."
-    parts = {"unet": (pipe.unet, find_targets(pipe.unet, training.lora_targets))}
+    "Freeze denoiser and text encoders and add an adapter that changes nothing yet; `LoraMvpError` (`targets_unknown`, `text_frozen`)."
+    family, parts = family_of(pipe), {}
+    if training.text_encoder_learning_rate is not None and not family.text_learns:
+        text = f"training.text_encoder_learning_rate: the text encoders of {family.title} are not trained here. Set it to null."
+        raise LoraMvpError("text_frozen", text)
+    parts[family.denoiser] = (denoiser(pipe), find_targets(pipe, training.lora_targets))
     for name, encoder in text_parts(pipe).items():
         encoder.requires_grad_(False)
         if training.text_encoder_learning_rate is not None:
             parts[name] = (encoder, TEXT_TARGETS)
-    pipe.unet.requires_grad_(False)
+    denoiser(pipe).requires_grad_(False)
     added = {}
     for name, (part, targets) in parts.items():
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(training.seed, "lora_init", *([] if name == "unet" else [name])))
+            torch.manual_seed(derive_seed(training.seed, "lora_init", *([] if name == family.denoiser else [name])))
             part.add_adapter(lora_config(training, targets), ADAPTER)
         part.train(part.training)  # peft's new layers would be in training mode, with dropout, in a part that is not
         added[name] = [p for p in part.parameters() if p.requires_grad]
@@ -91,7 +88,9 @@ def add_lora(
     return added
 
 # %% ../../nbs/2_models/07_adapters.ipynb #82b9c1c1
-def adapter_layers(pipe: Pipeline) -> dict[str, LoraLayer]:  # "unet.<module>" -> layer with an adapter
+def adapter_layers(
+    pipe: Pipeline,
+) -> dict[str, LoraLayer]:  # "unet.<module>" or "transformer.<module>" -> layer with an adapter
     "Every layer that holds an adapter."
     return {
         f"{part}.{name}": layer
@@ -172,7 +171,7 @@ def save_adapter(
     metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(header, indent=2, sort_keys=True)}
     tensors = {public_name(name): in_precision(name, tensor, dtype) for name, tensor in adapter_state(pipe).items()}
     weights = atomic_write(Path(folder) / WEIGHTS, safetensors_bytes(tensors, metadata))
-    part = next(iter(known))  # the UNet, unless only text encoders are adapted
+    part = next(iter(known))  # the denoiser, unless only text encoders are adapted
     dropout = parts[part].peft_config[ADAPTER].lora_dropout
     notes = known[part] | {"peft_type": "LORA", "lora_dropout": dropout, "base_model_name_or_path": base}
     atomic_write(Path(folder) / "adapter_config.json", json.dumps(notes, indent=2, sort_keys=True) + "\n")
@@ -202,8 +201,9 @@ def load_adapter(
         raise LoraMvpError("adapter_not_found", f"{source} holds no {WEIGHTS}. Was the training finished?")
     try:
         stored = load_file(file)
-        if not any(name.startswith("unet.") for name in stored):
-            raise ValueError("it holds nothing for the UNet")
+        part = family_of(pipe).denoiser
+        if not any(name.startswith(f"{part}.") for name in stored):
+            raise ValueError(f"it holds nothing for the {part}")
         load_public(pipe, file)
     except Exception as e:  # a damaged file and a misfit raise many types
         first = str(e).strip().split("\n")[0]

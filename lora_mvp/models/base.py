@@ -23,7 +23,7 @@ from safetensors import safe_open
 from ..config import TrainingConfig, resolve_model_name
 from ..errors import LoraMvpError
 from ..files import asset, no_bars
-from .families import FAMILIES, Pipeline, family_of, networks, text_parts
+from .families import Pipeline, denoiser, family_of, networks, text_parts
 from .headers import read_header
 from .keys import base_name
 from .layouts import check_file, check_index, check_whole, config_folder
@@ -85,20 +85,22 @@ def stored_dtype(part: Path) -> torch.dtype:
 # %% ../../nbs/2_models/05_base.ipynb #e084b7ba
 def read_folder(
     folder: Path,
-    dtype: torch.dtype | None = None,  # None: as the UNet is kept
+    dtype: torch.dtype | None = None,  # None: as the denoiser is kept
 ) -> Pipeline:
     "A pipeline from a folder in diffusers' layout, read in the precision that is wanted."
-    kind = check_whole(folder)
-    family = next(family for family in FAMILIES.values() if family.pipeline is kind)
+    family = check_whole(folder)
     with tidy(folder) as seen:
-        dtype = dtype or stored_dtype(seen / "unet")
+        dtype = dtype or stored_dtype(seen / family.denoiser)
         how = {"dtype": {"default": dtype, "vae": family.vae_dtype or dtype}, **family.options}
+        for part in (part for part in family.optional if not (seen / part).is_dir()):  # diffusers wants to be told
+            how |= {part: None, part.replace("text_encoder", "tokenizer"): None}
         with no_bars():
-            pipe = kind.from_pretrained(str(seen), use_safetensors=True, local_files_only=True, **how)
+            pipe = family.pipeline.from_pretrained(str(seen), use_safetensors=True, local_files_only=True, **how)
         for part, module in text_parts(pipe).items():  # transformers fills holes with random numbers and only warns
             files = (seen / part).glob("*.safetensors")
             held = {name.removeprefix("text_model.") for file in files for name in safe_open(file, "pt").keys()}
-            _complete(folder / part, sorted({name.removeprefix("text_model.") for name in module.state_dict()} - held))
+            wanted = {name.removeprefix("text_model.") for name, _ in module.named_parameters()}  # T5's tied ones once
+            _complete(folder / part, sorted(wanted - held))
     if seen != folder:
         _come_from(pipe, folder)
     return pipe
@@ -111,9 +113,9 @@ def read_file(file: Path) -> Pipeline:
     "A pipeline from a checkpoint in one .safetensors file."
     family, stated = check_file(file)
     folder = config_folder(file, family)
-    if (kind := check_whole(folder)) is not family.pipeline:
+    if (kind := check_whole(folder).pipeline_name) != family.pipeline_name:
         raise LoraMvpError(
-            "base_unreadable", f"{file} is a {family.title} model, but {folder} has the settings of a {kind.__name__}."
+            "base_unreadable", f"{file} is a {family.title} model, but {folder} has the settings of a {kind}."
         )
     how = {"config": str(folder), "local_files_only": True, **family.options}
     try:
@@ -136,9 +138,9 @@ def read_file(file: Path) -> Pipeline:
 def _snapshot(hub_id: str, revision: str | None, here: bool) -> Path:
     "The folder of a model in the hub's cache, downloaded first unless it must be `here`."
     index = hf_hub_download(hub_id, "model_index.json", revision=revision, local_files_only=here)
-    kind = check_index(Path(index))
-    options = next(family.options for family in FAMILIES.values() if family.pipeline is kind)
-    return Path(kind.download(hub_id, revision=revision, local_files_only=here, use_safetensors=True, **options))
+    family = check_index(Path(index))
+    how = {"revision": revision, "local_files_only": here, "use_safetensors": True, **family.options}
+    return Path(family.pipeline.download(hub_id, **how))
 
 # %% ../../nbs/2_models/05_base.ipynb #7809103b
 def read_pipeline(
@@ -192,7 +194,7 @@ def _bad_numbers(pipe: Pipeline) -> str:
 # %% ../../nbs/2_models/05_base.ipynb #8b45b2f4
 def _settle(pipe: Pipeline, source: str, dtype: torch.dtype | None) -> None:
     "Complete, of the wanted type, frozen, in evaluation mode."
-    dtype = dtype or pipe.unet.dtype
+    dtype = dtype or denoiser(pipe).dtype
     for name, part in networks(pipe).items():
         _complete(source, [name for name, value in part.named_parameters() if value.is_meta])
         wanted = family_of(pipe).vae_dtype or dtype if name == "vae" else dtype

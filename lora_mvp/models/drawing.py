@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ..errors import LoraMvpError
-from .families import Pipeline, encode_text, family_of, native_size, text_parts
+from .families import Pipeline, encode_text, latent_scale, native_size, text_parts, workings
 from ..screen import sign_of_life
 
 # %% ../../nbs/2_models/06_drawing.ipynb #8abbbe30
@@ -33,12 +33,12 @@ def together(
 @torch.no_grad()
 def decode_latents(
     pipe: Pipeline,
-    latents: torch.Tensor,  # (n, channels, h, w), scaled as the UNet sees them
+    latents: torch.Tensor,  # (n, channels, h, w), scaled as the denoiser sees them
 ) -> list[Image.Image]:
     "The pictures that latents stand for, decoded one at a time; `LoraMvpError` (`picture_not_finite`)."
-    pictures, vae = [], pipe.vae
+    pictures, vae, (shift, factor) = [], pipe.vae, latent_scale(pipe)
     with torch.autocast(vae.device.type, enabled=False):
-        for latent in (latents.to(vae.dtype) / vae.config.scaling_factor).split(1):
+        for latent in (latents.to(vae.dtype) / factor + shift).split(1):
             sign_of_life()
             values = vae.decode(latent, return_dict=False)[0]
             if not values.isfinite().all():
@@ -60,8 +60,8 @@ def prompt_arguments(
     "What diffusers' pipelines take in place of prompts: the embeddings, and with guidance those of no prompt."
     wanted, found = embed(prompts), {}
     empty = {}
-    if guidance_scale > 1:
-        zeros = family_of(pipe).pooled and pipe.config.force_zeros_for_empty_prompt
+    if guidance_scale > 1 and workings(pipe).GUIDED_TWICE:
+        zeros = pipe.config.get("force_zeros_for_empty_prompt", False)  # of SDXL
         empty = {k: torch.zeros_like(v) for k, v in wanted.items()} if zeros else embed([""] * len(prompts))
     for prefix, embeds in (("", wanted), ("negative_", empty)):
         found |= {f"{prefix}{'pooled_' * (k == 'pooled')}prompt_embeds": v for k, v in embeds.items()}
@@ -78,10 +78,10 @@ def draw_latents(
     size: int | None = None,  # pixels; None is the base's own
     batch_size: int = 4,
     embed: Callable[[list[str]], dict[str, torch.Tensor]] | None = None,  # as `encode_text`; None: that, with `pipe`
-) -> torch.Tensor:  # (n, channels, h, w), scaled as the UNet sees them
+) -> torch.Tensor:  # (n, channels, h, w), scaled as the denoiser sees them
     "Latents for pairs of prompt and seed; text encoders and autoencoder may be elsewhere if `embed` is given."
     size, found, bare = size or native_size(pipe), [], copy(pipe)
-    for name in text_parts(pipe):  # the pipeline works where its UNet is
+    for name in text_parts(pipe):  # the pipeline works where its denoiser is
         setattr(bare, name, None)
     for start in range(0, len(prompts), batch_size):
         sign_of_life()
@@ -89,7 +89,9 @@ def draw_latents(
         asked = prompt_arguments(pipe, prompts[part], guidance_scale, embed or (lambda some: encode_text(pipe, some)))
         generators = [torch.Generator().manual_seed(s) for s in seeds[part]]
         how = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "generator": generators}
-        found.append(bare(height=size, width=size, output_type="latent", **asked, **how).images)
+        found.append(
+            workings(pipe).drawn(pipe, bare(height=size, width=size, output_type="latent", **asked, **how).images, size)
+        )
     return torch.cat(found)
 
 # %% ../../nbs/2_models/06_drawing.ipynb #83081a18

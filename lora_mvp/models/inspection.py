@@ -28,7 +28,7 @@ def _layers(layers: list[Layer]) -> dict[str, dict[str, int]]:  # part -> group 
     return found
 
 # %% ../../nbs/2_models/08_inspection.ipynb #600dcbc5
-_TITLES = {"flux": "FLUX.1", "sd3": "Stable Diffusion 3", "transformer": "a diffusion transformer"}
+_TITLES = {"transformer": "a diffusion transformer"}
 _CLAIMED = {"sd_1.5": "sd1", "sd_v1": "sd1", "sdxl": "sdxl", "flux1": "flux", "flux-1": "flux", "sd3": "sd3"}
 
 
@@ -261,10 +261,13 @@ def _question(contents: Contents, family: str | None) -> Question:
         style=style,
         family=family,
         dora=_dora(contents),
+        alpha_tensors="alpha" in kinds,
+        strength_in_settings="alpha" not in kinds
+        and any(strength_of(contents, layer) != 1 for layer in contents.layers),
         alphas=len({alpha_of(contents, layer) for layer in _products(contents) if not _bad_alpha(contents, layer)}),
         text_attention_cut=bool(attention) and not any(name.endswith("out_proj") for name in attention),
         embeddings=any(map(is_embedding, contents.beside)),
-        strange=family not in _TITLES and bool(_strange(contents)) or unheard,
+        strange=family not in ("flux", "sd3", "transformer") and bool(_strange(contents)) or unheard,
         diffusers_refuses=_refused(contents, family, style == "kohya"),
         broken=broken_layers(contents),
     )

@@ -81,11 +81,12 @@ def original_name(unet: torch.nn.Module, name: str) -> str:
 
 # %% ../../nbs/2_models/03_keys.ipynb #ea12781e
 def kohya_name(pipe: Pipeline, layer: str) -> str:
-    "A layer's name in kohya's files, from `unet.<module>` or `text_encoder.<module>`."
+    "A layer's name in files for other programs, from `unet.<module>` or `text_encoder.<module>`."
     part, _, module = public_name(layer).partition(".")
-    if part == "unet" and family_of(pipe).sgm_names:
+    if part == "unet" and family_of(pipe).names == "sgm":
         module = original_name(pipe.unet, module)
-    return f"{family_of(pipe).prefixes[part]}_{module.replace('.', '_')}"
+    prefix = family_of(pipe).prefixes.get(part)
+    return f"{prefix}_{module.replace('.', '_')}" if prefix else f"{part}.{module}"
 
 # %% ../../nbs/2_models/03_keys.ipynb #5912f8da
 def is_block(module: str) -> bool:

@@ -26,13 +26,15 @@ def kohya_alpha(layer: LoraLayer) -> float:
 
 # %% ../../nbs/2_models/09_kohya.ipynb #c6daf92e
 def kohya_state(pipe: Pipeline) -> dict[str, torch.Tensor]:
-    "The adapter's tensors under kohya's names, with an alpha in each layer that gives the strength it was trained at."
+    "The adapter's tensors as other programs read them at the strength it was trained at: kohya's names and an alpha, or diffusers' names and the strength in the matrices."
     state = {}
     for name, layer in adapter_layers(pipe).items():
-        key = kohya_name(pipe, name)
-        state[f"{key}.alpha"] = torch.tensor(kohya_alpha(layer))
-        state[f"{key}.lora_down.weight"] = layer.lora_A[ADAPTER].weight
-        state[f"{key}.lora_up.weight"] = layer.lora_B[ADAPTER].weight
+        key, down, up = kohya_name(pipe, name), layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        if family_of(pipe).prefixes:
+            state |= {f"{key}.alpha": torch.tensor(kohya_alpha(layer))}
+            state |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        else:
+            state |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": layer.scaling[ADAPTER] * up}
         if ADAPTER in layer.lora_magnitude_vector:
             ones = [1] * (layer.get_base_layer().weight.ndim - 1)
             state[f"{key}.dora_scale"] = layer.lora_magnitude_vector[ADAPTER].weight.reshape(-1, *ones)
@@ -70,17 +72,17 @@ _SGM = "https://github.com/Stability-AI/generative-models"
 
 def _base_header(pipe: Pipeline, size: int) -> dict[str, str]:
     "What the header says about the base; `size` in pixels."
-    family, prediction = family_of(pipe), pipe.scheduler.config.prediction_type
+    family, prediction = family_of(pipe), pipe.scheduler.config.get("prediction_type", "flow")
+    predicts = {"epsilon": "epsilon", "v_prediction": "v"}.get(prediction)
     return {
         "ss_base_model_version": family.base_version[prediction],
         "ss_v2": str(family.v2),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{family.architecture[prediction]}/lora",
-        "modelspec.implementation": _SGM if family.sgm_names else "diffusers",
+        "modelspec.implementation": _SGM if family.names == "sgm" else "diffusers",
         "modelspec.title": "LoRA",
         "modelspec.resolution": f"{size}x{size}",
-        "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}[prediction],
-    }
+    } | ({"modelspec.prediction_type": predicts} if predicts else {})
 
 # %% ../../nbs/2_models/09_kohya.ipynb #f54d2320
 def _network_header(pipe: Pipeline) -> dict[str, str]:

@@ -17,43 +17,37 @@ from .safety import check_classes, check_code, check_pickles, read_json
 from .views import plain_names
 
 # %% ../../nbs/2_models/04_layouts.ipynb #7535f839
-_CLASSES = {  # part of the pipeline that has weights -> the class it must have
-    "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
-    "text_encoder_2": "CLIPTextModelWithProjection",
-}
-_SUPPORTED = "Supported are SD 1.x, SD 2.x and SDXL base models for text to image, and `tiny`."
+_SUPPORTED = "Supported are base models for text to image: SD 1.x, SD 2.x, SDXL, SD 3.x and FLUX.1 as folders in diffusers' layout, the first three also as one file, and `tiny`."
 
 
 def check_index(
     path: Path,  # a `model_index.json`
-) -> type:  # the pipeline's class
+) -> Family:  # the first of those that share the pipeline's class
     "Refuse a pipeline that names foreign code (`base_unsafe`) or is of another kind (`base_unsupported`)."
     kind, parts = check_classes(path)
     if kind is None:
         raise LoraMvpError("base_unreadable", f"{path} could not be loaded: it names no pipeline class (_class_name).")
-    family = next((family for family in FAMILIES.values() if family.pipeline.__name__ == kind), None)
+    family = next((family for family in FAMILIES.values() if family.pipeline_name == kind), None)
     if family is None:
         raise LoraMvpError("base_unsupported", f"{path.parent} is a {kind}. {_SUPPORTED}")
-    for name in family.text_encoders + ("unet", "vae"):
+    for name, wanted in family.classes.items():
         found = parts.get(name, [None, "missing"])[1]
-        if found != _CLASSES[name]:
-            raise LoraMvpError(
-                "base_unsupported", f"{path}: the part {name} is {found}, not {_CLASSES[name]}. {_SUPPORTED}"
-            )
-    return family.pipeline
+        if found != wanted and not (found in (None, "missing") and name in family.optional):
+            raise LoraMvpError("base_unsupported", f"{path}: the part {name} is {found}, not {wanted}. {_SUPPORTED}")
+    return family
 
 # %% ../../nbs/2_models/04_layouts.ipynb #2d0b35ad
-_TASKS = {5: "a depth-to-image", 8: "an image-editing", 9: "an inpainting"}  # channels that the UNet reads -> model
+# channels that the denoiser reads -> model
+_TASKS = {5: "a depth-to-image", 8: "an image-editing", 9: "an inpainting", 128: "a depth or canny", 384: "a filling"}
 
 
-def check_task(folder: Path) -> None:
-    "Refuse models for other tasks than text to image, by the configs of UNet and autoencoder (`base_unsupported`)."
-    unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
-    channels = unet.get("in_channels", 4)
-    if channels != 4:
-        reason = f"{folder} is {_TASKS.get(channels, 'another kind of')} model: its UNet reads {channels} channels instead of 4."
+def check_task(folder: Path, family: Family) -> None:
+    "Refuse models for other tasks than text to image, by the configs of denoiser and autoencoder (`base_unsupported`)."
+    part = family.denoiser
+    network, vae = (read_json(folder / part / "config.json") for part in (part, "vae"))
+    channels = network.get("in_channels", family.inputs)
+    if channels != family.inputs:
+        reason = f"{folder} is {_TASKS.get(channels, 'another kind of')} model: its {part} reads {channels} channels instead of {family.inputs}."
         raise LoraMvpError("base_unsupported", f"{reason} {_SUPPORTED}")
     if vae.get("latents_mean"):
         raise LoraMvpError(
@@ -73,20 +67,20 @@ def check_tokenizers(folder: Path) -> None:
 # %% ../../nbs/2_models/04_layouts.ipynb #239acf71
 def check_folder(
     folder: Path,  # a pipeline in diffusers' layout
-) -> type:  # the pipeline's class
+) -> Family:  # as `check_index`
     "Look at a model folder before anything in it is loaded; raises `LoraMvpError` as `check_index` does."
-    kind = check_index(folder / "model_index.json")
+    family = check_index(folder / "model_index.json")
     check_code(folder)
-    check_pickles(folder, _CLASSES)
-    check_task(folder)
-    return kind
+    check_pickles(folder, family.classes)
+    check_task(folder, family)
+    return family
 
 # %% ../../nbs/2_models/04_layouts.ipynb #e246a8ad
-def check_whole(folder: Path) -> type:  # the pipeline's class
+def check_whole(folder: Path) -> Family:
     "As `check_folder`, and its tokenizers must be there: what is loaded needs them, what is only measured does not."
-    kind = check_folder(folder)
+    family = check_folder(folder)
     check_tokenizers(folder)
-    return kind
+    return family
 
 # %% ../../nbs/2_models/04_layouts.ipynb #2a7032b6
 _FIRST = "model.diffusion_model.input_blocks.0.0.weight"  # the UNet's first convolution
@@ -156,7 +150,7 @@ def config_folder(
         except Exception as e:  # many types for one fact: it cannot be had
             error = e
             continue
-        if all((folder / part / "config.json").is_file() for part in ("unet", "vae", *family.text_encoders)):
+        if all((folder / part / "config.json").is_file() for part in family.classes):
             return folder
     raise LoraMvpError(
         "base_unreachable",

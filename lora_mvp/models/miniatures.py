@@ -8,14 +8,16 @@ __all__ = ['random_base']
 # %% ../../nbs/2_models/12_miniatures.ipynb #f941b7de
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+import transformers
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5Tokenizer
 
 from ..config import TrainingConfig, derive_seed
 from ..files import asset, no_bars
 from .adapters import adapter_parameters, add_lora
-from .families import FAMILIES, Pipeline
+from .families import FAMILIES, Pipeline, denoiser, family_of
 
 # %% ../../nbs/2_models/12_miniatures.ipynb #2e884350
 _UNET = {
@@ -120,37 +122,103 @@ _SDXL = {
     "scheduler": {**_BETAS, "timestep_spacing": "leading", "prediction_type": "epsilon"},
 }
 
+# %% ../../nbs/2_models/12_miniatures.ipynb #89830d12
+_T5 = {
+    "vocab_size": 98,
+    "d_model": 128,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+}
+_VAE16 = {**_VAE, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, "force_upcast": True}
+_SD3 = {
+    "transformer": {
+        "sample_size": 8,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "caption_projection_dim": 32,
+        "joint_attention_dim": 128,
+        "pooled_projection_dim": 96,
+        "pos_embed_max_size": 24,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    },
+    "vae": {**_VAE16, "scaling_factor": 1.5305, "shift_factor": 0.0609},
+    "text_encoder": _SMALL,
+    "text_encoder_2": {**_LARGE, "hidden_act": "gelu"},
+    "text_encoder_3": _T5,
+    "tokenizer": {},
+    "tokenizer_2": {"pad_token": "!"},
+    "tokenizer_3": {},
+    "scheduler": {"shift": 3.0},
+}
+
+# %% ../../nbs/2_models/12_miniatures.ipynb #f68134c6
+_FLUX = {
+    "transformer": {
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 128,
+        "pooled_projection_dim": 32,
+        "axes_dims_rope": (4, 6, 6),
+        "guidance_embeds": True,
+    },
+    "vae": {**_VAE16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "text_encoder": _SMALL,
+    "text_encoder_2": _T5,
+    "tokenizer": {},
+    "tokenizer_2": {},
+    "scheduler": {"shift": 3.0, "use_dynamic_shifting": True},
+}
+
 # %% ../../nbs/2_models/12_miniatures.ipynb #7acec781
-_PARTS = {"tiny": _TINY, "sd1": _SD1, "sd2": _SD2, "sdxl": _SDXL}  # family -> part of the pipeline -> config
+# family -> part of the pipeline -> config
+_PARTS = {"tiny": _TINY, "sd1": _SD1, "sd2": _SD2, "sdxl": _SDXL, "sd3": _SD3, "flux": _FLUX}
 _SCHEDULERS = {"tiny": DDIMScheduler, "sd1": PNDMScheduler, "sd2": DDIMScheduler, "sdxl": EulerDiscreteScheduler}
+
+# %% ../../nbs/2_models/12_miniatures.ipynb #3c2a7814
+def _letters(length: int) -> T5Tokenizer:
+    "A tokenizer of T5 whose words are single characters."
+    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    vocabulary = marks + [(chr(code), -3.0) for code in range(33, 127)]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=length)
 
 # %% ../../nbs/2_models/12_miniatures.ipynb #69baabaa
 def _part(name: str, config: dict, family: str, length: int):
     "One part of a pipeline from its config; `length` in tokens is that of every prompt."
+    if name == "scheduler":
+        return _SCHEDULERS.get(family, FlowMatchEulerDiscreteScheduler)(**config)
+    kind = FAMILIES[family].classes[name.replace("tokenizer", "text_encoder")]
     if name.startswith("tokenizer"):
+        if kind == "T5EncoderModel":
+            return _letters(length)
         return CLIPTokenizer.from_pretrained(asset("tiny", "tokenizer"), model_max_length=length, **config)
     if name.startswith("text_encoder"):
-        kind = CLIPTextModelWithProjection if name.endswith("_2") else CLIPTextModel
-        return kind(CLIPTextConfig(**config))
-    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "scheduler": _SCHEDULERS[family]}
-    return kinds[name](**config)
+        return getattr(transformers, kind)(T5Config(**config) if kind == "T5EncoderModel" else CLIPTextConfig(**config))
+    return getattr(diffusers, kind)(**config)
 
 # %% ../../nbs/2_models/12_miniatures.ipynb #1eb05f08
 def random_base(
     family: str,  # a key of `FAMILIES`
     folder: str | Path,
     seed: int = 0,
-    **changes: dict,  # part of the pipeline -> what its config has instead
+    **changes: dict | None,  # part of the pipeline -> what its config has instead; None: the part is left out
 ) -> Path:  # the folder
     "Write a small pipeline with random weights: a family's real shapes with fewer channels, for tests and examples."
-    configs = {part: config | changes.get(part, {}) for part, config in _PARTS[family].items()}
+    left_out = dict.fromkeys(part for part, change in changes.items() if change is None)
+    configs = {p: config | changes.get(p, {}) for p, config in _PARTS[family].items() if p not in left_out}
     length = configs["text_encoder"]["max_position_embeddings"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "random_base", family))
         parts = {name: _part(name, config, family, length) for name, config in configs.items()}
     record = FAMILIES[family]
     with no_bars():
-        record.pipeline(**parts, **record.options).save_pretrained(folder)
+        record.pipeline(**parts, **left_out, **record.options).save_pretrained(folder)
     return Path(folder)
 
 # %% ../../nbs/2_models/12_miniatures.ipynb #f422edda
@@ -160,7 +228,8 @@ def random_lora(
     **settings,  # of `TrainingConfig`
 ) -> Pipeline:  # the same
     "Add an adapter with random values, as if it were trained, for tests and examples."
-    usual = {"lora_rank": 4, "lora_alpha": 6, "lora_targets": "attention_ff", "text_encoder_learning_rate": 1e-4}
+    words = {"text_encoder_learning_rate": 1e-4} if family_of(pipe).text_learns else {}
+    usual = {"lora_rank": 4, "lora_alpha": 6, "lora_targets": "attention_ff"} | words
     add_lora(pipe, TrainingConfig(**usual | settings))
     with torch.no_grad():
         for i, parameter in enumerate(adapter_parameters(pipe).values()):

@@ -26,10 +26,11 @@ from .contents import WEIGHTS
 from lora_mvp.models.families import (
     Pipeline,
     adaptable_parts,
+    denoise,
+    denoiser,
     encode_text,
     family_of,
-    time_ids,
-    unet_arguments,
+    size_facts,
 )
 from .headers import read_header
 from .inspection import inspect_adapter
@@ -58,7 +59,7 @@ class _Widened:
 # %% ../../nbs/2_models/10_proof.ipynb #23c0fb2c
 @contextmanager
 def exact(pipe: Pipeline):
-    "UNet and text encoders compute in float32 and evaluation mode for a while; a base's half weights are widened one layer at a time."
+    "Denoiser and text encoders compute in float32 and evaluation mode for a while; a base's half weights are widened one layer at a time."
     parts, handles, wide = list(adaptable_parts(pipe).values()), [], _Widened()
     modes, layers = [part.training for part in parts], list(adapter_layers(pipe).values())
     own = {m for layer in layers for m in layer.modules()} - {m for x in layers for m in x.get_base_layer().modules()}
@@ -80,15 +81,15 @@ def exact(pipe: Pipeline):
 # %% ../../nbs/2_models/10_proof.ipynb #52da12cd
 @torch.no_grad()
 def probe(pipe: Pipeline) -> dict[str, torch.Tensor]:
-    "Answers of text encoders and UNet to a fixed question, on the CPU."
+    "Answers of text encoders and denoiser to a fixed question, on the CPU."
     with exact(pipe):
         embeds = encode_text(pipe, ["a photo of a red apple", "a house by the sea"])
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(2, pipe.unet.config.in_channels, 16, 16, generator=generator).to(pipe.unet.device)
+        noise = torch.randn(2, family_of(pipe).latent_channels, 16, 16, generator=generator).to(denoiser(pipe).device)
         there = {name: value.to(noise.device) for name, value in embeds.items()}  # the encoders may be elsewhere
-        asked = unet_arguments(pipe, there, time_ids((128, 128), (0, 0), (128, 128)))
-        answer = pipe.unet(noise, torch.tensor([200, 800], device=noise.device), **asked).sample
-    return {name: value.float().cpu() for name, value in {"unet": answer, **embeds}.items()}
+        sizes = size_facts(pipe, (128, 128), (0, 0), (128, 128))
+        answer = denoise(pipe, noise, torch.tensor([200, 800], device=noise.device), there, sizes)
+    return {name: value.float().cpu() for name, value in {family_of(pipe).denoiser: answer, **embeds}.items()}
 
 # %% ../../nbs/2_models/10_proof.ipynb #fd03876b
 def differences(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -64,6 +64,10 @@ class Question:
     family: str | None = "sd1"  # of the base; None where it is not known
     dora: str = ""  # rows, columns, or nothing
     alphas: int = 1  # different ones
+    alpha_tensors: bool = False  # alphas stand beside the matrices
+    strength_in_settings: bool = (
+        False  # a strength that is not 1 stands in the header's settings only, which diffusers alone reads
+    )
     text_attention_cut: bool = False  # kohya's names, and a text encoder's attention without out_proj
     embeddings: bool = False  # textual inversions beside the layers
     strange: bool = False  # layers that the family does not have, or tensors that no table knows
@@ -79,8 +83,11 @@ def _least(*answers: str) -> str:
 def _by_form(q: Question) -> list[str]:
     "The answers that follow from algorithm, names and family, each of which can spoil it."
     if q.family in ("flux", "sd3", "transformer"):
-        plain = q.algorithms == ["LoRA"] and not q.dora
-        return [_TRANSFORMERS.get((q.family, q.style), "????") if plain else "????"]
+        if q.dora or q.algorithms != ["LoRA"]:
+            return ["n???" if q.dora else "????"]
+        apart = "ynnn" if q.strength_in_settings else "yyyy"
+        refused = "nyyy" if q.alpha_tensors and (q.family, q.style) == ("sd3", "diffusers") else "yyyy"
+        return [_TRANSFORMERS.get((q.family, q.style), "????"), apart, refused]
     if q.algorithms == ["LoRA"]:
         found = ["????" if q.strange else _STYLES.get(q.style, "????")]
     elif q.style == "kohya":

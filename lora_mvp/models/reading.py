@@ -297,7 +297,7 @@ def _is_ours(contents: Contents) -> bool:
     return (
         styles == {"diffusers"}
         and plain
-        and "unet" in parts
+        and parts & {"unet", "transformer"}
         and set(contents.settings) >= parts
         and not contents.wrong
         and not untrue_settings(contents)

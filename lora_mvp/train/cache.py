@@ -88,11 +88,18 @@ class OnDisk(Mapping):
 
 Encoded = Mapping[str, torch.Tensor]  # in memory, or on the disk
 
-# %% ../../nbs/3_train/02_cache.ipynb #ea4f7e67
+# %% ../../nbs/3_train/02_cache.ipynb #17232695
 log = logging.getLogger("lora_mvp")
 CACHE_FORMAT = 2  # raise it when this chapter encodes in another way: entries of before are then not found
 
 
+def entry_key(
+    facts: dict,  # ready for JSON: all that the tensors follow from
+) -> str:
+    "The name of an entry."
+    return hashlib.sha256(json.dumps({"format": CACHE_FORMAT, **facts}, sort_keys=True).encode()).hexdigest()
+
+# %% ../../nbs/3_train/02_cache.ipynb #ea4f7e67
 class TensorCache:
     "A folder of safetensors files, each named by what its content follows from."
 
@@ -114,46 +121,26 @@ class TensorCache:
         found = self.find(facts)
         return self.keep(facts, make(*args)) if found is None else found
 
-    def find(
-        self,
-        facts: dict,
-    ) -> Encoded | None:
+    def find(self, facts: dict) -> Encoded | None:
         "The tensors for these facts, if they are in the folder and whole."
         sign_of_life()
-        key = self.key(facts)
+        key = entry_key(facts)
         if not self.is_whole(key):
             return None
         self.found += 1
         return OnDisk(self.path(key))
 
-    def keep(
-        self,
-        facts: dict,
-        tensors: dict[str, torch.Tensor],  # on the CPU
-    ) -> Encoded:
+    def keep(self, facts: dict, tensors: dict[str, torch.Tensor]) -> Encoded:  # on the CPU
         "What was computed, from now on in the folder."
-        key, tensors = self.key(facts), {name: tensor.contiguous() for name, tensor in tensors.items()}
+        key, tensors = entry_key(facts), {name: tensor.contiguous() for name, tensor in tensors.items()}
         self.made += 1
         return OnDisk(self.path(key)) if self.write(key, tensors) else tensors
 
-    def key(
-        self,
-        facts: dict,
-    ) -> str:
-        "The name of an entry."
-        return hashlib.sha256(json.dumps({"format": CACHE_FORMAT, **facts}, sort_keys=True).encode()).hexdigest()
-
-    def path(
-        self,
-        key: str,
-    ) -> Path:
+    def path(self, key: str) -> Path:
         "The file of an entry."
         return self.folder / f"{key}.safetensors"
 
-    def is_whole(
-        self,
-        key: str,
-    ) -> bool:
+    def is_whole(self, key: str) -> bool:
         "Whether there is an entry that can be used."
         if self.folder is None:
             return False
@@ -166,11 +153,7 @@ class TensorCache:
             log.warning("the cache entry %s is damaged (%s): it is made again.", self.path(key), e)
             return False
 
-    def write(
-        self,
-        key: str,
-        tensors: dict[str, torch.Tensor],  # on the CPU, contiguous
-    ) -> bool:  # whether it is kept
+    def write(self, key: str, tensors: dict[str, torch.Tensor]) -> bool:  # whether it is kept
         "Keep an entry; warns once when that is not possible."
         if self.folder is None or not self.writable:
             return False

@@ -22,21 +22,6 @@ from ..config import MOVED, TrainingConfig
 from ..errors import LoraMvpError
 from ..files import sync
 
-# %% ../../nbs/3_train/07_checkpoints.ipynb #85827002
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    "The optimiser's state as flat tensors, `<parameter>.<name>`."
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{k}": v.detach().cpu().contiguous() for i, s in state.items() for k, v in s.items()}
-
-# %% ../../nbs/3_train/07_checkpoints.ipynb #29f05c5c
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    "Put back what `optimizer_tensors` took."
-    state: dict = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
 # %% ../../nbs/3_train/07_checkpoints.ipynb #99756415
 def _digest(path: Path) -> dict:
     "Size and hash of a file, as the manifest keeps them."

@@ -11,10 +11,9 @@ import time
 from functools import partial
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 
 from ..errors import LoraMvpError
+from ..models.families import Pipeline, denoiser, family_of
 from .network import Asked, Network, answer_losses
 
 # %% ../../nbs/3_train/10a_compiled.ipynb #9744e4d3
@@ -27,13 +26,13 @@ SHAPES = 1024  # graphs at most, of all blocks and shapes together; torch would 
 
 
 def compile_blocks(
-    unet: torch.nn.Module,
+    pipe: Pipeline,
     backend="inductor",  # of torch.compile
 ) -> int:  # how many
-    "Let attention and residual blocks be compiled when they are first used to learn."
+    "Let the denoiser's blocks be compiled when they are first used to learn."
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = SHAPES
     torch._inductor.config.fallback_random = True  # dropout draws the numbers that it draws without
-    blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock | ResnetBlock2D)]
+    blocks = [m for m in denoiser(pipe).modules() if type(m).__name__ in family_of(pipe).blocks]
     for block in blocks:
         if "forward" not in vars(block):
             compiled = torch.compile(block.forward, dynamic=False, backend=backend)
@@ -79,7 +78,7 @@ def compare_compiled(network: Network, params: list[torch.nn.Parameter], questio
     with torch.compiler.set_stance("force_eager"):
         plain = gradients(network, params, question)
     try:
-        compile_blocks(network.pipe.unet, backend)
+        compile_blocks(network.pipe, backend)
         return farthest(plain, gradients(network, params, question))
     except torch.OutOfMemoryError:
         raise

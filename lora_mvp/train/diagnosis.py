@@ -30,15 +30,15 @@ from ..data.tables import trigger_note
 from ..files import NAME_BYTES
 from ..models.adapters import adapter_layers, add_lora
 from ..models.base import find_base, read_vae, usual_device
-from ..models.families import family_of, granularity, native_size, text_parts
+from ..models.families import family_of, granularity, native_size, networks
 from ..models.headers import broken_numbers, oddities, read_header
 from ..models.inspection import inspect_adapter, title_of
 from ..models.keys import beside_blocks
 from ..models.layouts import check_file, check_tokenizers, config_folder
 from ..models.views import tidy
+from .flow import objective_of
 from .foresight import amount, disk_need
 from .memory import MemoryEstimate, advice, largest, skeleton, waiting_text
-from .objectives import noise_schedule
 from .pictures import photo_warning, picture_variants, regularization_sources, sources
 from .runs import RunFolder
 from ..words import count, first_few
@@ -202,7 +202,7 @@ def vae_findings(training: TrainingConfig, pipe) -> Iterator[Finding]:
 def weight_findings(folder: Path, pipe) -> Iterator[Finding]:
     "Whether the weights of every part are there, in full."
     size, wrong = 0, []
-    for name, part in {"unet": pipe.unet, "vae": pipe.vae, **text_parts(pipe)}.items():
+    for name, part in networks(pipe).items():
         files, wanted = weight_files(folder / name), sum(p.numel() for p in part.parameters())
         try:
             held = sum(map(numbers_in, files))
@@ -243,7 +243,7 @@ def base_findings(training: TrainingConfig) -> Iterator[Finding]:
     with tidy(folder) as seen:
         pipe = skeleton(seen, training)
         weights = [] if file else list(weight_findings(seen, pipe))
-    native, predicts = native_size(pipe), pipe.scheduler.config.get("prediction_type", "epsilon")
+    native, predicts = native_size(pipe), pipe.scheduler.config.get("prediction_type", "the way from picture to noise")
     text = f"{source}: {family_of(pipe).title}, predicts {predicts}, made for {native} pixels."
     yield Finding("ok", topic, text)
     if file:
@@ -253,7 +253,7 @@ def base_findings(training: TrainingConfig) -> Iterator[Finding]:
     yield from weights
     yield from start_findings(training)
     yield from vae_findings(training, pipe)
-    for check, part in ((noise_schedule, pipe.scheduler), (add_lora, pipe)):
+    for check, part in ((objective_of, pipe.scheduler), (add_lora, pipe)):
         try:
             check(part, training)
         except LoraMvpError as error:
@@ -415,7 +415,7 @@ def memory_findings(estimate: MemoryEstimate, t: TrainingConfig, memory: float |
 # %% ../../nbs/3_train/15_diagnosis.ipynb #9d864d70
 def target_findings(estimate: MemoryEstimate, t: TrainingConfig) -> Iterator[Finding]:
     "Whether all programs will read the layers that get an adapter."
-    names = [name.removeprefix("unet.") for name in adapter_layers(estimate.pipe(t)[0])]
+    names = [name.partition(".")[2] for name in adapter_layers(estimate.pipe(t)[0])]
     if beside := [name for name in names if beside_blocks(name)]:
         text = (
             f"training.lora_targets: {count(len(beside), 'layer')} outside the UNet's blocks ({first_few(beside, 3)})"
@@ -471,7 +471,7 @@ def doctor(
     device: str | None = None,  # cpu, cuda or mps; None: the GPU where there is one
     memory: float | None = None,  # bytes of the device; None: what is free
 ) -> list[Finding]:
-    "Look at everything that can be known before a run begins; no weights of the base are read and nothing is written."
+    "Look at everything that can be known before a run begins; the base is not loaded and nothing is written."
     device = device or usual_device()
     findings, t, memory_of = [], config.training, "cpu" if device == "mps" else device
 

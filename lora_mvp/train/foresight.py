@@ -15,6 +15,7 @@ from ..errors import LoraMvpError
 from ..models.base import stored_dtype
 from ..models.families import Pipeline, family_of, networks
 from ..models.views import tidy
+from .optimizers import state_bytes
 from .runs import RunFolder
 
 # %% ../../nbs/3_train/12b_foresight.ipynb #2c3270e9
@@ -41,7 +42,7 @@ def fused_bytes(
     "Bytes of the base in the precision that it is kept in, which is that of the fused pipeline; where there are none that can be read, in float32."
     try:
         with tidy(folder) as seen:
-            kept = stored_dtype(seen / "unet").itemsize
+            kept = stored_dtype(seen / family_of(pipe).denoiser).itemsize
     except LoraMvpError:  # a damaged file, of which others tell
         kept = 4
     vae = family_of(pipe).vae_dtype
@@ -66,12 +67,13 @@ def disk_need(
     prompts: int,  # pictures at each mark
 ) -> DiskNeed:
     "What a whole run takes on the disk."
-    adapter = sum(p.numel() * 4 for part in adapters.values() for p in part)
+    learning = [p for part in adapters.values() for p in part]
+    adapter, state = sum(p.numel() * 4 for p in learning), state_bytes(t, learning)
     saves = -(-t.max_train_steps // t.checkpointing_steps)
     kept = min(t.max_checkpoints, saves) + 2
     every = t.checkpointing_steps if t.sample_every is None else t.sample_every
     pictures = 2 * 3 * t.resolution**2 * prompts * (1 + -(-t.max_train_steps // every)) if every else 0
-    return DiskNeed(3 * adapter * kept, 3 * adapter, full_bytes(pipe) if t.save_pipeline else 0, pictures)
+    return DiskNeed((adapter + state) * kept, 3 * adapter, full_bytes(pipe) if t.save_pipeline else 0, pictures)
 
 # %% ../../nbs/3_train/12b_foresight.ipynb #701efe35
 def held_bytes(paths: list[Path]) -> int:

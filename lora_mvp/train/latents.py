@@ -23,7 +23,7 @@ from ..data.storage import crop_box, crop_to
 from ..errors import LoraMvpError
 from ..models.base import weights_hash
 from ..models.drawing import VAE_PIXELS, together
-from ..models.families import family_of, granularity, time_ids
+from ..models.families import granularity, latent_scale, size_facts
 from .cache import Encoded, TensorCache, plain_config
 from .known import KnownFiles
 from .pictures import Source, check_bytes, checked_bytes, decode_picture, is_random, picture_variants
@@ -35,7 +35,7 @@ class Batch:
     "What one forward pass learns from."
 
     ids: list[str]
-    latents: torch.Tensor  # (batch, channels, height, width), scaled for the UNet
+    latents: torch.Tensor  # (batch, channels, height, width), scaled for the denoiser
     captions: list[str]  # after dropout and shuffling
     time_ids: torch.Tensor | None  # (batch, 6) for SDXL
     masks: torch.Tensor | None = None  # (batch, 1, height, width), how much each place counts
@@ -48,7 +48,8 @@ class LatentSet:
     ids: list[str]
     captions: list[str]
     entries: list[Encoded]  # per picture, of `encode_one`
-    scale: float = 1.0  # from the autoencoder's numbers to the UNet's
+    shift: float = 0.0  # from the autoencoder's numbers to the denoiser's: (numbers - shift) x scale
+    scale: float = 1.0
     time_ids: list[torch.Tensor] | None = None  # per picture (6,), for SDXL
     others: list[tuple[str, ...]] | None = None  # per picture, more captions
     least: float | None = None  # what counts outside a mask; None: no picture has one
@@ -62,8 +63,8 @@ class LatentSet:
         return len(self.ids)
 
     def mean(self, i: int, which: int | slice = slice(None)) -> torch.Tensor:  # (variants, channels, height, width)
-        "The mean latent of a picture in some of its variants, or in one, float32, scaled for the UNet."
-        return self.entries[i]["mean"][which].float() * self.scale
+        "The mean latent of a picture in some of its variants, or in one, float32, scaled for the denoiser."
+        return (self.entries[i]["mean"][which].float() - self.shift) * self.scale
 
     def std(self, i: int, which: int | slice = slice(None)) -> torch.Tensor:  # like `mean`
         "The standard deviation."
@@ -178,14 +179,15 @@ def image_facts(
     return facts | masked | {"augmentations": augmentations, "seed": seed}
 
 # %% ../../nbs/3_train/04_latents.ipynb #2358f102
-def picture_time_ids(
+def picture_sizes(
+    pipe: DiffusionPipeline,
     size: tuple[int, int],  # height, width of the picture, pixels
     target: tuple[int, int],  # height, width of what the model sees
-) -> torch.Tensor:  # (6,)
-    "SDXL's time ids of a centred crop."
+) -> torch.Tensor | None:  # (6,); None: the base is told nothing
+    "What a base is told of a centred crop."
     left, top, right, bottom = crop_box(size[::-1], target[1], target[0])
     crop = round(top * target[0] / (bottom - top)), round(left * target[1] / (right - left))
-    return time_ids(size, crop, target)
+    return size_facts(pipe, size, crop, target)
 
 # %% ../../nbs/3_train/04_latents.ipynb #ec84558e
 log = logging.getLogger("lora_mvp")
@@ -238,9 +240,8 @@ def encode_images(
     if training.aspect_buckets:
         warn_of_squares(sizes)
     frames = [frame_of(w, h, training, granularity(pipe)) for h, w in sizes]
-    times = (
-        [picture_time_ids(s, f) for s, f in zip(sizes, frames, strict=True)] if family_of(pipe).needs_time_ids else None
-    )
+    told = [picture_sizes(pipe, s, f) for s, f in zip(sizes, frames, strict=True)]
+    times = None if None in told[:1] else told
     least = training.masked_loss if any("mask" in e for e in entries) else None
     ids, captions, others = [s.id for s in sources], [s.caption for s in sources], [s.others for s in sources]
-    return LatentSet(ids, captions, entries, pipe.vae.config.scaling_factor, times, others, least)
+    return LatentSet(ids, captions, entries, *latent_scale(pipe), times, others, least)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ..config import AppConfig
+from ..config import AppConfig, TrainingConfig
 from ..data.manifest import Manifest, read_manifest
 from ..data.steps import refuse_large_batch
 from ..errors import LoraMvpError
@@ -52,7 +52,7 @@ from lora_mvp.train.runs import (
     set_aside,
     wait_for_record,
 )
-from .streams import load_data
+from .streams import TrainingData, load_data
 from .updates import Updates, not_finite
 
 # %% ../../nbs/3_train/13_loop.ipynb #9352df11
@@ -146,7 +146,74 @@ def step_numbers(
     loss, asked, norm = torch.cat([total, norm.view(1)]).tolist()
     return loss, norm, asked > 0
 
-# %% ../../nbs/3_train/13_loop.ipynb #bda06b92
+# %% ../../nbs/3_train/13_loop.ipynb #01ecb8cb
+class Learner:
+    "The gradients of a step: this process's part of its window."
+
+    def __init__(self, network: Network, data: TrainingData, training: TrainingConfig):
+        self.network, self.data, self.training, self.accelerator = network, data, training, network.accelerator
+        self.ahead: dict[tuple[int, int, int], Asked] = {}  # the next question, by its place
+
+    @property
+    def window(self) -> int:
+        "Micro-batches of a step, over all processes."
+        return self.training.gradient_accumulation * self.accelerator.num_processes
+
+    def places(self, step: int) -> list[tuple[int, int, int]]:  # stream, step, micro-batch
+        "What this process does of a step, in order."
+        own = range(self.accelerator.process_index, self.window, self.accelerator.num_processes)
+        return [(number, step, micro) for number in range(len(self.data.streams)) for micro in own]
+
+    def question(self, number: int, step: int, micro: int) -> Asked:
+        "What is asked about a stream's batch, the micro-batch `micro` of a step."
+        stream = self.data.streams[number]
+        indices = stream.plan.batch(step * self.window + micro)
+        batch = stream.images.draw(indices, stream.seed, step, micro, self.training)
+        return pose(self.network, batch, stream.seed, step, micro)
+
+    def learn(self, step: int) -> tuple[torch.Tensor, list[tuple[Asked, torch.Tensor]]]:
+        "Backward passes over a step; the loss, and each batch with its losses."
+        first, answered = step * self.window, []
+        total = torch.zeros((), device=self.network.device)
+        batches = [[s.plan.batch(first + micro) for micro in range(self.window)] for s in self.data.streams]
+        self.network.set_mode(True)
+        for place, following in pairwise([*self.places(step), self.places(step + 1)[0]]):
+            stream, images = self.data.streams[place[0]], sum(map(len, batches[place[0]]))
+            question = self.ahead.pop(place, None) or self.question(*place)
+            losses = answer_losses(self.network, question)
+            loss = stream.weight * losses.sum() / images
+            self.accelerator.backward(loss)
+            total += loss.detach()
+            answered.append((question, losses.detach()))
+            self.ahead = {following: self.question(*following)}
+        return total, answered
+
+# %% ../../nbs/3_train/13_loop.ipynb #47145625
+def refuse_loss(
+    loss: float,  # over all processes
+    answered: list[tuple[Asked, torch.Tensor]],  # of `Learner.learn`
+    step: int,  # that was taken last
+    root: Path,  # of the run
+) -> None:
+    "Raise `LoraMvpError` (`loss_not_finite`) for NaN or infinity, with the images that gave it."
+    if isfinite(loss):
+        return
+    bad = [(question, losses) for question, losses in answered if not losses.isfinite().all()]
+    images = "in another process"
+    for question, losses in bad[:1]:
+        loss, times = losses.sum().item(), question.timesteps.tolist()
+        images = f"images {', '.join(question.ids)}; timesteps {times}"
+    what = f"the loss became {loss} at step {step + 1} ({images})"
+    raise not_finite("loss_not_finite", what, root, step > 0)
+
+# %% ../../nbs/3_train/13_loop.ipynb #6196c684
+def best_checkpoint(root: Path, state: RunState) -> int | None:  # step
+    "The step with the smallest validation loss of those that have a checkpoint, or are about to get one."
+    steps = {state.step, *(step_of(path) for path in checkpoints(root))}
+    losses = state.losses.get("val", {})
+    return best_step({"val": {step: values for step, values in losses.items() if step in steps}})
+
+# %% ../../nbs/3_train/13_loop.ipynb #a23ed485
 log = logging.getLogger("lora_mvp")
 
 # %% ../../nbs/3_train/13_loop.ipynb #1b497358
@@ -169,11 +236,11 @@ class Trainer:
         self.network.known.save()
         self.network.park(self.data.texts)
         self.marks = marks_of(self.network, self.data, config, manifest)
+        self.learner = Learner(self.network, self.data, config.training)
         self.updates, self.state = Updates(self.network), RunState()
         self.claim: Claim | None = None  # on the folder, where there is one
         self.again = "--resume"  # how the command goes on
         self.saved, self.whole = 0, True  # the step of the newest checkpoint; whether no step is half done
-        self.ahead: dict[tuple[int, int, int], Asked] = {}  # the next one, by its place
         self.stop, self.asked = Stop(), False  # to stop: this process; as the last step knew it, any
         processes, regularization = self.accelerator.num_processes, self.data.regularization
         self.identity = identity | base_identity(self.network.base_hash, regularization, processes)
@@ -182,65 +249,19 @@ class Trainer:
 
     def compile(self) -> float:
         "Compile the denoiser's blocks for the next batch; how far their gradients are from those of the plain ones."
-        return compile_checked(self.network, self.updates.params, self.question(0, self.state.step, 0))
-
-    @property
-    def window(self) -> int:
-        "Micro-batches of a step, over all processes."
-        return self.config.training.gradient_accumulation * self.accelerator.num_processes
-
-    def places(self, step: int) -> list[tuple[int, int, int]]:  # stream, step, micro-batch
-        "What this process does of a step, in order."
-        own = range(self.accelerator.process_index, self.window, self.accelerator.num_processes)
-        return [(number, step, micro) for number in range(len(self.data.streams)) for micro in own]
-
-    def question(self, number: int, step: int, micro: int) -> Asked:
-        "What is asked about a stream's batch, the micro-batch `micro` of a step."
-        stream = self.data.streams[number]
-        indices = stream.plan.batch(step * self.window + micro)
-        batch = stream.images.draw(indices, stream.seed, step, micro, self.config.training)
-        return pose(self.network, batch, stream.seed, step, micro)
-
-    def learn(self) -> tuple[torch.Tensor, list[tuple[Asked, torch.Tensor]]]:  # the loss; each batch and its losses
-        "The gradients of a step, each batch prepared while the device is at work on the one before."
-        step, first, answered = self.state.step, self.state.step * self.window, []
-        total = torch.zeros((), device=self.network.device)
-        batches = [[s.plan.batch(first + micro) for micro in range(self.window)] for s in self.data.streams]
-        self.network.set_mode(True)
-        for place, following in pairwise([*self.places(step), self.places(step + 1)[0]]):
-            stream, images = self.data.streams[place[0]], sum(map(len, batches[place[0]]))
-            question = self.ahead.pop(place, None) or self.question(*place)
-            losses = answer_losses(self.network, question)
-            loss = stream.weight * losses.sum() / images
-            self.accelerator.backward(loss)
-            total += loss.detach()
-            answered.append((question, losses.detach()))
-            self.ahead = {following: self.question(*following)}
-        return total, answered
-
-    def refuse_loss(self, loss: float, answered: list[tuple[Asked, torch.Tensor]]) -> None:
-        "Raise `LoraMvpError` (`loss_not_finite`) for NaN or infinity, with the images that gave it."
-        if isfinite(loss):
-            return
-        bad = [(question, losses) for question, losses in answered if not losses.isfinite().all()]
-        images = "in another process"
-        for question, losses in bad[:1]:
-            loss, times = losses.sum().item(), question.timesteps.tolist()
-            images = f"images {', '.join(question.ids)}; timesteps {times}"
-        what = f"the loss became {loss} at step {self.state.step + 1} ({images})"
-        raise not_finite("loss_not_finite", what, self.folder.root, self.state.step > 0)
+        return compile_checked(self.network, self.updates.params, self.learner.question(0, self.state.step, 0))
 
     def step(self) -> StepReport:
         "One optimizer step."
-        total, answered = self.learn()
+        total, answered = self.learner.learn(self.state.step)
         norm = self.updates.limit_gradients()
         loss, norm, self.asked = step_numbers(self.accelerator, total, norm, self.stop)
-        self.refuse_loss(loss, answered)
+        refuse_loss(loss, answered, self.state.step, self.folder.root)
         self.updates.accept(norm, self.state.step, self.folder.root)
         self.whole = False
         rate = self.updates.step()
         self.state.step += 1
-        epoch = self.state.step * self.window / self.data.streams[0].plan.batches_per_epoch
+        epoch = self.state.step * self.learner.window / self.data.streams[0].plan.batches_per_epoch
         report = StepReport(self.state.step, round(epoch, 4), loss, rate, norm)
         self.state.history.append(report)
         self.whole = True
@@ -275,16 +296,11 @@ class Trainer:
         if self.claim:
             self.claim.check()
         state = self.updates.state() | self.state.for_checkpoint()
-        keep, best = self.config.training.max_checkpoints if prune else 10**9, self.best_saved()
+        keep = self.config.training.max_checkpoints if prune else 10**9
+        best = best_checkpoint(self.folder.root, self.state)
         tensors = self.updates.tensors()
         save_checkpoint(self.folder.root, self.state.step, tensors, state, self.identity, keep, best)
         self.saved = self.state.step
-
-    def best_saved(self) -> int | None:
-        "The step with the smallest validation loss of those that have a checkpoint, or are about to get one."
-        steps = {self.state.step, *(step_of(path) for path in checkpoints(self.folder.root))}
-        losses = self.state.losses.get("val", {})
-        return best_step({"val": {step: values for step, values in losses.items() if step in steps}})
 
     def rescue(self) -> None:
         "Save the last whole step, unless it is saved or its numbers are spoilt."
@@ -302,9 +318,7 @@ class Trainer:
         except BaseException:
             try:
                 self.rescue()
-            except (
-                Exception
-            ) as trouble:  # a full disk, a device that answers no more: what ended the run, or its fellow
+            except Exception as trouble:  # a full disk, a lost device: what ended the run, or its fellow
                 log.warning("step %d could not be saved: %s", self.state.step, trouble)
             raise
 

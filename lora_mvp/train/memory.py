@@ -17,20 +17,31 @@ from types import SimpleNamespace
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.checkpoint import checkpoint
 
 from ..config import LoraMvpError, TrainingConfig
 from ..models.adapters import add_lora
 from ..models.base import DTYPES, with_precision
 from ..models.drawing import UNET_PIXELS, VAE_PIXELS, together
-from ..models.families import FAMILIES, encode_text, family_of, granularity, networks, text_parts, unet_arguments
+from lora_mvp.models.families import (
+    denoise,
+    denoiser,
+    encode_text,
+    family_of,
+    granularity,
+    networks,
+    size_facts,
+    text_parts,
+    workings,
+)
 from ..models.kernels import lean
+from ..models.kinds import Family
 from ..models.layouts import check_folder
 from ..models.proof import exact
 from .counting import LiveBytes, OnDevice
 from .foresight import amount, fused_bytes
 from .objectives import image_losses
+from .optimizers import state_bytes
 
 # %% ../../nbs/3_train/14_memory.ipynb #c0d78a8c
 class _Tokenizer:
@@ -39,23 +50,39 @@ class _Tokenizer:
     def __init__(self, length: int):
         self.model_max_length = length
 
-    def __call__(self, prompts: list[str], **_) -> SimpleNamespace:
-        shape = len(prompts), self.model_max_length
+    def __call__(self, prompts: list[str], padding: str, max_length: int = 1, **_) -> SimpleNamespace:
+        shape = len(prompts), max_length  # 1: diffusers looks whether something was cut off
         return SimpleNamespace(input_ids=torch.zeros(shape, dtype=torch.long, device="meta"))
 
+    def tokenize(self, prompt: str) -> list[str]:
+        "No word that stands for several."
+        return []
+
+# %% ../../nbs/3_train/14_memory.ipynb #f4e3e654
+def _longest(tokenizer: Path, config: transformers.PretrainedConfig) -> int:
+    "How many tokens an encoder reads: CLIP's config says it, for T5 the tokenizer, 512 where that is not there."
+    if hasattr(config, "max_position_embeddings"):
+        return config.max_position_embeddings
+    file = tokenizer / "tokenizer_config.json"
+    return json.loads(file.read_text()).get("model_max_length", 512) if file.is_file() else 512
+
 # %% ../../nbs/3_train/14_memory.ipynb #f56b1378
-def _configured_parts(folder: Path) -> dict:
+def _configured_parts(folder: Path, family: Family) -> dict:
     "Every part of a pipeline, made from its config."
     index = json.loads((folder / "model_index.json").read_text())
     read = {"scheduler": getattr(diffusers, index["scheduler"][1]).from_pretrained(folder, subfolder="scheduler")}
     with torch.device("meta"):
-        for name, part in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
-            read[name] = part.from_config(part.load_config(folder, subfolder=name))
-        for name in ("text_encoder", "text_encoder_2"):
-            if index.get(name, [None])[0]:
-                config = transformers.CLIPTextConfig.from_pretrained(folder, subfolder=name)
-                read[name] = getattr(transformers, index[name][1])(config)
-                read[name.replace("text_encoder", "tokenizer")] = _Tokenizer(config.max_position_embeddings)
+        for name, kind in family.classes.items():
+            words = name.replace("text_encoder", "tokenizer")
+            if not index.get(name, [None])[0]:
+                read |= {name: None, words: None}
+            elif name not in family.text_encoders:
+                part = getattr(diffusers, kind)
+                read[name] = part.from_config(part.load_config(folder, subfolder=name))
+            else:
+                part = getattr(transformers, kind)
+                config = part.config_class.from_pretrained(folder, subfolder=name)
+                read |= {name: part(config), words: _Tokenizer(_longest(folder / words, config))}
     return read
 
 # %% ../../nbs/3_train/14_memory.ipynb #881a6eb1
@@ -69,16 +96,15 @@ def skeleton(
     training: TrainingConfig,
 ):
     "The pipeline as `load_base` gives it, on the meta device; `LoraMvpError` where its configs make none."
-    kind = check_folder(folder)
-    options = next(family.options for family in FAMILIES.values() if family.pipeline is kind)
+    family = check_folder(folder)
     try:
-        parts = _configured_parts(folder)
+        parts = _configured_parts(folder, family)
     except Exception as error:  # what a wrong config makes of a constructor can be of any type
         reason = str(error).strip().split("\n")[0]
         raise LoraMvpError(
             "base_unreadable", f"the configs in {folder} make no model: {reason}. Get the base again."
         ) from error
-    pipe, dtype = kind(**parts, **options), _dtype(training)
+    pipe, dtype = family.pipeline(**parts, **family.options), _dtype(training)
     for part in networks(pipe).values():
         torch.nn.Module.to(part, family_of(pipe).vae_dtype or dtype if part is pipe.vae else dtype)
         part.requires_grad_(False).eval()
@@ -96,17 +122,17 @@ def counted(
         yield live
 
 # %% ../../nbs/3_train/14_memory.ipynb #bdbdd395
-def unet_inputs(
+def example(
     pipe,
     batch: int,
     size: int,  # pixels
     embeds: dict[str, torch.Tensor],  # of `encode_text`
-) -> tuple:  # latents, timesteps, keyword arguments
-    "Something for the UNet to work on."
-    side, dtype = size // pipe.vae_scale_factor, pipe.unet.dtype
-    latents = torch.zeros(batch, pipe.unet.config.in_channels, side, side, dtype=dtype, device="meta")
-    times = torch.zeros(batch, 6, device="meta") if family_of(pipe).needs_time_ids else None
-    return latents, torch.zeros(batch, dtype=torch.long, device="meta"), unet_arguments(pipe, embeds, times)
+) -> tuple:  # of `denoise`, after the pipeline
+    "Something for the denoiser to work on."
+    side, dtype = size // pipe.vae_scale_factor, denoiser(pipe).dtype
+    latents = torch.zeros(batch, family_of(pipe).latent_channels, side, side, dtype=dtype, device="meta")
+    sizes = size_facts(pipe, (size, size), (0, 0), (size, size))
+    return latents, torch.zeros(batch, dtype=torch.long, device="meta"), embeds, sizes
 
 # %% ../../nbs/3_train/14_memory.ipynb #77002fa3
 def _set_checkpointing(pipe, training: TrainingConfig, cuda: bool) -> None:
@@ -115,11 +141,11 @@ def _set_checkpointing(pipe, training: TrainingConfig, cuda: bool) -> None:
     how = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again)}
     learning = text_parts(pipe).values() if training.text_encoder_learning_rate is not None else ()
     if not training.gradient_checkpointing:
-        pipe.unet.disable_gradient_checkpointing()
+        denoiser(pipe).disable_gradient_checkpointing()
         for encoder in (part for part in learning if part.is_gradient_checkpointing):
             encoder.gradient_checkpointing_disable()
         return
-    pipe.unet.enable_gradient_checkpointing(partial(checkpoint, **how))
+    denoiser(pipe).enable_gradient_checkpointing(partial(checkpoint, **how))
     for encoder in learning:
         encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
@@ -128,10 +154,8 @@ def embedded(pipe, training: TrainingConfig, batch: int) -> dict[str, torch.Tens
     "Captions of a batch: made by text encoders that are trained, else taken from a table."
     if training.text_encoder_learning_rate is not None:
         return encode_text(pipe, [""] * batch)
-    width = {"prompt_embeds": (batch, pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)}
-    if family_of(pipe).pooled:
-        width["pooled"] = (batch, pipe.text_encoder_2.config.projection_dim)
-    return {name: torch.empty(shape, dtype=pipe.unet.dtype, device="meta") for name, shape in width.items()}
+    shapes, how = workings(pipe).text_shapes(pipe), {"dtype": denoiser(pipe).dtype, "device": "meta"}
+    return {name: torch.empty(batch, *shape, **how) for name, shape in shapes.items()}
 
 # %% ../../nbs/3_train/14_memory.ipynb #6702c5d0
 def step_bytes(
@@ -140,7 +164,7 @@ def step_bytes(
     cuda: bool = False,
 ) -> tuple[int, int]:  # bytes kept by the forward pass; the most at any moment of the step
     "What a training step holds beside weights, gradients and optimiser."
-    parts = (pipe.unet, *text_parts(pipe).values())
+    parts = (denoiser(pipe), *text_parts(pipe).values())
     for parameter in (p for part in parts for p in part.parameters()):
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     _set_checkpointing(pipe, training, cuda)
@@ -148,8 +172,8 @@ def step_bytes(
         part.train()
     with counted(pipe, _dtype(training, cuda), cuda) as live:
         embeds = embedded(pipe, training, training.batch_size)
-        latents, timesteps, arguments = unet_inputs(pipe, training.batch_size, training.resolution, embeds)
-        prediction = pipe.unet(latents, timesteps, **arguments).sample
+        asked = example(pipe, training.batch_size, training.resolution, embeds)  # stays until the end of the step
+        prediction = denoise(pipe, *asked)
         kept = live.now
         image_losses(prediction, torch.zeros_like(prediction)).mean().backward()
     for part in parts:
@@ -170,7 +194,7 @@ class Phase:
 
     name: str  # encode, train, validate, sample, decode, certify or pipeline
     weights: float  # of the base
-    adapter: float  # its weights, gradients and the two moments of AdamW
+    adapter: float  # its weights, gradients and the optimizer's state
     working: float  # all that comes and goes, mostly activations
     program: float  # the process itself, and what is lost between allocations
 
@@ -180,8 +204,9 @@ class Phase:
 
 # %% ../../nbs/3_train/14_memory.ipynb #fd1c755e
 def frozen_bytes(*modules: torch.nn.Module) -> int:
-    "Bytes of the weights that do not learn."
-    return sum(p.numel() * p.element_size() for m in modules for p in m.parameters() if not p.requires_grad)
+    "Bytes of the weights that do not learn, and of tables such as SD 3's of places, which are half a gigabyte."
+    tables = [b for m in modules for b in m.buffers() if b.is_floating_point()]
+    return sum(x.nbytes for x in [*tables, *(p for m in modules for p in m.parameters() if not p.requires_grad)])
 
 # %% ../../nbs/3_train/14_memory.ipynb #45a0ef51
 def adapter_bytes(
@@ -191,14 +216,14 @@ def adapter_bytes(
     return 4 * sum(p.numel() for part in adapters.values() for p in part)
 
 # %% ../../nbs/3_train/14_memory.ipynb #16913070
-COPIES = {  # of the adapter's numbers, beside what comes and goes
+COPIES = {  # of the adapter's numbers, beside the optimizer's state and what comes and goes
     "encode": 0,
-    "train": 4,  # weights, gradients and the two moments of AdamW
-    "validate": 3,
-    "sample": 3,
-    "decode": 3,
-    "certify": 4,  # the file that is proved is loaded beside the trained one
-    "pipeline": 3,  # its file, and the moments of the run
+    "train": 2,  # weights and gradients
+    "validate": 1,
+    "sample": 1,
+    "decode": 1,
+    "certify": 2,  # the file that is proved is loaded beside the trained one
+    "pipeline": 1,  # its file
 }
 
 # %% ../../nbs/3_train/14_memory.ipynb #a074c309
@@ -206,8 +231,7 @@ COPIES = {  # of the adapter's numbers, beside what comes and goes
 def answering_bytes(pipe, training: TrainingConfig, batch: int, size: int, cuda: bool = False) -> int:
     "The most that text encoders, if trained, and UNet hold over a batch of this size in pixels that nothing is learned from."
     with counted(pipe, _dtype(training, cuda), cuda) as live:
-        latents, timesteps, arguments = unet_inputs(pipe, batch, size, embedded(pipe, training, batch))
-        pipe.unet(latents, timesteps, **arguments)
+        denoise(pipe, *example(pipe, batch, size, embedded(pipe, training, batch)))
     return live.peak
 
 # %% ../../nbs/3_train/14_memory.ipynb #5f119cd0
@@ -216,7 +240,7 @@ def decoding_bytes(pipe, size: int) -> int:
     "The most that the autoencoder holds while it decodes one picture, in its own precision."
     side = size // pipe.vae_scale_factor
     with counted(pipe) as live:
-        pipe.vae.decode(torch.zeros(1, pipe.unet.config.in_channels, side, side, dtype=pipe.vae.dtype))
+        pipe.vae.decode(torch.zeros(1, family_of(pipe).latent_channels, side, side, dtype=pipe.vae.dtype))
     return live.peak
 
 # %% ../../nbs/3_train/14_memory.ipynb #3efe6a78
@@ -225,8 +249,8 @@ def proving_bytes(pipe, cuda: bool = False) -> int:
     "The most that a certificate holds: the answer to its question, in float32; half weights are widened one layer at a time."
     with counted(pipe, cuda=cuda) as live, exact(pipe):
         embeds = {name: value.float() for name, value in encode_text(pipe, ["", ""]).items()}
-        latents, timesteps, arguments = unet_inputs(pipe, 2, 16 * pipe.vae_scale_factor, embeds)
-        pipe.unet(latents.float(), timesteps, **arguments)
+        latents, *asked = example(pipe, 2, 16 * pipe.vae_scale_factor, embeds)
+        denoise(pipe, latents.float(), *asked)
     return live.peak
 
 # %% ../../nbs/3_train/14_memory.ipynb #56407601
@@ -250,6 +274,17 @@ def encoding_bytes(
         pipe.vae.encode(torch.zeros(some, 3, size, size, dtype=pipe.vae.dtype))
     return max(live.peak, wording_bytes(pipe, 1))
 
+# %% ../../nbs/3_train/14_memory.ipynb #49776c39
+@torch.no_grad()
+def drawing_bytes(pipe, training: TrainingConfig, pictures: int, cuda: bool = False) -> int:
+    "The denoiser on pictures with and without their prompts, embedded before; the sampler holds these twice, and its latents."
+    told = training.model_copy(update={"text_encoder_learning_rate": None})
+    words = 0 if told == training else wording_bytes(pipe, pictures, _dtype(training, cuda), cuda)
+    asked = (1 + workings(pipe).GUIDED_TWICE) * pictures
+    held = sum(value.nbytes for value in embedded(pipe, told, asked).values())
+    held += 4 * pictures * family_of(pipe).latent_channels * (training.resolution // pipe.vae_scale_factor) ** 2
+    return max(words, held + answering_bytes(pipe, told, asked, training.resolution, cuda))
+
 # %% ../../nbs/3_train/14_memory.ipynb #415d7e5d
 def checking_bytes(
     pipe,
@@ -258,6 +293,19 @@ def checking_bytes(
     "The most that is held while a written pipeline is checked: its largest tensor, the absolute values and two masks."
     sizes = [p.numel() for part in networks(pipe).values() for p in part.parameters()]
     return round((2 * written / sum(sizes) + 2) * max(sizes))
+
+# %% ../../nbs/3_train/14_memory.ipynb #b67199e2
+def parts_on_device(
+    pipe,
+    adapters: dict[str, list],  # of `add_lora`
+    cuda: bool,
+) -> dict[str, list]:  # phase -> parts of the base
+    "What is on the device in each phase; on a CPU all parts stay where they are."
+    encoders = list(text_parts(pipe).values())
+    learning = [denoiser(pipe), *(encoders if len(adapters) > 1 else ())]
+    found = dict.fromkeys(("train", "validate", "sample", "certify"), learning)
+    found |= {"encode": [pipe.vae, *encoders], "decode": [pipe.vae, *learning[1:]]}
+    return found if cuda else dict.fromkeys(found, list(networks(pipe).values()))
 
 # %% ../../nbs/3_train/14_memory.ipynb #8574a0e1
 class MemoryEstimate:
@@ -292,20 +340,14 @@ class MemoryEstimate:
 
         return self._once("pipe", t, self.MODEL, make)
 
-    def parts(self, t: TrainingConfig) -> dict[str, list]:  # phase -> parts of the base
-        "What is on the device in each phase; on a CPU all parts stay where they are."
-        pipe, adapters = self.pipe(t)
-        encoders = list(text_parts(pipe).values())
-        learning = [pipe.unet, *(encoders if len(adapters) > 1 else ())]
-        found = dict.fromkeys(("train", "validate", "sample", "certify"), learning)
-        found |= {"encode": [pipe.vae, *encoders], "decode": [pipe.vae, *learning[1:]]}
-        return found if self.cuda else dict.fromkeys(found, list(networks(pipe).values()))
-
     def _phase(self, name: str, t: TrainingConfig, working: float) -> Phase:
         pipe, adapters = self.pipe(t)
-        weights = self._fused(t) if name == "pipeline" else frozen_bytes(*self.parts(t)[name])
+        parts = parts_on_device(pipe, adapters, self.cuda)
+        weights = self._fused(t) if name == "pipeline" else frozen_bytes(*parts[name])
         program = PROGRAM[self.device] + WASTE[self.device] * working
-        return Phase(name, weights, COPIES[name] * adapter_bytes(adapters), working, program)
+        learning = [p for part in adapters.values() for p in part]
+        held = COPIES[name] * adapter_bytes(adapters) + (state_bytes(t, learning) if COPIES[name] else 0)
+        return Phase(name, weights, held, working, program)
 
     def phases(self, t: TrainingConfig) -> list[Phase]:
         "What each phase of a run holds on its device, where a UNet that leaves no room for decoding waits elsewhere."
@@ -315,18 +357,10 @@ class MemoryEstimate:
     def beside(self, t: TrainingConfig) -> float:
         "What decoding needs with the UNet on the device as well, in bytes."
         need = next(phase.total for phase in self.phases(t) if phase.name == "decode")
-        return need + (frozen_bytes(self.pipe(t)[0].unet) if self.cuda else 0)
+        return need + (frozen_bytes(denoiser(self.pipe(t)[0])) if self.cuda else 0)
 
     def _fused(self, t: TrainingConfig) -> int:
         return self._once("fused", t, "", lambda: fused_bytes(self.pipe(t)[0], self.folder))
-
-    def _draw(self, t: TrainingConfig, pictures: int) -> int:
-        "The UNet on pictures with and without their prompts, embedded before; the sampler holds these twice, and its latents."
-        pipe, told = self.pipe(t)[0], t.model_copy(update={"text_encoder_learning_rate": None})
-        words = 0 if told == t else wording_bytes(pipe, pictures, _dtype(t, self.cuda), self.cuda)
-        held = sum(value.nbytes for value in embedded(pipe, told, 2 * pictures).values())
-        held += 4 * pictures * pipe.unet.config.in_channels * (t.resolution // pipe.vae_scale_factor) ** 2
-        return max(words, held + answering_bytes(pipe, told, 2 * pictures, t.resolution, self.cuda))
 
     def working(self, t: TrainingConfig) -> dict[str, int]:  # phase -> bytes
         "What comes and goes in each phase, in the order of a run."
@@ -342,7 +376,7 @@ class MemoryEstimate:
         }
         if t.sample_every != 0:
             drawn = min(len(t.sample_prompts) or DRAWN, DRAWN, max(1, room // 2))
-            found["sample"] = once(f"draw {drawn}", keys=drawing, make=lambda: self._draw(t, drawn))
+            found["sample"] = once(f"draw {drawn}", keys=drawing, make=lambda: drawing_bytes(pipe, t, drawn, self.cuda))
             found["decode"] = once("decode", keys=precision, make=lambda: decoding_bytes(pipe, size))
         files = 0 if self.cuda else 2 * adapter_bytes(adapters)  # what is read and compared is on the CPU
         found["certify"] = max(files, once("certify", keys=self.MODEL, make=lambda: proving_bytes(pipe, self.cuda)))

@@ -24,18 +24,12 @@ from .. import __version__
 from ..config import EvaluationConfig, TrainingConfig, derive_seed
 from ..models.base import DTYPES, base_files, joint_hash, load_base, part_hashes, with_precision
 from ..models.drawing import UNET_PIXELS, decode_latents, draw_latents, together
-from ..models.families import Pipeline, encode_text, text_parts, unet_arguments
+from ..models.families import Pipeline, denoise, denoiser, encode_text, text_parts
 from ..models.kernels import lean
+from .flow import objective_of
 from .known import KnownFiles, state_of
 from .latents import Batch, LatentSet
-from lora_mvp.train.objectives import (
-    draw_noise,
-    image_losses,
-    min_snr_weights,
-    noise_schedule,
-    noisy_and_target,
-    sampling_scheduler,
-)
+from .objectives import draw_noise, image_losses, sampling_scheduler
 from .texts import TextTable
 
 # %% ../../nbs/3_train/10_network.ipynb #a7c23daf
@@ -90,6 +84,22 @@ def channels_last(t: TrainingConfig, device: str) -> bool:
     "Whether the UNet's weights lie with the channels last; `device`: cpu, cuda or mps."
     return device == "cuda" or t.compile or (device == "cpu" and t.batch_size == 1)
 
+# %% ../../nbs/3_train/10_network.ipynb #8306d332
+def economize_parts(
+    pipe: Pipeline,
+    t: TrainingConfig,
+    device: str,  # cpu, cuda or mps
+    learning: list[torch.nn.Module],  # the text encoders that are trained
+) -> None:
+    "Kernels, memory layout and gradient checkpointing, once the adapter is part of the network."
+    lean(pipe)
+    if channels_last(t, device):
+        denoiser(pipe).to(memory_format=torch.channels_last)
+    if t.gradient_checkpointing:
+        denoiser(pipe).enable_gradient_checkpointing()
+        for encoder in learning:
+            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
 # %% ../../nbs/3_train/10_network.ipynb #1506d089
 log = logging.getLogger("lora_mvp")
 BY_TURNS = "too little memory for UNet and autoencoder at once: from now on the UNet waits on the CPU while samples are decoded"
@@ -105,7 +115,7 @@ class Network:
         self.known, how = known or KnownFiles(), {"dtype": self.dtype, "revision": t.revision, "vae": t.vae}
         self.pipe, self.parts = known_base(self.known, t, lambda: load_base(t.pretrained_model, **how))  # on the CPU
         self.base_hash = joint_hash(self.parts)
-        self.noise = noise_schedule(self.pipe.scheduler, t)
+        self.objective = objective_of(self.pipe.scheduler, t)
         self.pipe.scheduler = sampling_scheduler(self.pipe.scheduler, t.zero_terminal_snr)
         self.texts: TextTable | None = None  # None: captions are encoded each time
         self.by_turns = False  # whether the UNet leaves the device while pictures are decoded
@@ -113,8 +123,9 @@ class Network:
     def park(self, texts: TextTable | None) -> None:
         "Take the captions' table, and what training needs to the device; all else waits on the CPU, where it is."
         self.texts = texts
-        for part in (self.pipe.unet, *text_parts(self.pipe).values()):
-            part.to("cpu" if texts and part is not self.pipe.unet else self.device)
+        denoiser(self.pipe).to(self.device)
+        for part in text_parts(self.pipe).values():
+            part.to("cpu" if texts else self.device)
 
     def forget_autoencoder(self) -> None:
         "Let the autoencoder go, where nothing will be drawn."
@@ -126,18 +137,12 @@ class Network:
 
     def economize(self) -> None:
         "Kernels, memory layout and gradient checkpointing, once the adapter is part of the network."
-        t, pipe = self.settings, self.pipe
-        lean(pipe)
-        if channels_last(t, self.device.type):
-            pipe.unet.to(memory_format=torch.channels_last)
-        if t.gradient_checkpointing:
-            pipe.unet.enable_gradient_checkpointing()
-            for encoder in text_parts(pipe).values() if self.texts is None else []:
-                encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        learning = list(text_parts(self.pipe).values()) if self.texts is None else []
+        economize_parts(self.pipe, self.settings, self.device.type, learning)
 
     def set_mode(self, training: bool) -> None:
         "Switch dropout and gradient checkpointing on or off; walking through all modules costs milliseconds, so only on change."
-        for module in (self.pipe.unet, *text_parts(self.pipe).values()):
+        for module in (denoiser(self.pipe), *text_parts(self.pipe).values()):
             if module.training != training:
                 module.train(training)
 
@@ -155,20 +160,10 @@ class Network:
         time_ids: torch.Tensor | None,  # (batch, 6) for SDXL
     ) -> torch.Tensor:  # like `noisy`
         "What the network answers."
-        arguments = unet_arguments(self.pipe, embeds, sent(time_ids, self.device))
         noisy, timesteps = sent(noisy, self.device, self.dtype), sent(timesteps, self.device)
         with self.accelerator.autocast():
-            return self.pipe.unet(noisy, timesteps, **arguments).sample
-
-    def predict_in_parts(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, captions: list[str], time_ids: torch.Tensor | None
-    ) -> torch.Tensor:  # like `noisy`
-        "The same where nothing is learned, as many at a time as `together` says."
-        height, width = (side * self.pipe.vae_scale_factor for side in noisy.shape[-2:])
-        parts = torch.arange(len(noisy)).split(together((height, width), UNET_PIXELS))
-        ids = [None if time_ids is None else time_ids[p] for p in parts]
-        asked = [(noisy[p], timesteps[p], captions[: len(p)], i) for p, i in zip(parts, ids, strict=True)]
-        return torch.cat([self.predict(some, times, self.embed(said), i) for some, times, said, i in asked])
+            times = self.objective.model_time(timesteps)
+            return denoise(self.pipe, noisy, times, embeds, sent(time_ids, self.device))
 
     def draw(self, prompts: list[str], e: EvaluationConfig) -> list[Image.Image]:
         "A picture per prompt, all from the same seed."
@@ -181,7 +176,7 @@ class Network:
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         "The pictures; where the device has no room for the autoencoder beside the UNet, that waits on the CPU meanwhile."
-        vae, unet = self.pipe.vae, self.pipe.unet
+        vae, network = self.pipe.vae, denoiser(self.pipe)
         if not self.by_turns:
             try:
                 with visit([vae], self.device):
@@ -189,7 +184,7 @@ class Network:
             except torch.OutOfMemoryError:
                 self.by_turns = True
                 log.warning(BY_TURNS)
-        with visit([unet], torch.device("cpu"), self.device), visit([vae], self.device):
+        with visit([network], torch.device("cpu"), self.device), visit([vae], self.device):
             return decode_latents(self.pipe, latents)
 
 # %% ../../nbs/3_train/10_network.ipynb #38ebd0f4
@@ -218,10 +213,9 @@ def pose(
     micro: int,  # the micro-batch within the step
 ) -> Asked:
     "The question about a batch, at noise and timesteps that follow from (seed, step, micro)."
-    t, device, T = network.settings, network.device, len(network.noise.alphas_cumprod)
-    noise, timesteps = draw_noise(seed, step, micro, batch.latents.shape, T, t.noise_offset)
-    noisy, target = noisy_and_target(network.noise, batch.latents, noise, timesteps)
-    weights = min_snr_weights(network.noise, timesteps, t.snr_gamma) if t.snr_gamma else None
+    device, objective = network.device, network.objective
+    noise, timesteps = objective.draw(seed, step, micro, batch.latents.shape)
+    noisy, target = objective.mix(batch.latents, noise, timesteps)
     return Asked(
         ids=batch.ids,
         timesteps=timesteps,
@@ -231,7 +225,7 @@ def pose(
         captions=batch.captions,
         embeds=network.embed(batch.captions) if network.texts else None,
         time_ids=sent(batch.time_ids, device),
-        weights=sent(weights, device),
+        weights=sent(objective.weights(timesteps), device),
         masks=sent(batch.masks, device),
         dropout=derive_seed(seed, "dropout", step, micro),
     )
@@ -256,6 +250,17 @@ def batch_losses(
     question = pose(network, batch, seed, step, micro)
     return answer_losses(network, question), question.timesteps
 
+# %% ../../nbs/3_train/10_network.ipynb #9f730db0
+def predict_in_parts(
+    network: Network, noisy: torch.Tensor, timesteps: torch.Tensor, captions: list[str], time_ids: torch.Tensor | None
+) -> torch.Tensor:  # like `noisy`
+    "What the network answers where nothing is learned, as many at a time as `together` says."
+    height, width = (side * network.pipe.vae_scale_factor for side in noisy.shape[-2:])
+    parts = torch.arange(len(noisy)).split(together((height, width), UNET_PIXELS))
+    ids = [None if time_ids is None else time_ids[p] for p in parts]
+    asked = [(noisy[p], timesteps[p], captions[: len(p)], i) for p, i in zip(parts, ids, strict=True)]
+    return torch.cat([network.predict(some, times, network.embed(said), i) for some, times, said, i in asked])
+
 # %% ../../nbs/3_train/10_network.ipynb #b333b1c7
 VALIDATION_IMAGES = 32  # at most, of each split: a mark must stay short beside the training between two of them
 
@@ -269,17 +274,17 @@ def fixed_noise_losses(
     share: slice = slice(None),  # of the images, for several processes
 ) -> list[float]:  # one per image
     "Losses of at most `VALIDATION_IMAGES` images at `grid` fixed timesteps with fixed noise, without augmentation."
-    seed, T, losses = network.settings.seed, len(network.noise.alphas_cumprod), []
-    timesteps = ((torch.arange(grid) + 0.5) * T / grid).long()
+    seed, losses = network.settings.seed, []
     count = min(VALIDATION_IMAGES, len(data), at_most)
     chosen = np.random.default_rng(derive_seed(seed, "validation", len(data))).permutation(len(data))[:count]
     for i in sorted(chosen.tolist())[share]:
         latents, caption, time_ids = data.first(i)
         latents = latents.expand(grid, -1, -1, -1)
-        noise, _ = draw_noise(seed, i, 0, latents.shape, T)
-        noisy, target = noisy_and_target(network.noise, latents, noise, timesteps)
+        timesteps = network.objective.grid(grid, latents.shape)
+        noise, _ = draw_noise(seed, i, 0, latents.shape)
+        noisy, target = network.objective.mix(latents, noise, timesteps)
         ids = None if time_ids is None else time_ids.expand(grid, -1)
-        prediction = network.predict_in_parts(noisy, timesteps, [caption] * grid, ids)
+        prediction = predict_in_parts(network, noisy, timesteps, [caption] * grid, ids)
         masks = None if data.least is None else sent(data.mask(i, 0).expand(grid, -1, -1, -1), network.device)
         losses.append(image_losses(prediction, sent(target, network.device), masks=masks).mean())
     return torch.stack(losses).tolist() if losses else []

@@ -60,7 +60,7 @@ def noise_schedule(
     if not hasattr(scheduler, "alphas_cumprod"):
         name = type(scheduler).__name__
         raise LoraMvpError(
-            "scheduler", f"the base's scheduler is a {name}; training knows Stable Diffusion 1, 2 and XL."
+            "scheduler", f"the base's scheduler is a {name}, which says nothing about timesteps; get the base again."
         )
     ddpm = DDPMScheduler.from_config(scheduler.config)  # some samplers alter the last values
     kind = ddpm.config.prediction_type
@@ -131,3 +131,30 @@ def image_losses(
     else:
         losses = (errors.mean(1, keepdim=True) * masks).flatten(1).sum(1) / masks.flatten(1).sum(1).clamp(min=1e-6)
     return losses if weights is None else losses * weights
+
+# %% ../../nbs/3_train/06_objectives.ipynb #43c2b1a6
+class Diffusion:
+    "The objective of bases that tell noise by timesteps: Stable Diffusion 1, 2 and XL."
+
+    def __init__(self, schedule: NoiseSchedule, t: TrainingConfig):
+        self.schedule, self.offset, self.gamma = schedule, t.noise_offset, t.snr_gamma
+
+    def draw(self, seed: int, step: int, micro: int, shape: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+        "Noise and timesteps, as `draw_noise`."
+        return draw_noise(seed, step, micro, shape, len(self.schedule.alphas_cumprod), self.offset)
+
+    def mix(self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        "What the network sees and should answer, as `noisy_and_target`."
+        return noisy_and_target(self.schedule, latents, noise, times)
+
+    def model_time(self, times: torch.Tensor) -> torch.Tensor:
+        "What the network is told of timesteps: themselves."
+        return times
+
+    def weights(self, times: torch.Tensor) -> torch.Tensor | None:
+        "Of errors at these timesteps, as `min_snr_weights`; None: all count the same."
+        return min_snr_weights(self.schedule, times, self.gamma) if self.gamma else None
+
+    def grid(self, n: int, shape: tuple) -> torch.Tensor:
+        "`n` timesteps, evenly spaced; the size of latents does not matter."
+        return ((torch.arange(n) + 0.5) * len(self.schedule.alphas_cumprod) / n).long()

@@ -191,7 +191,7 @@ def training_facts(ending: FinishedRun) -> dict:
         "regularization_images": record.regularization_images,
         "steps": record.steps,
         "batch_size": t.batch_size * t.gradient_accumulation * record.processes,
-        "optimizer": "AdamW",
+        "optimizer": t.optimizer,
         "tag_frequency": captions,
     }
 

@@ -21,6 +21,7 @@ from ..config import MOVED, AppConfig
 from ..data.manifest import Manifest
 from ..errors import LoraMvpError, first_mistake
 from ..files import read_record
+from ..models.kinds import PIPELINE_PARTS
 from ..sheets import Tile, contact_sheet
 from .checkpoints import checkpoints, identity_of
 
@@ -218,9 +219,15 @@ def run_traces(folder: RunFolder) -> list[Path]:
 # %% ../../nbs/3_train/08_runs.ipynb #b8e202ca
 def run_files(folder: RunFolder) -> list[Path]:
     "The files and folders of a run that are there."
-    f, parts = folder, ["unet", "vae", "scheduler", "feature_extractor"]
-    parts += [f"{part}{k}" for part in ("text_encoder", "tokenizer") for k in ("", "_2")]
-    found = [*checkpoints(f.root), f.adapter, f.kohya, f.pipeline, f.record, *(f.root / part for part in parts)]
+    f = folder
+    found = [
+        *checkpoints(f.root),
+        f.adapter,
+        f.kohya,
+        f.pipeline,
+        f.record,
+        *(f.root / part for part in PIPELINE_PARTS),
+    ]
     return [path for path in [*found, *run_traces(f)] if path.exists()]
 
 # %% ../../nbs/3_train/08_runs.ipynb #72e42fd1

@@ -17,9 +17,11 @@ from diffusers.optimization import get_scheduler
 from ..config import TrainingConfig
 from ..errors import LoraMvpError
 from ..models.adapters import adapter_state, add_lora, restore_adapter
+from ..models.families import family_of
 from ..models.starting import start_from
-from .checkpoints import checkpoints, optimizer_tensors, restore_optimizer
+from .checkpoints import checkpoints
 from .network import Network
+from .optimizers import make_optimizer, optimizer_numbers, optimizer_tensors, restore_optimizer
 
 # %% ../../nbs/3_train/11_updates.ipynb #286d8c3e
 def not_finite(
@@ -87,12 +89,12 @@ class Updates:
         t, self.network, self.accelerator = network.settings, network, network.accelerator
         if self.accelerator.is_main_process:
             warn_of_warmup(t)
-        groups, rates = add_lora(network.pipe, t), {"unet": t.learning_rate}
+        groups, rates = add_lora(network.pipe, t), {family_of(network.pipe).denoiser: t.learning_rate}
         if t.init_adapter is not None:
             log.info("%s", start_from(network.pipe, t.init_adapter))
         self.params = [p for group in groups.values() for p in group]
         groups = [{"params": ps, "lr": rates.get(name, t.text_encoder_learning_rate)} for name, ps in groups.items()]
-        optimizer = torch.optim.AdamW(groups, weight_decay=1e-2, fused=True)
+        optimizer = make_optimizer(t, groups)
         self.schedule = rate_schedule(t, optimizer)
         self.optimizer = self.accelerator.prepare(optimizer)
         network.economize()
@@ -139,7 +141,8 @@ class Updates:
         "What a checkpoint keeps beside them, ready for JSON."
         scaler = self.accelerator.scaler
         schedule = {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"}
-        return {"schedule": schedule, "scaler": scaler.state_dict() if scaler else None}
+        numbers = optimizer_numbers(self.optimizer)
+        return {"schedule": schedule, "scaler": scaler.state_dict() if scaler else None, "optimizer": numbers}
 
     def restore(
         self,
@@ -148,7 +151,7 @@ class Updates:
     ) -> bool:  # whether a longer schedule moves the rate
         "Put back what `tensors` and `state` gave; the schedule may be longer than it was."
         restore_adapter(self.network.pipe, tensors["adapter"])
-        restore_optimizer(self.optimizer, tensors["optimizer"])
+        restore_optimizer(self.optimizer, tensors["optimizer"], state["optimizer"])
         lambdas, before = self.schedule.lr_lambdas, state["schedule"]["_last_lr"]
         self.schedule.load_state_dict(state["schedule"] | {"lr_lambdas": [None] * len(lambdas)})
         rates = [base * rate(self.schedule.last_epoch) for base, rate in zip(self.schedule.base_lrs, lambdas)]

@@ -1,0 +1,110 @@
+"""Stable Diffusion 3 and FLUX: what is refused, what the published ones need, and that only `models` knows families."""
+
+import ast
+import tokenize
+from pathlib import Path
+
+import pytest
+from real_sizes import real_configs
+
+from lora_mvp.config import TrainingConfig, load_config
+from lora_mvp.errors import LoraMvpError
+from lora_mvp.models.adapters import adapter_parameters, add_lora, save_adapter
+from lora_mvp.models.base import load_base
+from lora_mvp.models.drawing import sample
+from lora_mvp.models.families import denoiser, networks
+from lora_mvp.models.inspection import inspect_adapter
+from lora_mvp.models.kohya import write_kohya
+from lora_mvp.models.miniatures import random_base, random_lora
+from lora_mvp.models.names import taken_apart
+from lora_mvp.train.flow import objective_of
+from lora_mvp.train.memory import MemoryEstimate, skeleton
+
+ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = {"tiny", "sd1", "sd2", "sdxl", "sd3", "flux"}
+# Doors that offer bases to people by short names, and what reads other people's files.
+MAY_NAME = {"presets.py", "start.py", "demo.py"}
+
+
+@pytest.fixture(scope="module", params=["sd3", "flux"])
+def base(request, tmp_path_factory):
+    return random_base(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_only_models_names_a_family_or_a_part_of_one():
+    """Elsewhere a family's name or the name of its denoiser is neither a string nor an attribute."""
+    for path in sorted((ROOT / "lora_mvp").rglob("*.py")):
+        if path.parent.name == "models" or path.name in {*MAY_NAME, "_modidx.py"}:
+            continue
+        with tokenize.open(path) as file:
+            tokens = list(tokenize.generate_tokens(file.readline))
+        texts = {ast.literal_eval(t.string) for t in tokens if t.type == tokenize.STRING and t.string[0] in "\"'"}
+        names = {t.string for t in tokens if t.type == tokenize.NAME}
+        assert not texts & ((FAMILIES - {"tiny"}) | {"unet", "transformer"}), path
+        assert not names & {"unet", "transformer"}, path
+
+
+@pytest.mark.parametrize(
+    "setting", [{"snr_gamma": 5.0}, {"noise_offset": 0.1}, {"zero_terminal_snr": True}, {"prediction_type": "epsilon"}]
+)
+def test_settings_of_the_other_objective_are_refused(base, setting):
+    with pytest.raises(LoraMvpError, match=f"training.{next(iter(setting))} is for bases .* Take the setting out"):
+        objective_of(load_base(str(base)).scheduler, TrainingConfig(**setting))
+
+
+def test_frozen_text_encoders_are_said_to_be(base):
+    with pytest.raises(LoraMvpError, match="text_encoder_learning_rate: the text encoders of .* are not trained here"):
+        add_lora(load_base(str(base)), TrainingConfig(text_encoder_learning_rate=1e-4))
+
+
+def test_a_library_that_is_missing_is_named_with_its_command(monkeypatch):
+    from lora_mvp.train.optimizers import make_optimizer
+
+    monkeypatch.setattr("lora_mvp.extras.find_spec", lambda module: None)
+    for name in ("adamw8bit", "prodigy"):
+        with pytest.raises(LoraMvpError, match=r"pip install 'lora-mvp\[optimizers\]'"):
+            make_optimizer(TrainingConfig(optimizer=name), [])
+
+
+def test_a_base_without_t5(tmp_path):
+    pipe = load_base(str(random_base("sd3", tmp_path, text_encoder_3=None, tokenizer_3=None)))
+    assert "text_encoder_3" not in networks(pipe)
+    assert sample(pipe, ["a cat"], [1], 2, 3.0, size=64)[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora"])
+def test_both_files_are_read_at_the_trained_strength_by_diffusers(base, tmp_path, variant):
+    """By a pipeline that has never seen the adapter; the file for other programs holds no alpha to be overlooked."""
+    import torch
+
+    pipe = random_lora(load_base(str(base)), lora_variant=variant)
+    save_adapter(pipe, tmp_path, str(base))
+    file = write_kohya(pipe, tmp_path / "other.safetensors")
+    wanted = sample(pipe, ["a cat"], [1], 2, 3.0, size=64)[0]
+    before = sample(load_base(str(base)), ["a cat"], [1], 2, 3.0, size=64)[0]
+    for place in (tmp_path / "pytorch_lora_weights.safetensors", file):
+        fresh = load_base(str(base))
+        fresh.load_lora_weights(place.parent, weight_name=place.name)
+        drawn = sample(fresh, ["a cat"], [1], 2, 3.0, size=64)[0]
+        far, apart = (torch.frombuffer(bytearray(x.tobytes()), dtype=torch.uint8).float() for x in (before, drawn))
+        ours = torch.frombuffer(bytearray(wanted.tobytes()), dtype=torch.uint8).float()
+        assert (apart - ours).abs().max() <= 1 < (far - ours).abs().max()
+    facts = inspect_adapter(file)
+    assert facts.readers["diffusers"] is not False and not facts.alphas and facts.strength == (1.0, 1.0)
+    assert all(taken_apart(name) for name in adapter_parameters(pipe))
+
+
+SIZES = {"sd3": (2.25e9, 4.76e9), "flux": (11.9e9, 4.76e9)}  # parameters of the denoiser and of T5, as published
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_the_published_ones_are_counted(family, tmp_path):
+    folder = real_configs(family, tmp_path / family)
+    example = ROOT / "examples" / {"sd3": "sd35.yaml", "flux": "flux.yaml"}[family]
+    t = load_config(example).training
+    pipe = skeleton(folder, t)
+    large = [sum(p.numel() for p in part.parameters()) for part in (denoiser(pipe), list(networks(pipe).values())[-1])]
+    assert large == pytest.approx(SIZES[family], rel=0.01)
+    phases = {phase.name: phase.total / 1e9 for phase in MemoryEstimate(folder, "cuda").phases(t)}
+    most, card = max(phases.values()), {"sd3": 16, "flux": 32}[family]
+    assert card / 2 < most < card, f"docs/guides/families.md says a card of {card} GB: {phases}"
