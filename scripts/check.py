@@ -32,10 +32,12 @@ SHORTER = [
     ("config = demo_folder(work)", "config = demo_folder(work)\nconfig.training.max_train_steps = 20"),
     ("e = config.evaluation\n", "e = config.evaluation\ne.num_inference_steps = 5\n"),
     ("num_inference_steps: 8", "num_inference_steps: 2"),
-    ("training.max_train_steps=120", "training.max_train_steps=8"),
+    ("training.max_train_steps=120", "training.max_train_steps=4"),
     ("training.checkpointing_steps=40", "training.checkpointing_steps=4"),
-    ("evaluation.num_inference_steps=12", "evaluation.num_inference_steps=2"),
-    ('"max_train_steps": 24, "checkpointing_steps": 12', '"max_train_steps": 8, "checkpointing_steps": 4'),
+    ("evaluation.num_inference_steps=12", "evaluation.num_inference_steps=1"),
+    ('"max_train_steps": 24, "checkpointing_steps": 12', '"max_train_steps": 4, "checkpointing_steps": 4'),
+    ('"evaluation.num_inference_steps": 6', '"evaluation.num_inference_steps": 1'),
+    ('"evaluation.num_inference_steps": 4', '"evaluation.num_inference_steps": 1'),
 ]
 # What a user does with the package, in short, in one process; tests/test_demo.py runs the demo in full.
 WHOLE_JOB = """
