@@ -376,9 +376,7 @@ class ApiConfig(_Section):
     grace_seconds: float = Field(60.0, ge=0, description="seconds for a checkpoint before a stopped job is killed")
     keep_jobs: Count | None = Field(None, description="ended jobs that are kept; older ones are deleted; null: all")
     keep_days: float | None = Field(None, gt=0, description="days after which an ended job is deleted; null: never")
-    min_free_gb: float = Field(
-        1.0, ge=0, description="free disk, in GB, below which no job and no upload is taken, and no job started"
-    )
+    min_free_gb: float = Field(1.0, ge=0, description="free disk, in GB, below which no job or upload begins")
     max_upload_gb: float = Field(
         2.0, ge=0, description="size of an upload, in GB, packed and unpacked; 0: none are taken"
     )

@@ -9,6 +9,7 @@ __all__ = []
 import json
 import os
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -218,11 +219,15 @@ def _text(key: str, value: Any) -> str:
     return value
 
 # %% ../../nbs/6_api/12_access.ipynb #222c54bf
+_TWO = threading.Semaphore(2)  # patterns at a time: many costly ones take turns, and leave processors to all else
+
+
 def _check_pattern(value: Any) -> None:
     "A regular expression that cannot be compiled, or takes too long, would break or hold up whoever uses it."
     if isinstance(value, str) and not re.fullmatch(r"\w{0,40}", value):
         try:
-            match_names(value, TYPICAL)
+            with _TWO:
+                match_names(value, TYPICAL)
         except LoraMvpError as error:
             raise LoraMvpError("invalid_request", f"training.lora_targets: {error.message}") from None
 

@@ -52,6 +52,7 @@ def edge_agreement(
     "How well the edges of two pictures agree, moved by at most SHIFT points."
     if not (a.any() and b.any()):
         return 100.0 if not a.any() and not b.any() else 0.0
+    a, b = (maps.astype(np.float64) for maps in (a, b))  # in float32 the last digit is another on another processor
     product = np.fft.irfft2((np.fft.rfft2(a) * np.conj(np.fft.rfft2(b))).sum(0), s=a.shape[1:])
     near = np.r_[0 : SHIFT + 1, -SHIFT:0]
     return round(float(100 * np.clip(product[np.ix_(near, near)].max(), 0, 1)), 3)  # a picture keeps all of itself
