@@ -210,14 +210,18 @@ class _AdapterKeys(_MarkKeys):
     )
     vae: ModelKey | None = Field(None, description="another autoencoder: folder, file or hub id; null: the base's")
 
-# %% ../nbs/08_config.ipynb #35a5f717
-class TrainingConfig(_AdapterKeys):
-    "How to train, and where the results go."
-
+# %% ../nbs/08_config.ipynb #a5602e19
+class _NoiseKeys(_AdapterKeys):
     prediction_type: Literal["epsilon", "v_prediction"] | None = Field(None, description="null: what the base says")
+    loss: Literal["mse", "huber"] = Field("mse", description="of an error; huber: large ones count less (pseudo-Huber)")
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weighting, 5 in its paper; null: none")
     noise_offset: float = Field(0.0, ge=0, le=1, description="a constant added to the noise of each channel")
     zero_terminal_snr: bool = Field(False, description="noise the last timestep fully; v_prediction bases only")
+
+# %% ../nbs/08_config.ipynb #35a5f717
+class TrainingConfig(_NoiseKeys):
+    "How to train, and where the results go."
+
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of captions replaced by an empty one")
     shuffle_tags: bool = Field(False, description="shuffle the comma-separated parts of captions")
     keep_tags: int = Field(1, ge=0, description="first parts of a caption that shuffle_tags leaves in place")

@@ -175,7 +175,7 @@ def step_bytes(
         asked = example(pipe, training.batch_size, training.resolution, embeds)  # stays until the end of the step
         prediction = denoise(pipe, *asked)
         kept = live.now
-        image_losses(prediction, torch.zeros_like(prediction)).mean().backward()
+        image_losses(prediction, torch.zeros_like(prediction), loss=training.loss).mean().backward()
     for part in parts:
         part.eval()
     return kept, live.peak
@@ -365,8 +365,9 @@ class MemoryEstimate:
     def working(self, t: TrainingConfig) -> dict[str, int]:  # phase -> bytes
         "What comes and goes in each phase, in the order of a run."
         (pipe, adapters), size, once = self.pipe(t), t.resolution, partial(self._once, t=t)
-        precision, more = "mixed_precision resolution", f"{self.MODEL} resolution batch_size gradient_checkpointing"
-        room, drawing = together(size, UNET_PIXELS), f"{self.MODEL} resolution"
+        more = f"{self.MODEL} resolution batch_size gradient_checkpointing loss"
+        precision, drawing = "mixed_precision resolution", f"{self.MODEL} resolution"
+        room = together(size, UNET_PIXELS)
         found = {
             "encode": once("encode", keys=precision, make=lambda: encoding_bytes(pipe, size, self.variants)),
             "train": once("train", keys=more, make=lambda: step_bytes(pipe, t, self.cuda)[1]),
