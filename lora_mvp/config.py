@@ -148,6 +148,12 @@ class _StepKeys(_Section):
     weight_decay: float = Field(0.01, ge=0, le=1, description="pull of the optimiser towards zero")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="memory of the gradients' mean; adafactor has none")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="memory of their squares; adafactor has its own")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay, such as 0.99, of an average of the adapter, which is the result; null: none",
+    )
 
 # %% ../nbs/08_config.ipynb #58eedd93
 class _LoopKeys(_StepKeys):

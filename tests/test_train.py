@@ -22,6 +22,19 @@ EIGHT_BIT = "adamw8bit" if find_spec("bitsandbytes") else "adafactor"  # an extr
 EVERYTHING = {"text_encoder_learning_rate": 1e-4, "snr_gamma": 5.0, "caption_dropout": 0.3, "shuffle_tags": True}
 
 
+def the_average_is_the_result(run: Path) -> None:
+    """What is exported is the average of the checkpoint, which holds what learned beside it."""
+    from safetensors.numpy import load_file
+
+    from lora_mvp.models.keys import public_name
+
+    result = load_file(run / "lora_adapter" / "pytorch_lora_weights.safetensors")
+    average, learned = (load_file(run / "checkpoint-4" / f"{name}.safetensors") for name in ("adapter", "learning"))
+    assert {public_name(name) for name in average} == set(result)
+    assert all((result[public_name(name)] == value).all() for name, value in average.items())
+    assert any((learned[name] != value).any() for name, value in average.items())
+
+
 @pytest.mark.parametrize(
     "family, changes",
     [
@@ -36,7 +49,7 @@ EVERYTHING = {"text_encoder_learning_rate": 1e-4, "snr_gamma": 5.0, "caption_dro
             | EVERYTHING,
             marks=pytest.mark.slow,
         ),
-        ("sdxl", {"aspect_buckets": True, "lora_alpha": 2} | EVERYTHING),
+        ("sdxl", {"aspect_buckets": True, "lora_alpha": 2, "ema": 0.9} | EVERYTHING),
         pytest.param(
             "sdxl",
             {"caption_dropout": 0.3, "shuffle_tags": True, "mixed_precision": "bf16"},
@@ -60,6 +73,8 @@ def test_every_family_trains_resumes_and_exports(drawings, small_run, tmp_path, 
     whole = train(config("whole"), drawings, progress=False)
     assert (tmp_path / "whole" / "lora_adapter" / "certificate.json").is_file()
     assert (tmp_path / "whole" / "whole.safetensors").is_file()
+    if "ema" in changes:
+        the_average_is_the_result(tmp_path / "whole")
 
     def stop(report):
         if report.step == 3:

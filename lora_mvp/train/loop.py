@@ -280,6 +280,20 @@ class Trainer:
         for k, picture in mark_pictures(self.marks, self.state.step).items():
             save_png(picture, self.folder.sample(self.state.step, k))
 
+    @contextmanager
+    def averaged(self, needed: bool = True):
+        "The adapter is its average inside, where there is one; half exchanged it is not whole and is not saved."
+        if not (needed and self.updates.average):
+            yield
+            return
+        self.whole = False
+        self.updates.average.swap()
+        try:
+            yield
+        finally:
+            self.updates.average.swap()
+            self.whole = True
+
     def mark(self, validation: bool, samples: bool) -> None:
         "Validation losses and sample pictures, each by all processes together."
         if validation:
@@ -367,7 +381,8 @@ class Trainer:
         step, (validation, samples, saved) = self.state.step, self.due()
         validation = validation and self.data.val_set is not None and step not in self.state.losses.get("val", {})
         samples = samples and not all(self.folder.sample(step, k).is_file() for k in range(len(self.marks.prompts)))
-        self.mark(validation, samples)
+        with self.averaged(validation or samples):
+            self.mark(validation, samples)
         if step and saved and (validation or samples):
             self.save()
 
@@ -375,9 +390,14 @@ class Trainer:
         "Mark and save where a step asks for it; raises `Interrupted` when the run is stopped, with the mark left to the next start."
         t, step, (validation, samples, saved) = self.config.training, self.state.step, self.due()
         try:
-            with self.stop.leave(self.asked if self.accelerator.num_processes > 1 else None):
+            with (
+                self.averaged(validation or samples),
+                self.stop.leave(self.asked if self.accelerator.num_processes > 1 else None),
+            ):
                 self.mark(validation, samples)
         except KeyboardInterrupt:
+            if not self.whole:  # a second one, while adapter and average changed places
+                raise
             self.save()
             text = f"stopped after step {step} of {t.max_train_steps}; saved in {self.folder.root}. "
             raise Interrupted("interrupted", text + f"Run the same command with {self.again} to go on.") from None
@@ -395,6 +415,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             if self.claim:
                 self.claim.check()
+            if self.updates.average:
+                self.updates.average.swap()
             with disk_trouble(self.folder.root):
                 finish_run(self.config, self.manifest, self.network, self.data, self.state, seconds)
         else:

@@ -346,7 +346,8 @@ class MemoryEstimate:
         weights = self._fused(t) if name == "pipeline" else frozen_bytes(*parts[name])
         program = PROGRAM[self.device] + WASTE[self.device] * working
         learning = [p for part in adapters.values() for p in part]
-        held = COPIES[name] * adapter_bytes(adapters) + (state_bytes(t, learning) if COPIES[name] else 0)
+        copies = COPIES[name] + (COPIES[name] > 0 and t.ema is not None)  # the average of the adapter
+        held = copies * adapter_bytes(adapters) + (state_bytes(t, learning) if COPIES[name] else 0)
         return Phase(name, weights, held, working, program)
 
     def phases(self, t: TrainingConfig) -> list[Phase]:
