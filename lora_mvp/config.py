@@ -152,7 +152,7 @@ class _StepKeys(_Section):
         None,
         gt=0,
         lt=1,
-        description="decay, such as 0.99, of an average of the adapter, which is the result; null: none",
+        description="decay, such as 0.99, of the average that is the result; null: none",
     )
 
 # %% ../nbs/08_config.ipynb #58eedd93
@@ -192,6 +192,9 @@ class _MarkKeys(_LoopKeys):
     )
     sample_prompts: Annotated[list[Prompt], Field(max_length=64)] = Field(
         [], description="prompts of sample pictures; []: validation captions"
+    )
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(
+        [], description="programs that are told loss and rate as well"
     )
 
 # %% ../nbs/08_config.ipynb #cf3e5afe

@@ -180,3 +180,55 @@ def test_a_setting_that_trains_nothing_is_refused(drawings, small_run, tmp_path)
 
     with pytest.raises(LoraMvpError, match="batch_size is 50"):
         train(load_config(overrides=small_run(tmp_path / "run", batch_size=50)), drawings, progress=False)
+
+
+def test_trackers_are_told_of_steps_and_validations(drawings, small_run, tmp_path):
+    """By Accelerate's interface, to a small tracker of our own; a real one is asked below, where it is installed."""
+    from accelerate.tracking import GeneralTracker
+
+    from lora_mvp.data.manifest import read_manifest
+    from lora_mvp.train.curves import ValidationRow, read_table
+    from lora_mvp.train.loop import Trainer
+
+    class Table(GeneralTracker):
+        name, requires_logging_directory, ended = "table", False, 0
+
+        @property
+        def tracker(self):
+            return self
+
+        def log(self, values, step, **_):
+            rows.extend((step, name, value) for name, value in values.items())
+
+        def finish(self):
+            self.ended += 1
+
+    rows, table, folder = [], Table(), tmp_path / "run"
+    options = {"max_train_steps": 2, "sample_every": 0, "validate_every": 2}
+    trainer = Trainer(load_config(overrides=small_run(folder, **options)), read_manifest(drawings))
+    folder.mkdir(exist_ok=True)
+    (folder / "loss_history.csv").write_text("step,epoch,loss,learning_rate,grad_norm\n")
+    trainer.accelerator.trackers.append(table)
+    trainer.catch_up()
+    trainer.run(progress=False)
+    assert [value for _, name, value in rows if name == "train/loss"] == losses(folder)
+    validated = {
+        (row.step, f"validation/{row.split}"): row.loss for row in read_table(ValidationRow, folder / "validation.csv")
+    }
+    told = {(step, name): value for step, name, value in rows if name.startswith("validation/")}
+    assert told.keys() == validated.keys() and told == pytest.approx(validated)
+    assert table.ended == 1 and not trainer.accelerator.trackers
+
+
+@pytest.mark.skipif(not find_spec("tensorboard"), reason="an extra, and 50 MB")
+def test_tensorboard_has_the_curve(drawings, small_run, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from lora_mvp.train.loop import train
+
+    options = {"max_train_steps": 2, "sample_every": 0, "trackers": ["tensorboard"]}
+    train(load_config(overrides=small_run(tmp_path / "run", **options)), drawings, progress=False)
+    events = EventAccumulator(str(tmp_path / "run" / "trackers" / "lora-mvp")).Reload()
+    told = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert told == [(step + 1, pytest.approx(loss)) for step, loss in enumerate(losses(tmp_path / "run"))]
+    assert {"train/learning_rate", "train/grad_norm", "validation/val"} <= set(events.Tags()["scalars"])

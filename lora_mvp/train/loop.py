@@ -53,6 +53,7 @@ from lora_mvp.train.runs import (
     wait_for_record,
 )
 from .streams import TrainingData, load_data
+from .trackers import add_trackers, check_trackers, note_losses, note_step, tracked
 from .updates import Updates, not_finite
 
 # %% ../../nbs/3_train/13_loop.ipynb #9352df11
@@ -63,6 +64,7 @@ def check_trainable(config: AppConfig, manifest: Manifest) -> None:
         text = f"training.output_dir and training.pretrained_model are the same folder {t.output_dir}; choose another output_dir."
         raise LoraMvpError("output_is_base", text)
     refuse_large_batch(n, t.batch_size)
+    check_trackers(t)
     if t.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise LoraMvpError(
             "fp16_needs_gpu", "training.mixed_precision: fp16 needs a CUDA GPU; use no or bf16 on this machine."
@@ -269,7 +271,9 @@ class Trainer:
 
     def validate(self) -> None:
         "Take the fixed-noise losses of both splits at the current step."
-        for split, losses in mark_losses(self.marks, self.state.step).items():
+        found = mark_losses(self.marks, self.state.step)
+        note_losses(self.accelerator, found, self.state.step)
+        for split, losses in found.items():
             self.state.losses.setdefault(split, {})[self.state.step] = losses
         if self.state.losses and self.accelerator.is_main_process:
             atomic_write(self.folder.validation, table_csv(ValidationRow, validation_rows(self.state.losses)))
@@ -358,7 +362,8 @@ class Trainer:
         "Step until max_train_steps; validate, sample and save on the way. Raises `Interrupted` after a stop request."
         t, seconds, main = self.config.training, 0.0, self.accelerator.is_main_process
         progress = Progress(t.max_train_steps, self.state.step, progress and main)
-        with stop_request() as self.stop, progress.bar, disk_trouble(self.folder.root), self.rescued():
+        trackers = tracked(self.accelerator)
+        with stop_request() as self.stop, progress.bar, trackers, disk_trouble(self.folder.root), self.rescued():
             while self.state.step < t.max_train_steps:
                 start = time.perf_counter()
                 report = self.step()
@@ -368,6 +373,7 @@ class Trainer:
                     on_step(report)
                 if main:
                     append_row(self.folder.history, report)
+                note_step(self.accelerator, report)
                 self.publish()
         return seconds
 
@@ -442,6 +448,7 @@ def begin(trainer: Trainer, found: Path | None, replace: bool, extend: bool) -> 
         folder.record.unlink(missing_ok=True)  # of the shorter run that is extended
         atomic_write(folder.history, table_csv(StepReport, trainer.state.history))
         trainer.announce()
+    add_trackers(trainer.accelerator, trainer.config.training, folder.trackers)
     trainer.catch_up()
     if trainer.config.training.sample_every == 0:
         trainer.network.forget_autoencoder()
