@@ -197,6 +197,13 @@ def cmd_reproduce(args: argparse.Namespace) -> None:
 
     print(reproduction_text(reproduce(args.run, args.out, _manifest(args))))
 
+# %% ../nbs/7_doors/03_cli.ipynb #63121e87
+def cmd_push(args: argparse.Namespace) -> None:
+    "Upload a finished run to the Hugging Face hub, with a model card."
+    from lora_mvp.train.push import push_run
+
+    print(f"wrote {push_run(args.run, args.repo, args.license, args.public)}")
+
 # %% ../nbs/7_doors/03_cli.ipynb #9d86490d
 def _add_training(commands) -> None:
     train = _command(commands, "train", cmd_train)
@@ -210,6 +217,11 @@ def _add_training(commands) -> None:
     end = _command(commands, "finish", cmd_finish, needs_config=False)
     end.add_argument("run", metavar="OUT", help="output folder of a training that has its run.json")
     end.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
+    push = _command(commands, "push", cmd_push, needs_config=False)
+    push.add_argument("run", metavar="OUT", help="output folder of a finished training")
+    push.add_argument("repo", metavar="REPO", help="the model on the hub, ORGANISATION/NAME")
+    push.add_argument("--license", help="for the model card, as the hub calls it, such as mit or openrail++")
+    push.add_argument("--public", action="store_true", help="a new model is public, a public one is written to")
     again = _command(commands, "reproduce", cmd_reproduce, needs_config=False)
     again.add_argument("run", help="run.json of a finished run, or its folder")
     again.add_argument("--out", help="folder of the new run (default: the old one's name with -reproduced)")

@@ -1,5 +1,6 @@
-"""A server that answers as the Hugging Face hub does, with one model whose files lie in a folder."""
+"""Servers that answer as the Hugging Face hub does: one model whose files lie in a folder, and a place to upload to."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -60,6 +61,68 @@ def hub(model: str, folder: Path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class Shelf(BaseHTTPRequestHandler):
+    """The part of the hub that takes uploads; small files travel inside the commit, as all do here."""
+
+    def __init__(self, models: dict[str, dict], *args):
+        self.models = models
+        super().__init__(*args)
+
+    def answer(self, body: dict, status: int = 200, **headers: str) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        facts = {"Content-Length": str(len(content)), "Content-Type": "application/json", **headers}
+        for name, value in facts.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        name = urlsplit(self.path).path.removeprefix("/api/models/")
+        if name not in self.models:
+            return self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+        self.answer({"id": name, "sha": COMMIT, "private": self.models[name]["private"], "siblings": []})
+
+    def do_POST(self) -> None:
+        path, body = urlsplit(self.path).path, self.rfile.read(int(self.headers["Content-Length"]))
+        if path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            private = asked.get("private", asked.get("visibility") == "private")
+            self.models[name] = {"private": private, "files": {}}
+            return self.answer({"url": f"http://{self.headers['Host']}/{name}"})
+        name, action = path.removeprefix("/api/models/").removesuffix("/main").rsplit("/", 1)
+        if name not in self.models or action not in ("preupload", "commit"):
+            return self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+        if action == "preupload":
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            return self.answer({"files": files})
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                self.models[name]["files"][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        self.answer({"commitUrl": f"http://{self.headers['Host']}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
+
+    def log_message(self, *_) -> None:
+        """The tests look at `models`."""
+
+
+@contextmanager
+def shelf():
+    """Its address, and the models that are on it: whether each is private, and its files."""
+    models: dict[str, dict] = {}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Shelf, models))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", models
     finally:
         server.shutdown()
         server.server_close()
