@@ -391,7 +391,12 @@ def memory_findings(estimate: MemoryEstimate, t: TrainingConfig, memory: float |
     "Whether each phase fits, and what to change where one does not."
     found, topic = estimate.phases(t), "memory"
     need = largest(found)
-    parts = {"base": need.weights, "adapter and AdamW": need.adapter, "working": need.working, "program": need.program}
+    parts = {
+        "base": need.weights,
+        "adapter and optimizer": need.adapter,
+        "working": need.working,
+        "program": need.program,
+    }
     sums = " + ".join(f"{name} {amount(size)}" for name, size in parts.items())
     text = f"about {amount(need.total)} are needed, most in the phase `{need.name}` ({sums})"
     if memory is None:
