@@ -56,6 +56,8 @@ def test_settings_of_the_other_objective_are_refused(base, setting):
 def test_frozen_text_encoders_are_said_to_be(base):
     with pytest.raises(LoraMvpError, match="text_encoder_learning_rate: the text encoders of .* are not trained here"):
         add_lora(load_base(str(base)), TrainingConfig(text_encoder_learning_rate=1e-4))
+    with pytest.raises(LoraMvpError, match="training.lora_variant: dora is not made for .* Use lora or rslora"):
+        add_lora(load_base(str(base)), TrainingConfig(lora_variant="dora"))
 
 
 def test_a_library_that_is_missing_is_named_with_its_command(monkeypatch):
