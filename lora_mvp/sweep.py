@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #cbf6ce54
+# %% ../nbs/7_doors/02g_sweep.ipynb #c95e57c1
 import logging
 import secrets
 import shutil
@@ -42,7 +42,7 @@ from lora_mvp.train.diagnosis import doctor
 from lora_mvp.train.loop import train
 from lora_mvp.train.runs import RunFolder, dataset_hash, settings_identity
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #125ddbba
+# %% ../nbs/7_doors/02g_sweep.ipynb #438dd78d
 class PlannedArm(BaseModel):
     "An arm as it was planned."
 
@@ -51,7 +51,7 @@ class PlannedArm(BaseModel):
     identity: dict[str, str]  # all that decides what its training makes
     failed: str | None = None  # why it has no adapter
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #74aba288
+# %% ../nbs/7_doors/02g_sweep.ipynb #7e01df28
 class ArmScore(BaseModel):
     "What the pictures of one arm say."
 
@@ -63,7 +63,7 @@ class ArmScore(BaseModel):
     out: str | None = None  # why it may not be chosen
     standing: Standing | None = None  # against the first arm; None for that one
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #e6cab22c
+# %% ../nbs/7_doors/02g_sweep.ipynb #d4c1b033
 class SweepResult(BaseModel):
     "What a sweep found."
 
@@ -82,7 +82,7 @@ class SweepResult(BaseModel):
     confirm: Confirmation | None = None  # the choice against the first arm, on fresh pictures
     warnings: list[Warned] = []
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #f7342bee
+# %% ../nbs/7_doors/02g_sweep.ipynb #00e892c1
 class Sweep(BaseModel):
     "`sweep.json`: written before the first arm starts, and once more at the end."
 
@@ -92,7 +92,7 @@ class Sweep(BaseModel):
     dataset_sha256: str
     result: SweepResult | None = None  # None: it goes on
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #db78bad6
+# %% ../nbs/7_doors/02g_sweep.ipynb #64c91d7a
 def plan_of(
     configs: dict[str, tuple[Arm, AppConfig]],  # of `arm_configs`
     manifest: Manifest,
@@ -108,7 +108,7 @@ def plan_of(
     how = first.evaluation.model_dump(mode="json", exclude={"fid_batch_size"}) | {"real_glob": real_glob}
     return Sweep(arms=arms, evaluation=how, dataset_sha256=data)
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #3cac8663
+# %% ../nbs/7_doors/02g_sweep.ipynb #24da75a0
 def changes(
     before: Sweep,
     now: Sweep,
@@ -123,7 +123,7 @@ def changes(
         found += [f"{what}{k} was {a.get(k)}, is now {b.get(k)}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
     return found
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #96fdd1e1
+# %% ../nbs/7_doors/02g_sweep.ipynb #b41dab9d
 def check_arms(
     configs: dict[str, tuple[Arm, AppConfig]],
     manifest: Path,
@@ -132,7 +132,7 @@ def check_arms(
     found = {name: doctor(config, manifest) for name, (_, config) in configs.items()}
     refuse_arms({name: [f.text for f in of_it if f.level == "error"] for name, of_it in found.items()})
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #875ce6cc
+# %% ../nbs/7_doors/02g_sweep.ipynb #7b9aff65
 def check_prompts(
     plans: tuple[SamplePlan, SamplePlan],  # to choose on, and to confirm on
     arms: int,
@@ -146,7 +146,7 @@ def check_prompts(
         text += "Write more into evaluation.prompts or evaluation.prompt_file; from 16 on, half of them are kept for "
         raise LoraMvpError("too_few_prompts", text + "the confirmation, so write twice as many.")
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #8b1d8cb9
+# %% ../nbs/7_doors/02g_sweep.ipynb #75d4d62f
 def begin_sweep(
     planned: Sweep,
     out: Path,
@@ -166,7 +166,7 @@ def begin_sweep(
     atomic_write(file, planned.model_dump_json(indent=2) + "\n")
     return planned
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #2b3a22b5
+# %% ../nbs/7_doors/02g_sweep.ipynb #c7fce008
 log = logging.getLogger("lora_mvp")
 DIVERGED = ("loss_not_finite", "gradient_not_finite")  # an answer too: these settings do not work
 
@@ -192,7 +192,7 @@ def train_arm(
         return error.message
     return None
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #86669d88
+# %% ../nbs/7_doors/02g_sweep.ipynb #7cceba69
 def train_arms(
     record: Sweep,  # learns which arms failed
     configs: dict[str, tuple[Arm, AppConfig]],
@@ -213,7 +213,7 @@ def train_arms(
         text = f"no arm could be trained to its end; the first: {record.arms[0].failed}"
         raise LoraMvpError("sweep_failed", text)
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #4c211b32
+# %% ../nbs/7_doors/02g_sweep.ipynb #4a7b35b2
 class Jury(Chooser):
     "Draws and compares the arms of a sweep; in place of the base, a choice is held against the first arm."
 
@@ -240,7 +240,7 @@ class Jury(Chooser):
         "What `confirm` holds a choice against: the first arm."
         return self.arm(self.arms[0], plan, part)
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #d8c799cc
+# %% ../nbs/7_doors/02g_sweep.ipynb #ed83d9e1
 def mean_scores(
     done: Compared,
     k: int,  # column
@@ -251,7 +251,7 @@ def mean_scores(
     values |= {"gap": side.of_prompts["gap"]} if "gap" in side.of_prompts else {}
     return {name: Measured.of(mean_interval(of_it)) for name, of_it in values.items()}
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #07419c2f
+# %% ../nbs/7_doors/02g_sweep.ipynb #1dbbdf98
 def arm_score(
     name: str,
     done: Compared,  # with the base
@@ -269,7 +269,7 @@ def arm_score(
     about = {"copies": metrics.copies.get(name), "forgetting": forgetting, "out": found.out.get(name)}
     return ArmScore(name=name, scores=mean_scores(done, 1), change=change, standing=standing, **about)
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #1502c3d8
+# %% ../nbs/7_doors/02g_sweep.ipynb #d742eec1
 def care_of(
     jury: Jury,
     compared: dict[str, Compared],  # of each arm with the base
@@ -284,7 +284,7 @@ def care_of(
             found[text] = Warned(code="not_better_than_base", message=text)
     return list(found.values())
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #a029a6ed
+# %% ../nbs/7_doors/02g_sweep.ipynb #3fe243ed
 def confirmed_choice(
     jury: Jury,
     found: Settlement,
@@ -299,7 +299,7 @@ def confirmed_choice(
     limit = "" if again.fresh_prompts else " Only the seeds are fresh: this speaks of these prompts."
     return with_confirmation(found, jury.arms, again.confirmed, again.why + limit), again
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #e88d0f3d
+# %% ../nbs/7_doors/02g_sweep.ipynb #fb28566b
 def judge_sweep(
     jury: Jury,
     plans: tuple[SamplePlan, SamplePlan],  # to choose on, and to confirm on
@@ -328,7 +328,7 @@ def judge_sweep(
     )
     return result, [base, *columns.values()]
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #181bcec7
+# %% ../nbs/7_doors/02g_sweep.ipynb #ce62dc65
 SCORES = {
     "clip_score": "match with the prompts, more is better",
     "gap": "distance to the real pictures, less is better",
@@ -364,7 +364,7 @@ def sweep_rows(
         rows.append([arm.name, said, *values, copies, against, "; ".join(marks + [f"out: {s.out}"] * bool(s.out))])
     return rows
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #ed1deeb4
+# %% ../nbs/7_doors/02g_sweep.ipynb #ce99bcfd
 def sweep_text(
     record: Sweep,  # with its result
 ) -> str:
@@ -372,7 +372,7 @@ def sweep_text(
     notes = [f"note: {w.message}" for w in record.result.warnings]
     return "\n".join([text_table(sweep_rows(record), rule=True), "", record.result.why, *notes])
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #d3317465
+# %% ../nbs/7_doors/02g_sweep.ipynb #d9f06da3
 def sweep_page(
     record: Sweep,  # with its result
     sheet: bytes,  # PNG
@@ -399,7 +399,7 @@ def sweep_page(
     ]
     return page("A sweep", f"{len(record.arms)} trainings, judged by one plan of pictures", {}, parts)
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #29f7efad
+# %% ../nbs/7_doors/02g_sweep.ipynb #44a0fe85
 def keep_best(
     out: Path,
     best: str | None,
@@ -412,7 +412,7 @@ def keep_best(
         shutil.copytree(RunFolder(out / "arms" / best).adapter, half)
         half.rename(target)
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #2b4f55fc
+# %% ../nbs/7_doors/02g_sweep.ipynb #1bf06c3b
 def end_sweep(
     record: Sweep,  # learns the result
     jury: Jury,
@@ -426,7 +426,7 @@ def end_sweep(
     atomic_write(jury.root / "sweep.json", record.model_dump_json(indent=2) + "\n")
     log.info("the sweep is in %s", jury.root)
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #d4caa7db
+# %% ../nbs/7_doors/02g_sweep.ipynb #d6452163
 def sweep(
     file: str | Path,  # YAML with `values` or `arms`
     manifest: str | Path,  # `manifest.json` of the prepared data
