@@ -403,16 +403,16 @@ def _add_judging(commands) -> None:
     for parser in (evaluate, compare, choose):
         _add_real(parser)
 
-# %% ../nbs/7_doors/03_cli.ipynb #0a9df21e
+# %% ../nbs/7_doors/03_cli.ipynb #21f079b0
 def cmd_sweep(args: argparse.Namespace) -> None:
     "Train several settings one after another on this machine, and say which is better, if pictures can tell."
-    from lora_mvp.sweep import sweep, sweep_text
+    from lora_mvp.sweep import run_sweep, sweep_text
 
-    found = sweep(args.file, _manifest(args), args.out, args.config, args.set or [], args.real_glob)
+    found = run_sweep(args.file, _manifest(args), args.out, args.config, args.set or [], args.real_glob)
     print(sweep_text(found))
     print(f"wrote {args.out}: sweep.html, sweep.json{', best' if found.result.best else ''}")
 
-# %% ../nbs/7_doors/03_cli.ipynb #0c12647a
+# %% ../nbs/7_doors/03_cli.ipynb #310c03d7
 def _add_sweep(commands) -> None:
     parser = _command(commands, "sweep", cmd_sweep)
     parser.add_argument("file", metavar="FILE", help="YAML: `values:` settings and lists of values, or `arms:` a list")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #c95e57c1
+# %% ../nbs/7_doors/02g_sweep.ipynb #fb31dc0f
 import logging
 import secrets
 import shutil
@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from lora_mvp.config import AppConfig
 from lora_mvp.data.manifest import Manifest, read_manifest
 from lora_mvp.errors import LoraMvpError
-from lora_mvp.eval.arms import Settlement, Standing, settle, standings, with_confirmation
+from lora_mvp.eval.arms import Settlement, Standing, settle_arms, standings, with_confirmation
 from lora_mvp.eval.choice import Confirmation, growth_sheet
 from lora_mvp.eval.columns import Column, data_of, draw_column, model_facts, real_for, real_warnings
 from lora_mvp.eval.comparison import Compared
@@ -42,7 +42,7 @@ from lora_mvp.train.diagnosis import doctor
 from lora_mvp.train.loop import train
 from lora_mvp.train.runs import RunFolder, dataset_hash, settings_identity
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #438dd78d
+# %% ../nbs/7_doors/02g_sweep.ipynb #9540291a
 class PlannedArm(BaseModel):
     "An arm as it was planned."
 
@@ -51,7 +51,7 @@ class PlannedArm(BaseModel):
     identity: dict[str, str]  # all that decides what its training makes
     failed: str | None = None  # why it has no adapter
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #7e01df28
+# %% ../nbs/7_doors/02g_sweep.ipynb #2d77ac2f
 class ArmScore(BaseModel):
     "What the pictures of one arm say."
 
@@ -63,7 +63,7 @@ class ArmScore(BaseModel):
     out: str | None = None  # why it may not be chosen
     standing: Standing | None = None  # against the first arm; None for that one
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #d4c1b033
+# %% ../nbs/7_doors/02g_sweep.ipynb #8cfd697c
 class SweepResult(BaseModel):
     "What a sweep found."
 
@@ -73,7 +73,7 @@ class SweepResult(BaseModel):
     first: str  # the cheapest arm with an adapter, which the others were held against
     scores: list[ArmScore]
     base: dict[str, Measured]  # scores of the base
-    rule: dict[str, float]
+    rule: dict[str, float] = {}
     plan_sha256: str
     n_prompts: int
     n_real: int
@@ -82,7 +82,7 @@ class SweepResult(BaseModel):
     confirm: Confirmation | None = None  # the choice against the first arm, on fresh pictures
     warnings: list[Warned] = []
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #00e892c1
+# %% ../nbs/7_doors/02g_sweep.ipynb #ff1a73f0
 class Sweep(BaseModel):
     "`sweep.json`: written before the first arm starts, and once more at the end."
 
@@ -92,8 +92,8 @@ class Sweep(BaseModel):
     dataset_sha256: str
     result: SweepResult | None = None  # None: it goes on
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #64c91d7a
-def plan_of(
+# %% ../nbs/7_doors/02g_sweep.ipynb #e0fbb259
+def planned_sweep(
     configs: dict[str, tuple[Arm, AppConfig]],  # of `arm_configs`
     manifest: Manifest,
     real_glob: str | None,
@@ -108,7 +108,7 @@ def plan_of(
     how = first.evaluation.model_dump(mode="json", exclude={"fid_batch_size"}) | {"real_glob": real_glob}
     return Sweep(arms=arms, evaluation=how, dataset_sha256=data)
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #24da75a0
+# %% ../nbs/7_doors/02g_sweep.ipynb #62aaa8c4
 def changes(
     before: Sweep,
     now: Sweep,
@@ -123,7 +123,7 @@ def changes(
         found += [f"{what}{k} was {a.get(k)}, is now {b.get(k)}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
     return found
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #b41dab9d
+# %% ../nbs/7_doors/02g_sweep.ipynb #774da797
 def check_arms(
     configs: dict[str, tuple[Arm, AppConfig]],
     manifest: Path,
@@ -132,7 +132,7 @@ def check_arms(
     found = {name: doctor(config, manifest) for name, (_, config) in configs.items()}
     refuse_arms({name: [f.text for f in of_it if f.level == "error"] for name, of_it in found.items()})
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #7b9aff65
+# %% ../nbs/7_doors/02g_sweep.ipynb #36710f23
 def check_prompts(
     plans: tuple[SamplePlan, SamplePlan],  # to choose on, and to confirm on
     arms: int,
@@ -146,7 +146,22 @@ def check_prompts(
         text += "Write more into evaluation.prompts or evaluation.prompt_file; from 16 on, half of them are kept for "
         raise LoraMvpError("too_few_prompts", text + "the confirmation, so write twice as many.")
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #75d4d62f
+# %% ../nbs/7_doors/02g_sweep.ipynb #6a85bdea
+def check_sweep(
+    configs: dict[str, tuple[Arm, AppConfig]],
+    plans: tuple[SamplePlan, SamplePlan],
+    manifest: Path,
+    real_glob: str | None,
+) -> None:
+    "Everything that can be known before the first arm, the end of the sweep included."
+    check_prompts(plans, len(configs))
+    shared = next(iter(configs.values()))[1]
+    known = data_of(shared.training.output_dir, manifest)
+    check_counts(len(plans[0].main), len(real_for(real_glob, [known]).images))
+    extractors_for(shared, shared.training.pretrained_model)
+    check_arms(configs, manifest)
+
+# %% ../nbs/7_doors/02g_sweep.ipynb #f56e8f9c
 def begin_sweep(
     planned: Sweep,
     out: Path,
@@ -166,7 +181,7 @@ def begin_sweep(
     atomic_write(file, planned.model_dump_json(indent=2) + "\n")
     return planned
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #c7fce008
+# %% ../nbs/7_doors/02g_sweep.ipynb #d57b5fd4
 log = logging.getLogger("lora_mvp")
 DIVERGED = ("loss_not_finite", "gradient_not_finite")  # an answer too: these settings do not work
 
@@ -192,7 +207,7 @@ def train_arm(
         return error.message
     return None
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #7cceba69
+# %% ../nbs/7_doors/02g_sweep.ipynb #e58b89c6
 def train_arms(
     record: Sweep,  # learns which arms failed
     configs: dict[str, tuple[Arm, AppConfig]],
@@ -213,7 +228,7 @@ def train_arms(
         text = f"no arm could be trained to its end; the first: {record.arms[0].failed}"
         raise LoraMvpError("sweep_failed", text)
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #4a7b35b2
+# %% ../nbs/7_doors/02g_sweep.ipynb #3baef508
 class Jury(Chooser):
     "Draws and compares the arms of a sweep; in place of the base, a choice is held against the first arm."
 
@@ -240,7 +255,7 @@ class Jury(Chooser):
         "What `confirm` holds a choice against: the first arm."
         return self.arm(self.arms[0], plan, part)
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #ed83d9e1
+# %% ../nbs/7_doors/02g_sweep.ipynb #9caec2d0
 def mean_scores(
     done: Compared,
     k: int,  # column
@@ -251,7 +266,7 @@ def mean_scores(
     values |= {"gap": side.of_prompts["gap"]} if "gap" in side.of_prompts else {}
     return {name: Measured.of(mean_interval(of_it)) for name, of_it in values.items()}
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #1dbbdf98
+# %% ../nbs/7_doors/02g_sweep.ipynb #c1c859eb
 def arm_score(
     name: str,
     done: Compared,  # with the base
@@ -269,7 +284,7 @@ def arm_score(
     about = {"copies": metrics.copies.get(name), "forgetting": forgetting, "out": found.out.get(name)}
     return ArmScore(name=name, scores=mean_scores(done, 1), change=change, standing=standing, **about)
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #d742eec1
+# %% ../nbs/7_doors/02g_sweep.ipynb #c7b1fe3d
 def care_of(
     jury: Jury,
     compared: dict[str, Compared],  # of each arm with the base
@@ -284,7 +299,7 @@ def care_of(
             found[text] = Warned(code="not_better_than_base", message=text)
     return list(found.values())
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #3fe243ed
+# %% ../nbs/7_doors/02g_sweep.ipynb #aab4fc27
 def confirmed_choice(
     jury: Jury,
     found: Settlement,
@@ -299,7 +314,26 @@ def confirmed_choice(
     limit = "" if again.fresh_prompts else " Only the seeds are fresh: this speaks of these prompts."
     return with_confirmation(found, jury.arms, again.confirmed, again.why + limit), again
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #fb28566b
+# %% ../nbs/7_doors/02g_sweep.ipynb #2f0c3203
+def sweep_result(
+    jury: Jury,
+    compared: dict[str, Compared],  # of each arm with the base
+    found: Settlement,
+    others: dict[str, Standing],  # of all but the first arm
+) -> SweepResult:
+    "The record of what was found, without its limits and its confirmation."
+    of_first = compared[jury.arms[0]]
+    same = ("plan_sha256", "n_prompts", "n_real", "extractor", "picture_extractor")
+    return SweepResult(
+        **found.model_dump(include={"verdict", "best", "why"}),
+        **{name: getattr(of_first.metrics, name) for name in same},
+        first=jury.arms[0],
+        scores=[arm_score(name, done, found, others.get(name)) for name, done in compared.items()],
+        base=mean_scores(of_first, 0),
+        warnings=care_of(jury, compared, found.best),
+    )
+
+# %% ../nbs/7_doors/02g_sweep.ipynb #ca9db81c
 def judge_sweep(
     jury: Jury,
     plans: tuple[SamplePlan, SamplePlan],  # to choose on, and to confirm on
@@ -313,22 +347,24 @@ def judge_sweep(
     others = standings({k: jury.compare(plan, columns[first], columns[k]).metrics.judgement for k in rest})
     limits = {"max_copied": MAX_COPIED, "max_forgotten": forgetting_limit(list(compared.values()), None)}
     candidates = {name: candidate_of(k, done, 1, {}) for k, (name, done) in enumerate(compared.items(), 1)}
-    found, again = confirmed_choice(jury, settle(candidates, others, **limits), plan, fresh)
-    metrics = compared[first].metrics
-    result = SweepResult(
-        **found.model_dump(include={"verdict", "best", "why"}),
-        first=first,
-        scores=[arm_score(name, done, found, others.get(name)) for name, done in compared.items()],
-        base=mean_scores(compared[first], 0),
-        rule=limits,
-        plan_sha256=plan.sha256,
-        **{name: getattr(metrics, name) for name in ("n_prompts", "n_real", "extractor", "picture_extractor")},
-        confirm=again,
-        warnings=care_of(jury, compared, found.best),
-    )
+    found, again = confirmed_choice(jury, settle_arms(candidates, others, **limits), plan, fresh)
+    result = sweep_result(jury, compared, found, others).model_copy(update={"rule": limits, "confirm": again})
     return result, [base, *columns.values()]
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #ce62dc65
+# %% ../nbs/7_doors/02g_sweep.ipynb #6a4fa623
+def arm_cells(
+    score: ArmScore,
+    result: SweepResult,
+) -> list[str]:
+    "One arm that has an adapter, as cells of the table."
+    values = [with_interval(score.scores[k], ".1f") if k in score.scores else "-" for k in SCORES]
+    copies = f"{score.copies.copied} of {score.copies.n}" if score.copies else "-"
+    against = f"{score.standing.stands} (p {score.standing.p:.2g})" if score.standing else "the first"
+    word = "best" if result.verdict in ("better", "first_best") else "taken"
+    marks = [word] * (score.name == result.best) + [f"out: {score.out}"] * bool(score.out)
+    return [*values, copies, against, "; ".join(marks)]
+
+# %% ../nbs/7_doors/02g_sweep.ipynb #9cf8193f
 SCORES = {
     "clip_score": "match with the prompts, more is better",
     "gap": "distance to the real pictures, less is better",
@@ -353,18 +389,12 @@ def sweep_rows(
     scored = {s.name: s for s in result.scores}
     for arm in record.arms:
         said = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in arm.settings.items()) or "as the rest"
-        s = scored.get(arm.name)
-        if s is None:
-            rows.append([arm.name, said, *["-"] * len(SCORES), "-", "-", f"failed: {arm.failed}"])
-            continue
-        values = [with_interval(s.scores[k], ".1f") if k in s.scores else "-" for k in SCORES]
-        copies = f"{s.copies.copied} of {s.copies.n}" if s.copies else "-"
-        against = f"{s.standing.stands} (p {s.standing.p:.2g})" if s.standing else "the first"
-        marks = ["best" if result.verdict in ("better", "first_best") else "taken"] if arm.name == result.best else []
-        rows.append([arm.name, said, *values, copies, against, "; ".join(marks + [f"out: {s.out}"] * bool(s.out))])
+        score = scored.get(arm.name)
+        cells = arm_cells(score, result) if score else [*["-"] * len(SCORES), "-", "-", f"failed: {arm.failed}"]
+        rows.append([arm.name, said, *cells])
     return rows
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #ce99bcfd
+# %% ../nbs/7_doors/02g_sweep.ipynb #69cc1469
 def sweep_text(
     record: Sweep,  # with its result
 ) -> str:
@@ -372,7 +402,7 @@ def sweep_text(
     notes = [f"note: {w.message}" for w in record.result.warnings]
     return "\n".join([text_table(sweep_rows(record), rule=True), "", record.result.why, *notes])
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #d9f06da3
+# %% ../nbs/7_doors/02g_sweep.ipynb #c252ba5f
 def sweep_page(
     record: Sweep,  # with its result
     sheet: bytes,  # PNG
@@ -399,7 +429,7 @@ def sweep_page(
     ]
     return page("A sweep", f"{len(record.arms)} trainings, judged by one plan of pictures", {}, parts)
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #44a0fe85
+# %% ../nbs/7_doors/02g_sweep.ipynb #62e9b9c3
 def keep_best(
     out: Path,
     best: str | None,
@@ -412,7 +442,7 @@ def keep_best(
         shutil.copytree(RunFolder(out / "arms" / best).adapter, half)
         half.rename(target)
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #1bf06c3b
+# %% ../nbs/7_doors/02g_sweep.ipynb #e0952cff
 def end_sweep(
     record: Sweep,  # learns the result
     jury: Jury,
@@ -426,8 +456,8 @@ def end_sweep(
     atomic_write(jury.root / "sweep.json", record.model_dump_json(indent=2) + "\n")
     log.info("the sweep is in %s", jury.root)
 
-# %% ../nbs/7_doors/02g_sweep.ipynb #d6452163
-def sweep(
+# %% ../nbs/7_doors/02g_sweep.ipynb #a055f8a8
+def run_sweep(
     file: str | Path,  # YAML with `values` or `arms`
     manifest: str | Path,  # `manifest.json` of the prepared data
     out: str | Path,  # a new folder, or that of a sweep which goes on
@@ -441,17 +471,10 @@ def sweep(
     configs, data = arm_configs(read_sweep(file), config, list(sets), out), read_manifest(manifest)
     shared = next(iter(configs.values()))[1]  # what is not of an arm is the same in all
     plans = two_plans(shared, [data])
-
-    def check() -> None:
-        check_prompts(plans, len(configs))
-        known = data_of(out, manifest)
-        check_counts(len(plans[0].main), len(real_for(real_glob, [known]).images))
-        extractors_for(shared, shared.training.pretrained_model)
-        check_arms(configs, manifest)
-
+    check = partial(check_sweep, configs, plans, manifest, real_glob)
     make_folder(out, "the output folder", code="output_not_writable")
     with folder_lock(out, f"another sweep is at work in {out}; wait for it, or choose another --out."):
-        record = begin_sweep(plan_of(configs, data, real_glob), out, check)
+        record = begin_sweep(planned_sweep(configs, data, real_glob), out, check)
         if record.result:
             log.info("%s is already finished.", out)
             return record

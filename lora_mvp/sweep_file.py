@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/7_doors/02f_sweep_file.ipynb #8a79b3f1
+# %% ../nbs/7_doors/02f_sweep_file.ipynb #b95e996b
 import re
 from itertools import combinations, product
 from pathlib import Path
@@ -17,7 +17,7 @@ from lora_mvp.given import raise_mistakes
 from lora_mvp.plain_yaml import read_yaml
 from lora_mvp.train.runs import FREE, settings_identity
 
-# %% ../nbs/7_doors/02f_sweep_file.ipynb #cbf01228
+# %% ../nbs/7_doors/02f_sweep_file.ipynb #b47318ed
 class Arm(NamedTuple):
     "One training of a sweep."
 
@@ -27,7 +27,7 @@ class Arm(NamedTuple):
 
 MOST_ARMS = 64
 
-# %% ../nbs/7_doors/02f_sweep_file.ipynb #d23562a5
+# %% ../nbs/7_doors/02f_sweep_file.ipynb #34dedadf
 def arm_name(
     settings: dict[str, Any],
     number: int,  # from 1
@@ -36,7 +36,7 @@ def arm_name(
     said = "_".join(f"{key.split('.')[-1]}-{value}" for key, value in settings.items())
     return said if re.fullmatch(r"\w[\w.-]{0,79}", said, re.ASCII) else f"arm-{number}"
 
-# %% ../nbs/7_doors/02f_sweep_file.ipynb #a6795e92
+# %% ../nbs/7_doors/02f_sweep_file.ipynb #20519af6
 def combined(
     values: Any,  # what stands below `values`
 ) -> list[Arm]:
@@ -49,7 +49,7 @@ def combined(
     rows = [dict(zip(values, row)) for row in product(*values.values())]
     return [Arm(arm_name(row, k), row) for k, row in enumerate(rows, 1)]
 
-# %% ../nbs/7_doors/02f_sweep_file.ipynb #a1f90a58
+# %% ../nbs/7_doors/02f_sweep_file.ipynb #4d918719
 def listed_arms(
     arms: Any,  # what stands below `arms`
 ) -> list[Arm]:
@@ -65,7 +65,7 @@ def listed_arms(
         found.append(Arm(name, settings))
     return found
 
-# %% ../nbs/7_doors/02f_sweep_file.ipynb #32a6853f
+# %% ../nbs/7_doors/02f_sweep_file.ipynb #798576f5
 def counted_arms(
     arms: list[Arm],
 ) -> list[Arm]:
@@ -79,7 +79,7 @@ def counted_arms(
         raise ValueError(f"two arms are called {twice}, and each needs a folder of its own")
     return arms
 
-# %% ../nbs/7_doors/02f_sweep_file.ipynb #c0fca61f
+# %% ../nbs/7_doors/02f_sweep_file.ipynb #901f4b6f
 def read_sweep(
     file: str | Path,  # YAML with `values` or `arms`
 ) -> list[Arm]:
@@ -100,7 +100,7 @@ def read_sweep(
     except ValueError as error:
         raise_mistakes((str(file), [(1, str(error))]))
 
-# %% ../nbs/7_doors/02f_sweep_file.ipynb #2741c16e
+# %% ../nbs/7_doors/02f_sweep_file.ipynb #cffcef75
 HELD = FREE | {"pretrained_model", "revision", "vae", "prediction_type", "zero_terminal_snr"}
 
 
@@ -117,7 +117,7 @@ def not_for_an_arm(
         return f"{key} is the same for all arms: it does not change how an adapter is trained on one base"
     return None
 
-# %% ../nbs/7_doors/02f_sweep_file.ipynb #522d9ef7
+# %% ../nbs/7_doors/02f_sweep_file.ipynb #61889174
 def cost_of(
     config: AppConfig,
 ) -> tuple[int, int]:  # pictures seen in training, rank
@@ -125,7 +125,7 @@ def cost_of(
     t = config.training
     return t.max_train_steps * t.batch_size * t.gradient_accumulation, t.lora_rank
 
-# %% ../nbs/7_doors/02f_sweep_file.ipynb #8ca4f9f6
+# %% ../nbs/7_doors/02f_sweep_file.ipynb #318b24b2
 def arm_config(
     arm: Arm,
     config: str | Path | None,  # file of what all arms have
@@ -142,7 +142,7 @@ def arm_config(
     except LoraMvpError as error:
         return None, [line.strip() for line in error.message.splitlines()[1:]] or [error.message]
 
-# %% ../nbs/7_doors/02f_sweep_file.ipynb #e9786788
+# %% ../nbs/7_doors/02f_sweep_file.ipynb #d2bc7b64
 def refuse_arms(
     wrong: dict[str, list[str]],  # arm to what is wrong with it
 ) -> None:
@@ -152,7 +152,7 @@ def refuse_arms(
         text = f"{sum(map(bool, wrong.values()))} of the arms cannot be trained, so none was started:\n"
         raise LoraMvpError("sweep_invalid", text + "\n".join(lines))
 
-# %% ../nbs/7_doors/02f_sweep_file.ipynb #0ca6a031
+# %% ../nbs/7_doors/02f_sweep_file.ipynb #f43c7f44
 def arm_configs(
     arms: list[Arm],
     config: str | Path | None,  # file of what all arms have; None: the defaults

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/5_eval/20_arms.ipynb #2872ca23
+# %% ../../nbs/5_eval/20_arms.ipynb #2ccc979f
 from typing import Literal
 
 from pydantic import BaseModel
@@ -14,7 +14,7 @@ from lora_mvp.eval.rule import MAX_FORGOTTEN, Candidate, apply_rule, objection
 from lora_mvp.eval.verdicts import MAX_COPIED, WANTED, Judgement, confirms, listed
 from lora_mvp.stats import holm
 
-# %% ../../nbs/5_eval/20_arms.ipynb #c90ba8d7
+# %% ../../nbs/5_eval/20_arms.ipynb #18beedf2
 class Standing(BaseModel):
     "An arm against the first one, on the pictures that all arms drew."
 
@@ -22,7 +22,7 @@ class Standing(BaseModel):
     p: float  # of what the goal asks for, adjusted for the number of arms
     judgement: Judgement  # the first arm is A
 
-# %% ../../nbs/5_eval/20_arms.ipynb #b8116b4d
+# %% ../../nbs/5_eval/20_arms.ipynb #5e74a45f
 def wanted_scores(
     judgement: Judgement,
 ) -> list[str]:  # names of declared scores
@@ -30,7 +30,7 @@ def wanted_scores(
     wanted, declared = WANTED.get(judgement.goal), [k for k, c in judgement.comparisons.items() if c.declared]
     return [k for k in declared if wanted is None or k == wanted]
 
-# %% ../../nbs/5_eval/20_arms.ipynb #b621f4b1
+# %% ../../nbs/5_eval/20_arms.ipynb #aed4ed1d
 def standings(
     judgements: dict[str, Judgement],  # of each other arm against the first
 ) -> dict[str, Standing]:
@@ -45,7 +45,7 @@ def standings(
         found[name] = Standing(stands=stands, p=float(p), judgement=j)
     return found
 
-# %% ../../nbs/5_eval/20_arms.ipynb #3abf091d
+# %% ../../nbs/5_eval/20_arms.ipynb #3666d30e
 class Settlement(BaseModel):
     "What the pictures that all arms drew say."
 
@@ -54,7 +54,7 @@ class Settlement(BaseModel):
     why: str
     out: dict[str, str]  # arm to the reason why it may not be chosen
 
-# %% ../../nbs/5_eval/20_arms.ipynb #86e68743
+# %% ../../nbs/5_eval/20_arms.ipynb #6681382c
 def clear_choice(
     candidates: dict[str, Candidate],  # arms that are better than the first
     limits: tuple[float, float],
@@ -69,7 +69,7 @@ def clear_choice(
         return best, f"{best} has the best mean rank of them, and every cheaper one is behind."
     return best, f"{best} is the cheapest of them within one standard error of the best, {leader}."
 
-# %% ../../nbs/5_eval/20_arms.ipynb #58a52732
+# %% ../../nbs/5_eval/20_arms.ipynb #340cbc43
 def first_sentence(
     first: str,  # the cheapest arm that is not out
     others: dict[str, Standing],
@@ -81,8 +81,8 @@ def first_sentence(
     text = f"No evidence that any is better: {first}, the first and cheapest, is as good as any."
     return "no_evidence", text + (f" Shown to be worse: {listed(worse)}." if worse else "")
 
-# %% ../../nbs/5_eval/20_arms.ipynb #43a8f854
-def settle(
+# %% ../../nbs/5_eval/20_arms.ipynb #f9598ef8
+def settle_arms(
     candidates: dict[str, Candidate],  # every arm from the cheapest, numbered from 1
     others: dict[str, Standing],  # of all but the first
     max_copied: float = MAX_COPIED,
@@ -102,7 +102,7 @@ def settle(
     verdict, why = first_sentence(kept[0], others)
     return Settlement(verdict="no_evidence" if out else verdict, best=kept[0], why=why, out=out)
 
-# %% ../../nbs/5_eval/20_arms.ipynb #e4064539
+# %% ../../nbs/5_eval/20_arms.ipynb #c6150fcc
 def with_confirmation(
     found: Settlement,
     order: list[str],  # the arms from the cheapest
