@@ -1,6 +1,7 @@
 """Sweeps: a planted best arm is found, equal arms are not told apart, and a sweep that is killed goes on."""
 
 import os
+import random
 import signal
 from collections import Counter
 
@@ -119,14 +120,22 @@ def files(drawings, small_run, tmp_path):
     return tmp_path, ["sweep", str(tmp_path / "sweep.yaml"), *where]
 
 
+SERVER = training_server()
+
+
+def killed_when(condition, root, words):
+    """Start a sweep in a process of its own, and kill it there."""
+    process = SERVER.Process(target=command, args=(words, str(root / "log")))
+    process.start()
+    assert wait_for(condition, process, 120), (root / "log").read_text()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
 def test_a_sweep_that_is_killed_goes_on_to_its_page_and_its_adapter(files, capsys):
     root, words = files
     arms = root / "out" / "arms"
-    process = training_server().Process(target=command, args=(words, str(root / "log")))
-    process.start()
-    assert wait_for(lambda: (arms / "lora_rank-4" / "checkpoint-2").is_dir(), process, 120), (root / "log").read_text()
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    killed_when((arms / "lora_rank-4" / "checkpoint-2").is_dir, root, words)
     kept = (arms / "lora_rank-2" / "run.json").read_bytes()  # the cheaper one was first, and is finished
     assert not (arms / "lora_rank-4" / "run.json").exists()
 
@@ -137,8 +146,14 @@ def test_a_sweep_that_is_killed_goes_on_to_its_page_and_its_adapter(files, capsy
     assert main([*words, "--set", "evaluation.goal=style"]) == 2
     assert "evaluation.goal was both, is now style" in capsys.readouterr().err
 
+    samples = root / "out" / "evaluation" / "samples"
+    killed_when(lambda: any(samples.glob("arm-lora_rank-2/*/*.png")), root, words)
+    drawn = {file: file.stat().st_mtime_ns for file in samples.glob("*/*/*.png")}
+    assert drawn and read_record(Sweep, root / "out" / "sweep.json").result is None
+
     assert main(words) == 0
     said = capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in drawn} == drawn, "a picture is drawn once"
     assert (arms / "lora_rank-2" / "run.json").read_bytes() == kept
     found = read_record(Sweep, root / "out" / "sweep.json")
     result = found.result
@@ -153,6 +168,28 @@ def test_a_sweep_that_is_killed_goes_on_to_its_page_and_its_adapter(files, capsy
     assert find_run(root / "out" / "best")[0] == "tiny"
 
     assert main(words) == 0 and result.why in capsys.readouterr().out, "a finished sweep says again what it found"
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_again_and_again_finds_the_same(files):
+    root, words = files
+    rng, kills = random.Random(4), 0
+    assert main([*words[:-1], str(root / "left alone")]) == 0
+    for _ in range(60):
+        process = SERVER.Process(target=command, args=(words, str(root / "log")))
+        process.start()
+        process.join(0.5 + 6 * rng.random() if kills < 25 else 120)
+        if not process.is_alive():
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+    print(f"{kills} kills")
+    assert process.exitcode == 0 and kills > 3, (root / "log").read_text()
+    for name in ("sweep.json", "best/pytorch_lora_weights.safetensors"):
+        assert (root / "out" / name).read_bytes() == (root / "left alone" / name).read_bytes(), name
+    left = {path.name for path in (root / "out").iterdir() if not path.name.startswith(".sweep")}
+    assert left == {"lock", "arms", "evaluation", "sweep.json", "sweep.html", "best"}
 
 
 @pytest.mark.parametrize(
