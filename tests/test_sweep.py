@@ -149,11 +149,12 @@ def test_a_sweep_that_is_killed_goes_on_to_its_page_and_its_adapter(files, capsy
     samples = root / "out" / "evaluation" / "samples"
     killed_when(lambda: any(samples.glob("arm-lora_rank-2/*/*.png")), root, words)
     drawn = {file: file.stat().st_mtime_ns for file in samples.glob("*/*/*.png")}
-    assert drawn and read_record(Sweep, root / "out" / "sweep.json").result is None
+    assert read_record(Sweep, root / "out" / "sweep.json").result is None
 
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert {file: file.stat().st_mtime_ns for file in drawn} == drawn, "a picture is drawn once"
+    again = [file for file, when in drawn.items() if file.stat().st_mtime_ns != when]
+    assert len(drawn) > 24 and len(again) <= 1, "only the picture that was being written is drawn again"
     assert (arms / "lora_rank-2" / "run.json").read_bytes() == kept
     found = read_record(Sweep, root / "out" / "sweep.json")
     result = found.result
