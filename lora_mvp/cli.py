@@ -403,6 +403,23 @@ def _add_judging(commands) -> None:
     for parser in (evaluate, compare, choose):
         _add_real(parser)
 
+# %% ../nbs/7_doors/03_cli.ipynb #21f079b0
+def cmd_sweep(args: argparse.Namespace) -> None:
+    "Train several settings one after another on this machine, and say which is better, if pictures can tell."
+    from lora_mvp.sweep import run_sweep, sweep_text
+
+    found = run_sweep(args.file, _manifest(args), args.out, args.config, args.set or [], args.real_glob)
+    print(sweep_text(found))
+    print(f"wrote {args.out}: sweep.html, sweep.json{', best' if found.result.best else ''}")
+
+# %% ../nbs/7_doors/03_cli.ipynb #310c03d7
+def _add_sweep(commands) -> None:
+    parser = _command(commands, "sweep", cmd_sweep)
+    parser.add_argument("file", metavar="FILE", help="YAML: `values:` settings and lists of values, or `arms:` a list")
+    parser.add_argument("--manifest", required=True, help="manifest.json written by prepare-data")
+    parser.add_argument("--out", required=True, help="a new folder; that of a stopped sweep, to go on")
+    parser.add_argument("--real-glob", help="real pictures; default: the validation images of the manifest")
+
 # %% ../nbs/7_doors/03_cli.ipynb #b30ee116
 def cmd_demo(args: argparse.Namespace) -> None:
     "Run everything on the pictures that ship with the package."
@@ -433,6 +450,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_judging,
         _add_grid,
         _add_vote,
+        _add_sweep,
         _add_demo,
         add_lab,
     ):
