@@ -12,19 +12,33 @@ import hashlib
 import json
 import logging
 import os
-import re
-import string
 import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import LoraMvpError
 from .files import atomic_write  # noqa: F401  for chapters that still look for it here
 from .given import apply_overrides, raise_mistakes
 from .plain_yaml import read_yaml, yaml_text
 from .sentences import Sections, sections_of, sentence, unknown_key
+from lora_mvp.values import (
+    BatchSize,
+    Colour,
+    Count,
+    ExtractorKey,
+    ModelKey,
+    PathKey,
+    Prompt,
+    ScorerKey,
+    Seed,
+    Size,
+    StoreKey,
+    Targets,
+    Template,
+    absolute,
+)
 
 # %% ../nbs/08_config.ipynb #54173425
 def derive_seed(
@@ -34,34 +48,6 @@ def derive_seed(
     "The seed for one purpose, a function of its arguments and nothing else."
     digest = hashlib.sha256(json.dumps([seed, *what]).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-# %% ../nbs/08_config.ipynb #8fa754f0
-def _absolute(path: str | os.PathLike, base: Path) -> Path:
-    return Path(os.path.abspath(base / os.path.expanduser(path)))
-
-# %% ../nbs/08_config.ipynb #16fa9a1f
-def _anchor_path(path: Path, info) -> Path:
-    return _absolute(path, info.context["base"]) if info.context else path
-
-# %% ../nbs/08_config.ipynb #e07fb2f1
-def _anchor_model(name: str, info) -> str:
-    "A model name stays as it is; what is a folder becomes an absolute path."
-    if not info.context or name == "tiny":
-        return name
-    folder = _absolute(name, info.context["base"])
-    looks_local = name.startswith((".", "~", "/", "\\")) or os.path.isabs(name) or name.count("/") > 1
-    return str(folder) if looks_local or folder.exists() else name
-
-# %% ../nbs/08_config.ipynb #d42fa7bd
-def _anchor_extractor(name: str, info) -> str:
-    "`kind:place`, in which the place is treated as the name of a model."
-    kind, colon, place = name.partition(":")
-    return kind + colon + _anchor_model(place, info) if place else name
-
-
-def _anchor_scorer(name: str, info) -> str:
-    "The name of a model, or `siglip:place`."
-    return (_anchor_extractor if name.startswith("siglip:") else _anchor_model)(name, info)
 
 # %% ../nbs/08_config.ipynb #3c471d3d
 _logger = logging.getLogger("lora_mvp")
@@ -76,46 +62,7 @@ def resolve_model_name(
         _logger.warning("%s was deleted from the hub; using %s, the same weights", name, MOVED[name])
     return MOVED.get(name, name)
 
-# %% ../nbs/08_config.ipynb #1ae8dbc9
-def _not_empty(value: Any) -> Any:
-    if value == "":
-        raise ValueError("must not be empty")
-    return value
-
-# %% ../nbs/08_config.ipynb #c9437768
-def _as_text(value: Any) -> Any:
-    "A path given from Python becomes its text."
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-# %% ../nbs/08_config.ipynb #3486f495
-def _known_fields(template: str) -> str:
-    try:
-        fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-    except ValueError as error:
-        raise ValueError(f"has a brace that does not match ({error}); write {{{{ or }}}} for a brace itself") from None
-    if unknown := fields - {"label", "trigger", "stem"}:
-        names = ", ".join(f"{{{name}}}" for name in sorted(unknown))
-        raise ValueError(f"has the placeholder {names}; there are {{label}}, {{trigger}} and {{stem}}")
-    return template
-
-# %% ../nbs/08_config.ipynb #1b8ed440
-def _plain_fields(template: str) -> str:
-    template.format(label="x", trigger="x", stem="x")  # refuses what only looks right, such as {label!z} or {label:d}
-    return template
-
-# %% ../nbs/08_config.ipynb #79462acc
-PathKey = Annotated[Path, Field(strict=False), BeforeValidator(_not_empty), AfterValidator(_anchor_path)]
-ModelKey = Annotated[str, BeforeValidator(_as_text), BeforeValidator(_not_empty), AfterValidator(_anchor_model)]
-ExtractorKey = Annotated[str, BeforeValidator(_as_text), BeforeValidator(_not_empty), AfterValidator(_anchor_extractor)]
-ScorerKey = Annotated[str, BeforeValidator(_as_text), BeforeValidator(_not_empty), AfterValidator(_anchor_scorer)]
-Template = Annotated[str, BeforeValidator(_not_empty), AfterValidator(_known_fields), AfterValidator(_plain_fields)]
-Size = Annotated[int, Field(ge=32, le=4096, multiple_of=8)]  # the autoencoder divides by 8; 32 leaves 4 latent pixels
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Prompt = Annotated[str, Field(min_length=1, max_length=4000)]  # a text encoder reads 77 to 512 tokens
-BatchSize = Annotated[int, Field(ge=1, le=4096)]
-
-
+# %% ../nbs/08_config.ipynb #dfd4c3e6
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
@@ -148,12 +95,6 @@ CHECKS: dict[str, Severity] = {
 # %% ../nbs/08_config.ipynb #533cea1c
 def _all_checks(given: dict[str, Severity]) -> dict[str, Severity]:
     return {code: given.get(code, severity) for code, severity in CHECKS.items()}
-
-# %% ../nbs/08_config.ipynb #3cb38792
-def _colour(text: str) -> str:
-    if not re.fullmatch("#[0-9a-fA-F]{6}", text):
-        raise ValueError("is no colour; write it as #rrggbb, for example #ffffff")
-    return text.lower()
 
 # %% ../nbs/08_config.ipynb #1fa20510
 class DataConfig(_Section):
@@ -193,7 +134,7 @@ class DataConfig(_Section):
     )
     max_aspect: float = Field(3.0, ge=1, description="images whose longer side is so many times the other are left out")
     max_pixels: Count = Field(64_000_000, description="larger images are refused before they are decoded")
-    background: Annotated[str, AfterValidator(_colour)] = Field("#ffffff", description="colour behind transparency")
+    background: Colour = Field("#ffffff", description="colour behind transparency")
     checks: Annotated[dict[Literal[tuple(CHECKS)], Severity], AfterValidator(_all_checks)] = Field(
         default_factory=dict, description="severity of each check of an image or its caption: reject, warn or off"
     )
@@ -207,6 +148,12 @@ class _StepKeys(_Section):
     weight_decay: float = Field(0.01, ge=0, le=1, description="pull of the optimiser towards zero")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="memory of the gradients' mean; adafactor has none")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="memory of their squares; adafactor has its own")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay, such as 0.99, of the average that is the result; null: none",
+    )
 
 # %% ../nbs/08_config.ipynb #58eedd93
 class _LoopKeys(_StepKeys):
@@ -246,15 +193,9 @@ class _MarkKeys(_LoopKeys):
     sample_prompts: Annotated[list[Prompt], Field(max_length=64)] = Field(
         [], description="prompts of sample pictures; []: validation captions"
     )
-
-# %% ../nbs/08_config.ipynb #b8125209
-def _targets(value: str) -> str:
-    "A word for a preset stays; anything else must compile as a regular expression."
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"is neither attention, attention_ff, all nor a regular expression ({error})") from None
-    return value
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(
+        [], description="programs that are told loss and rate as well"
+    )
 
 # %% ../nbs/08_config.ipynb #cf3e5afe
 class _AdapterKeys(_MarkKeys):
@@ -266,7 +207,7 @@ class _AdapterKeys(_MarkKeys):
     lora_variant: Literal["lora", "rslora", "dora"] = Field(
         "lora", description="rslora: strength alpha / sqrt(rank); dora: also learns the weights' length"
     )
-    lora_targets: Annotated[str, Field(max_length=300), BeforeValidator(_not_empty), AfterValidator(_targets)] = Field(
+    lora_targets: Targets = Field(
         "attention", description="attention, attention_ff, all, or a regular expression on module names"
     )
     text_encoder_learning_rate: float | None = Field(
@@ -278,14 +219,18 @@ class _AdapterKeys(_MarkKeys):
     )
     vae: ModelKey | None = Field(None, description="another autoencoder: folder, file or hub id; null: the base's")
 
-# %% ../nbs/08_config.ipynb #35a5f717
-class TrainingConfig(_AdapterKeys):
-    "How to train, and where the results go."
-
+# %% ../nbs/08_config.ipynb #a5602e19
+class _NoiseKeys(_AdapterKeys):
     prediction_type: Literal["epsilon", "v_prediction"] | None = Field(None, description="null: what the base says")
+    loss: Literal["mse", "huber"] = Field("mse", description="of an error; huber: large ones count less (pseudo-Huber)")
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weighting, 5 in its paper; null: none")
     noise_offset: float = Field(0.0, ge=0, le=1, description="a constant added to the noise of each channel")
     zero_terminal_snr: bool = Field(False, description="noise the last timestep fully; v_prediction bases only")
+
+# %% ../nbs/08_config.ipynb #35a5f717
+class TrainingConfig(_NoiseKeys):
+    "How to train, and where the results go."
+
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of captions replaced by an empty one")
     shuffle_tags: bool = Field(False, description="shuffle the comma-separated parts of captions")
     keep_tags: int = Field(1, ge=0, description="first parts of a caption that shuffle_tags leaves in place")
@@ -332,24 +277,8 @@ class EvaluationConfig(_Section):
     )
     margin: float = Field(0.1, gt=0, lt=1, description="differences up to this share of a score's span count as none")
 
-# %% ../nbs/08_config.ipynb #23baa173
-def _anchor_store(name: str, info) -> str:
-    "The address of a database stays as it is; a file becomes an absolute path."
-    if "://" in name:
-        if re.match(r"(sqlite|postgresql\+pg8000)://", name):
-            return name
-        raise ValueError("is no store; write a .json, .db or .sqlite file, sqlite:///FILE or postgresql+pg8000://...")
-    if not name.endswith((".json", ".db", ".sqlite")):
-        raise ValueError("is no store; the file's ending says which: .json, .db or .sqlite")
-    return str(_absolute(name, info.context["base"])) if info.context else name
-
-
-StoreKey = Annotated[str, BeforeValidator(_as_text), BeforeValidator(_not_empty), AfterValidator(_anchor_store)]
-
-# %% ../nbs/08_config.ipynb #35453640
-class ApiConfig(_Section):
-    "The job service."
-
+# %% ../nbs/08_config.ipynb #978d26a7
+class _PlaceKeys(_Section):
     db_path: StoreKey = Field(
         "state/training_jobs.json", description="where jobs are kept: a .json, .db or .sqlite file, or a database's URL"
     )
@@ -367,6 +296,11 @@ class ApiConfig(_Section):
     trusted_proxies: list[Prompt] = Field(
         [], description="addresses or networks of proxies whose X-Forwarded-For counts"
     )
+
+# %% ../nbs/08_config.ipynb #35453640
+class ApiConfig(_PlaceKeys):
+    "The job service."
+
     max_workers: Count = Field(2, description="jobs that run at the same time")
     poll_interval: float = Field(2.0, gt=0, description="seconds between two looks at a running job")
     max_attempts: Count = Field(3, description="starts of a job whose process was lost, before it fails")
@@ -457,7 +391,7 @@ def load_config(
     overrides: list[str] | tuple[str, ...] | dict[str, Any] = (),  # "section.key=value", {"section.key": value}
 ) -> AppConfig:  # paths in it are absolute
     "Read a configuration; raises `LoraMvpError` naming every mistake with its line."
-    file = None if path is None else _absolute(path, Path.cwd())
+    file = None if path is None else absolute(path, Path.cwd())
     data, lines, problems = read_yaml(_read_file(file)) if file else ({}, {}, [])
     if not problems and not isinstance(data, dict | None):
         problems = [

@@ -41,5 +41,6 @@ def missing(
 # %% ../nbs/00a_extras.ipynb #578d4cdf
 def need(module: str) -> None:
     "Nothing where the module can be imported; raises `LoraMvpError` (`extra_missing`) where an extra brings it."
-    if find_spec(module) is None and (error := missing(module)):
+    spec = find_spec(module)  # a folder of that name has no origin: wandb leaves one where it runs
+    if (spec is None or spec.origin is None) and (error := missing(module)):
         raise error

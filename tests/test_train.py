@@ -22,6 +22,19 @@ EIGHT_BIT = "adamw8bit" if find_spec("bitsandbytes") else "adafactor"  # an extr
 EVERYTHING = {"text_encoder_learning_rate": 1e-4, "snr_gamma": 5.0, "caption_dropout": 0.3, "shuffle_tags": True}
 
 
+def the_average_is_the_result(run: Path) -> None:
+    """What is exported is the average of the checkpoint, which holds what learned beside it."""
+    from safetensors.numpy import load_file
+
+    from lora_mvp.models.keys import public_name
+
+    result = load_file(run / "lora_adapter" / "pytorch_lora_weights.safetensors")
+    average, learned = (load_file(run / "checkpoint-4" / f"{name}.safetensors") for name in ("adapter", "learning"))
+    assert {public_name(name) for name in average} == set(result)
+    assert all((result[public_name(name)] == value).all() for name, value in average.items())
+    assert any((learned[name] != value).any() for name, value in average.items())
+
+
 @pytest.mark.parametrize(
     "family, changes",
     [
@@ -36,14 +49,14 @@ EVERYTHING = {"text_encoder_learning_rate": 1e-4, "snr_gamma": 5.0, "caption_dro
             | EVERYTHING,
             marks=pytest.mark.slow,
         ),
-        ("sdxl", {"aspect_buckets": True, "lora_alpha": 2} | EVERYTHING),
+        ("sdxl", {"aspect_buckets": True, "lora_alpha": 2, "ema": 0.9} | EVERYTHING),
         pytest.param(
             "sdxl",
             {"caption_dropout": 0.3, "shuffle_tags": True, "mixed_precision": "bf16"},
             marks=pytest.mark.slow,
         ),
         ("sd3", {"lora_targets": "all", "gradient_checkpointing": True, "optimizer": "prodigy", "learning_rate": 1.0}),
-        ("flux", {"lora_targets": "attention_ff", "mixed_precision": "bf16", "optimizer": EIGHT_BIT}),
+        ("flux", {"lora_targets": "attention_ff", "mixed_precision": "bf16", "optimizer": EIGHT_BIT, "loss": "huber"}),
     ],
     ids=["sd1", "sd2", "sdxl", "sdxl-bf16", "sd3", "flux"],
 )
@@ -60,6 +73,8 @@ def test_every_family_trains_resumes_and_exports(drawings, small_run, tmp_path, 
     whole = train(config("whole"), drawings, progress=False)
     assert (tmp_path / "whole" / "lora_adapter" / "certificate.json").is_file()
     assert (tmp_path / "whole" / "whole.safetensors").is_file()
+    if "ema" in changes:
+        the_average_is_the_result(tmp_path / "whole")
 
     def stop(report):
         if report.step == 3:
@@ -165,3 +180,55 @@ def test_a_setting_that_trains_nothing_is_refused(drawings, small_run, tmp_path)
 
     with pytest.raises(LoraMvpError, match="batch_size is 50"):
         train(load_config(overrides=small_run(tmp_path / "run", batch_size=50)), drawings, progress=False)
+
+
+def test_trackers_are_told_of_steps_and_validations(drawings, small_run, tmp_path):
+    """By Accelerate's interface, to a small tracker of our own; a real one is asked below, where it is installed."""
+    from accelerate.tracking import GeneralTracker
+
+    from lora_mvp.data.manifest import read_manifest
+    from lora_mvp.train.curves import ValidationRow, read_table
+    from lora_mvp.train.loop import Trainer
+
+    class Table(GeneralTracker):
+        name, requires_logging_directory, ended = "table", False, 0
+
+        @property
+        def tracker(self):
+            return self
+
+        def log(self, values, step, **_):
+            rows.extend((step, name, value) for name, value in values.items())
+
+        def finish(self):
+            self.ended += 1
+
+    rows, table, folder = [], Table(), tmp_path / "run"
+    options = {"max_train_steps": 2, "sample_every": 0, "validate_every": 2}
+    trainer = Trainer(load_config(overrides=small_run(folder, **options)), read_manifest(drawings))
+    folder.mkdir(exist_ok=True)
+    (folder / "loss_history.csv").write_text("step,epoch,loss,learning_rate,grad_norm\n")
+    trainer.accelerator.trackers.append(table)
+    trainer.catch_up()
+    trainer.run(progress=False)
+    assert [value for _, name, value in rows if name == "train/loss"] == losses(folder)
+    validated = {
+        (row.step, f"validation/{row.split}"): row.loss for row in read_table(ValidationRow, folder / "validation.csv")
+    }
+    told = {(step, name): value for step, name, value in rows if name.startswith("validation/")}
+    assert told.keys() == validated.keys() and told == pytest.approx(validated)
+    assert table.ended == 1 and not trainer.accelerator.trackers
+
+
+@pytest.mark.skipif(not find_spec("tensorboard"), reason="an extra, and 50 MB")
+def test_tensorboard_has_the_curve(drawings, small_run, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from lora_mvp.train.loop import train
+
+    options = {"max_train_steps": 2, "sample_every": 0, "trackers": ["tensorboard"]}
+    train(load_config(overrides=small_run(tmp_path / "run", **options)), drawings, progress=False)
+    events = EventAccumulator(str(tmp_path / "run" / "trackers" / "lora-mvp")).Reload()
+    told = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert told == [(step + 1, pytest.approx(loss)) for step, loss in enumerate(losses(tmp_path / "run"))]
+    assert {"train/learning_rate", "train/grad_norm", "validation/val"} <= set(events.Tags()["scalars"])

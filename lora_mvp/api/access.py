@@ -196,6 +196,7 @@ NOT_OFFERED = {
     "training.cache_dir",
     "training.init_adapter",
     "training.vae",
+    "training.trackers",
     "evaluation.prompt_file",
     "evaluation.extractor",
     "evaluation.preference",

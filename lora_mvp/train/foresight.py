@@ -76,9 +76,9 @@ def disk_need(
     kept = min(t.max_checkpoints, saves) + 2
     every = t.checkpointing_steps if t.sample_every is None else t.sample_every
     pictures = 2 * 3 * t.resolution**2 * prompts * (1 + -(-t.max_train_steps // every)) if every else 0
-    return DiskNeed(
-        (adapter + state) * kept, 3 * adapter, fused_bytes(pipe, folder) if t.save_pipeline else 0, pictures
-    )
+    both = adapter * (2 if t.ema else 1)  # the average and what learns
+    pipeline = fused_bytes(pipe, folder) if t.save_pipeline else 0
+    return DiskNeed((both + state) * kept, 3 * adapter, pipeline, pictures)
 
 # %% ../../nbs/3_train/12b_foresight.ipynb #701efe35
 def held_bytes(paths: list[Path]) -> int:

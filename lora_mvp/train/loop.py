@@ -53,6 +53,7 @@ from lora_mvp.train.runs import (
     wait_for_record,
 )
 from .streams import TrainingData, load_data
+from .trackers import add_trackers, check_trackers, note_losses, note_step, tracked
 from .updates import Updates, not_finite
 
 # %% ../../nbs/3_train/13_loop.ipynb #9352df11
@@ -63,6 +64,7 @@ def check_trainable(config: AppConfig, manifest: Manifest) -> None:
         text = f"training.output_dir and training.pretrained_model are the same folder {t.output_dir}; choose another output_dir."
         raise LoraMvpError("output_is_base", text)
     refuse_large_batch(n, t.batch_size)
+    check_trackers(t)
     if t.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise LoraMvpError(
             "fp16_needs_gpu", "training.mixed_precision: fp16 needs a CUDA GPU; use no or bf16 on this machine."
@@ -269,7 +271,9 @@ class Trainer:
 
     def validate(self) -> None:
         "Take the fixed-noise losses of both splits at the current step."
-        for split, losses in mark_losses(self.marks, self.state.step).items():
+        found = mark_losses(self.marks, self.state.step)
+        note_losses(self.accelerator, found, self.state.step)
+        for split, losses in found.items():
             self.state.losses.setdefault(split, {})[self.state.step] = losses
         if self.state.losses and self.accelerator.is_main_process:
             atomic_write(self.folder.validation, table_csv(ValidationRow, validation_rows(self.state.losses)))
@@ -279,6 +283,20 @@ class Trainer:
         self.folder.samples.mkdir(parents=True, exist_ok=True)
         for k, picture in mark_pictures(self.marks, self.state.step).items():
             save_png(picture, self.folder.sample(self.state.step, k))
+
+    @contextmanager
+    def averaged(self, needed: bool = True):
+        "The adapter is its average inside, where there is one; half exchanged it is not whole and is not saved."
+        if not (needed and self.updates.average):
+            yield
+            return
+        self.whole = False
+        self.updates.average.swap()
+        try:
+            yield
+        finally:
+            self.updates.average.swap()
+            self.whole = True
 
     def mark(self, validation: bool, samples: bool) -> None:
         "Validation losses and sample pictures, each by all processes together."
@@ -344,7 +362,8 @@ class Trainer:
         "Step until max_train_steps; validate, sample and save on the way. Raises `Interrupted` after a stop request."
         t, seconds, main = self.config.training, 0.0, self.accelerator.is_main_process
         progress = Progress(t.max_train_steps, self.state.step, progress and main)
-        with stop_request() as self.stop, progress.bar, disk_trouble(self.folder.root), self.rescued():
+        trackers = tracked(self.accelerator)
+        with stop_request() as self.stop, progress.bar, trackers, disk_trouble(self.folder.root), self.rescued():
             while self.state.step < t.max_train_steps:
                 start = time.perf_counter()
                 report = self.step()
@@ -354,6 +373,7 @@ class Trainer:
                     on_step(report)
                 if main:
                     append_row(self.folder.history, report)
+                note_step(self.accelerator, report)
                 self.publish()
         return seconds
 
@@ -367,7 +387,8 @@ class Trainer:
         step, (validation, samples, saved) = self.state.step, self.due()
         validation = validation and self.data.val_set is not None and step not in self.state.losses.get("val", {})
         samples = samples and not all(self.folder.sample(step, k).is_file() for k in range(len(self.marks.prompts)))
-        self.mark(validation, samples)
+        with self.averaged(validation or samples):
+            self.mark(validation, samples)
         if step and saved and (validation or samples):
             self.save()
 
@@ -375,9 +396,14 @@ class Trainer:
         "Mark and save where a step asks for it; raises `Interrupted` when the run is stopped, with the mark left to the next start."
         t, step, (validation, samples, saved) = self.config.training, self.state.step, self.due()
         try:
-            with self.stop.leave(self.asked if self.accelerator.num_processes > 1 else None):
+            with (
+                self.averaged(validation or samples),
+                self.stop.leave(self.asked if self.accelerator.num_processes > 1 else None),
+            ):
                 self.mark(validation, samples)
         except KeyboardInterrupt:
+            if not self.whole:  # a second one, while adapter and average changed places
+                raise
             self.save()
             text = f"stopped after step {step} of {t.max_train_steps}; saved in {self.folder.root}. "
             raise Interrupted("interrupted", text + f"Run the same command with {self.again} to go on.") from None
@@ -396,6 +422,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             if self.claim:
                 self.claim.check()
+            if self.updates.average:
+                self.updates.average.swap()
             with disk_trouble(self.folder.root):
                 finish_run(self.config, self.manifest, self.network, self.data, self.state, seconds)
         else:
@@ -421,6 +449,7 @@ def begin(trainer: Trainer, found: Path | None, replace: bool, extend: bool) -> 
         folder.record.unlink(missing_ok=True)  # of the shorter run that is extended
         atomic_write(folder.history, table_csv(StepReport, trainer.state.history))
         trainer.announce()
+    add_trackers(trainer.accelerator, trainer.config.training, folder.trackers)
     trainer.catch_up()
     if trainer.config.training.sample_every == 0:
         trainer.network.forget_autoencoder()

@@ -175,7 +175,7 @@ def step_bytes(
         asked = example(pipe, training.batch_size, training.resolution, embeds)  # stays until the end of the step
         prediction = denoise(pipe, *asked)
         kept = live.now
-        image_losses(prediction, torch.zeros_like(prediction)).mean().backward()
+        image_losses(prediction, torch.zeros_like(prediction), loss=training.loss).mean().backward()
     for part in parts:
         part.eval()
     return kept, live.peak
@@ -348,7 +348,8 @@ class MemoryEstimate:
         weights = self._fused(t) if name == "pipeline" else frozen_bytes(*parts[name])
         program = PROGRAM[self.device] + WASTE[self.device] * working
         learning = [p for part in adapters.values() for p in part]
-        held = COPIES[name] * adapter_bytes(adapters) + (state_bytes(t, learning) if COPIES[name] else 0)
+        copies = COPIES[name] + (COPIES[name] > 0 and t.ema is not None)  # the average of the adapter
+        held = copies * adapter_bytes(adapters) + (state_bytes(t, learning) if COPIES[name] else 0)
         return Phase(name, weights, held, working, program)
 
     def phases(self, t: TrainingConfig) -> list[Phase]:
@@ -367,8 +368,9 @@ class MemoryEstimate:
     def working(self, t: TrainingConfig) -> dict[str, int]:  # phase -> bytes
         "What comes and goes in each phase, in the order of a run."
         (pipe, adapters), size, once = self.pipe(t), t.resolution, partial(self._once, t=t)
-        precision, more = "mixed_precision resolution", f"{self.MODEL} resolution batch_size gradient_checkpointing"
-        room, drawing = together(size, UNET_PIXELS), f"{self.MODEL} resolution"
+        more = f"{self.MODEL} resolution batch_size gradient_checkpointing loss"
+        precision, drawing = "mixed_precision resolution", f"{self.MODEL} resolution"
+        room = together(size, UNET_PIXELS)
         found = {
             "encode": once("encode", keys=precision, make=lambda: encoding_bytes(pipe, size, self.variants)),
             "train": once("train", keys=more, make=lambda: step_bytes(pipe, t, self.cuda)[1]),

@@ -238,7 +238,7 @@ def answer_losses(network: Network, question: Asked) -> torch.Tensor:  # (images
     torch.manual_seed(question.dropout)
     embeds = question.embeds or network.embed(question.captions)
     prediction = network.predict(question.noisy, question.times, embeds, question.time_ids)
-    return image_losses(prediction, question.target, question.weights, question.masks)
+    return image_losses(prediction, question.target, question.weights, question.masks, network.settings.loss)
 
 # %% ../../nbs/3_train/10_network.ipynb #9ec2379e
 def batch_losses(
@@ -275,7 +275,7 @@ def fixed_noise_losses(
     grid: int = 8,  # timesteps
     share: slice = slice(None),  # of the images, for several processes
 ) -> list[float]:  # one per image
-    "Losses of at most `VALIDATION_IMAGES` images at `grid` fixed timesteps with fixed noise, without augmentation."
+    "Squared errors of at most `VALIDATION_IMAGES` images at `grid` fixed timesteps with fixed noise, whatever `training.loss` is, without augmentation."
     seed, losses = network.settings.seed, []
     count = min(VALIDATION_IMAGES, len(data), at_most)
     chosen = np.random.default_rng(derive_seed(seed, "validation", len(data))).permutation(len(data))[:count]

@@ -117,15 +117,25 @@ def min_snr_weights(
         return (gamma * (1 - bar) / bar).clamp(max=1)
     return torch.minimum(bar, gamma * (1 - bar))
 
+# %% ../../nbs/3_train/06_objectives.ipynb #e71471aa
+BEND = 0.1  # a tenth of the noise's spread, the value of sd-scripts and of diffusers' training scripts
+
+
+def pseudo_huber(errors: torch.Tensor) -> torch.Tensor:
+    "`2 c (sqrt(e² + c²) - c)`, c = `BEND`: e² for small errors, 2 c |e| for large ones (Khrapov et al. 2024, arXiv 2403.16728)."
+    return 2 * BEND * ((errors.square() + BEND**2).sqrt() - BEND)
+
 # %% ../../nbs/3_train/06_objectives.ipynb #f96d0b51
 def image_losses(
     prediction: torch.Tensor,  # (batch, channels, height, width)
     target: torch.Tensor,  # as the prediction
     weights: torch.Tensor | None = None,  # (batch,), of `min_snr_weights`
     masks: torch.Tensor | None = None,  # (batch, 1, height, width), how much each place counts, not below 0
+    loss: str = "mse",  # or huber, `training.loss`
 ) -> torch.Tensor:  # (batch,), float32
-    "Mean squared error of each image, weighted by its mask, times its weight; 0 where a mask is 0 everywhere."
-    errors = (prediction.float() - target.float()).square()
+    "Mean loss of each image, weighted by its mask, times its weight; 0 where a mask is 0 everywhere."
+    errors = prediction.float() - target.float()
+    errors = pseudo_huber(errors) if loss == "huber" else errors.square()
     if masks is None:
         losses = errors.flatten(1).mean(1)
     else:

@@ -40,6 +40,7 @@ class RunFolder:
         self.curve = self.root / "loss_curve.png"
         self.samples = self.root / "samples"
         self.sheet = self.root / "samples.png"
+        self.trackers = self.root / "trackers"  # what TensorBoard and others keep
         self.pipeline = self.root / "model_index.json"
         self.best = self.root / "best.json"  # which checkpoint was chosen, and why
         self.best_adapter = self.root / "best_adapter"
@@ -138,6 +139,7 @@ FREE = {
     "save_dtype",
     "sample_prompts",
     "cache_dir",
+    "trackers",
 }
 
 
@@ -212,7 +214,7 @@ def prepare_folder(
 def run_traces(folder: RunFolder) -> list[Path]:
     "The files that say how a run went, and which of its checkpoints is best."
     f = folder
-    found = [f.start, f.history, f.validation, f.curve, f.sheet, f.page, f.best, f.best_adapter]
+    found = [f.start, f.history, f.validation, f.curve, f.sheet, f.page, f.best, f.best_adapter, f.trackers]
     found += f.samples.glob("step-*.png")
     return [path for path in found if path.exists()]
 

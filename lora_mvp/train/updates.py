@@ -16,9 +16,10 @@ from diffusers.optimization import get_scheduler
 
 from ..config import TrainingConfig
 from ..errors import LoraMvpError
-from ..models.adapters import adapter_state, add_lora, restore_adapter
+from ..models.adapters import adapter_parameters, adapter_state, add_lora, restore_adapter
 from ..models.families import family_of
 from ..models.starting import start_from
+from .averages import Average
 from .checkpoints import checkpoints
 from .network import Network
 from .optimizers import make_optimizer, optimizer_numbers, optimizer_tensors, restore_optimizer
@@ -93,6 +94,7 @@ class Updates:
         if t.init_adapter is not None:
             log.info("%s", start_from(network.pipe, t.init_adapter))
         self.params = [p for group in groups.values() for p in group]
+        self.average = Average(adapter_parameters(network.pipe), t.ema) if t.ema else None
         groups = [{"params": ps, "lr": rates.get(name, t.text_encoder_learning_rate)} for name, ps in groups.items()]
         optimizer = make_optimizer(t, groups)
         self.schedule = rate_schedule(t, optimizer)
@@ -128,6 +130,8 @@ class Updates:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.follow(self.schedule.last_epoch)
         if rate and not self.moved and not self.skips:
             check_moved(adapter_state(self.network.pipe))
             self.moved = True
@@ -135,7 +139,9 @@ class Updates:
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         "What a checkpoint keeps in tensors."
-        return {"adapter": adapter_state(self.network.pipe), "optimizer": optimizer_tensors(self.optimizer)}
+        own = adapter_state(self.network.pipe)
+        both = {"adapter": self.average.state(), "learning": own} if self.average else {"adapter": own}
+        return both | {"optimizer": optimizer_tensors(self.optimizer)}
 
     def state(self) -> dict:
         "What a checkpoint keeps beside them, ready for JSON."
@@ -150,7 +156,9 @@ class Updates:
         state: dict,
     ) -> bool:  # whether a longer schedule moves the rate
         "Put back what `tensors` and `state` gave; the schedule may be longer than it was."
-        restore_adapter(self.network.pipe, tensors["adapter"])
+        restore_adapter(self.network.pipe, tensors["learning" if self.average else "adapter"])
+        if self.average:
+            self.average.restore(tensors["adapter"])
         restore_optimizer(self.optimizer, tensors["optimizer"], state["optimizer"])
         lambdas, before = self.schedule.lr_lambdas, state["schedule"]["_last_lr"]
         self.schedule.load_state_dict(state["schedule"] | {"lr_lambdas": [None] * len(lambdas)})
