@@ -11,6 +11,8 @@ import yaml
 from trainings import command, training_server, wait_for
 
 from lora_mvp.cli import main
+from lora_mvp.data.manifest import read_manifest
+from lora_mvp.errors import LoraMvpError
 from lora_mvp.eval.arms import settle_arms, standings, with_confirmation
 from lora_mvp.eval.extractors import ExtractorRecord, Preprocess
 from lora_mvp.eval.metrics import alignment
@@ -19,7 +21,8 @@ from lora_mvp.eval.scores import Side, Terms, prompt_scores, sample_scores, scor
 from lora_mvp.eval.verdicts import confirms
 from lora_mvp.files import read_record
 from lora_mvp.infer import find_run
-from lora_mvp.sweep import Sweep
+from lora_mvp.sweep import Sweep, planned_sweep, train_arms
+from lora_mvp.sweep_file import arm_configs, read_sweep
 
 D = 24  # width of the features
 
@@ -222,3 +225,32 @@ def test_prompts_that_cannot_tell_and_a_folder_in_use_are_refused_too(files, cap
     (root / "out" / "mine.txt").write_text("")
     assert main(words) == 2
     assert "is not empty and holds no sweep" in capsys.readouterr().err
+
+
+def test_an_arm_that_diverges_is_marked_and_the_others_go_on(files, drawings, monkeypatch):
+    root, words = files
+    (root / "out").mkdir()
+    configs = arm_configs(read_sweep(root / "sweep.yaml"), root / "config.yaml", [], root / "out")
+    record, done = planned_sweep(configs, read_manifest(drawings), None), []
+
+    def stand_in(code, which):
+        def train(config, *_, **__):
+            done.append(config.training.lora_rank)
+            if config.training.lora_rank in which:
+                raise LoraMvpError(code, "the loss of step 3 is nan.")
+
+        return train
+
+    monkeypatch.setattr("lora_mvp.sweep.train", stand_in("loss_not_finite", {2}))
+    train_arms(record, configs, drawings, root / "out")
+    kept = read_record(Sweep, root / "out" / "sweep.json")
+    assert done == [2, 4] and [arm.failed for arm in kept.arms] == ["the loss of step 3 is nan.", None]
+    train_arms(kept, configs, drawings, root / "out")
+    assert done == [2, 4, 4], "what diverged once diverges again"
+    for code, says in (("interrupted", "The same command goes on"), ("out_of_memory", "step 3")):
+        monkeypatch.setattr("lora_mvp.sweep.train", stand_in(code, {4}))
+        with pytest.raises(LoraMvpError, match=says):
+            train_arms(kept, configs, drawings, root / "out")
+    monkeypatch.setattr("lora_mvp.sweep.train", stand_in("loss_not_finite", {4}))
+    with pytest.raises(LoraMvpError, match="no arm could be trained to its end; the first: the loss"):
+        train_arms(kept, configs, drawings, root / "out")
