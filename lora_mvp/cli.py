@@ -20,7 +20,7 @@ from .config import AppConfig, LoraMvpError, config_schema, config_yaml, find_co
 from .lab import add_lab
 from .models.adapter_commands import add_adapters, add_base
 from .screen import set_up_output
-from .start import add_start, next_step
+from .start import add_push, add_start, next_step
 from .terminal import SHELLS, Parser, completion, refusal
 from .terminal import finite_number as _number
 from .terminal import positive_count as _count
@@ -197,13 +197,6 @@ def cmd_reproduce(args: argparse.Namespace) -> None:
 
     print(reproduction_text(reproduce(args.run, args.out, _manifest(args))))
 
-# %% ../nbs/7_doors/03_cli.ipynb #63121e87
-def cmd_push(args: argparse.Namespace) -> None:
-    "Upload a finished run to the Hugging Face hub, with a model card."
-    from lora_mvp.train.push import push_run
-
-    print(f"wrote {push_run(args.run, args.repo, args.license, args.public)}")
-
 # %% ../nbs/7_doors/03_cli.ipynb #9d86490d
 def _add_training(commands) -> None:
     train = _command(commands, "train", cmd_train)
@@ -217,11 +210,6 @@ def _add_training(commands) -> None:
     end = _command(commands, "finish", cmd_finish, needs_config=False)
     end.add_argument("run", metavar="OUT", help="output folder of a training that has its run.json")
     end.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
-    push = _command(commands, "push", cmd_push, needs_config=False)
-    push.add_argument("run", metavar="OUT", help="output folder of a finished training")
-    push.add_argument("repo", metavar="REPO", help="the model on the hub, ORGANISATION/NAME")
-    push.add_argument("--license", help="for the model card, as the hub calls it, such as mit or openrail++")
-    push.add_argument("--public", action="store_true", help="a new model is public, a public one is written to")
     again = _command(commands, "reproduce", cmd_reproduce, needs_config=False)
     again.add_argument("run", help="run.json of a finished run, or its folder")
     again.add_argument("--out", help="folder of the new run (default: the old one's name with -reproduced)")
@@ -415,6 +403,23 @@ def _add_judging(commands) -> None:
     for parser in (evaluate, compare, choose):
         _add_real(parser)
 
+# %% ../nbs/7_doors/03_cli.ipynb #21f079b0
+def cmd_sweep(args: argparse.Namespace) -> None:
+    "Train several settings one after another on this machine, and say which is better, if pictures can tell."
+    from lora_mvp.sweep import run_sweep, sweep_text
+
+    found = run_sweep(args.file, _manifest(args), args.out, args.config, args.set or [], args.real_glob)
+    print(sweep_text(found))
+    print(f"wrote {args.out}: sweep.html, sweep.json{', best' if found.result.best else ''}")
+
+# %% ../nbs/7_doors/03_cli.ipynb #310c03d7
+def _add_sweep(commands) -> None:
+    parser = _command(commands, "sweep", cmd_sweep)
+    parser.add_argument("file", metavar="FILE", help="YAML: `values:` settings and lists of values, or `arms:` a list")
+    parser.add_argument("--manifest", required=True, help="manifest.json written by prepare-data")
+    parser.add_argument("--out", required=True, help="a new folder; that of a stopped sweep, to go on")
+    parser.add_argument("--real-glob", help="real pictures; default: the validation images of the manifest")
+
 # %% ../nbs/7_doors/03_cli.ipynb #b30ee116
 def cmd_demo(args: argparse.Namespace) -> None:
     "Run everything on the pictures that ship with the package."
@@ -437,6 +442,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         add_start,
+        add_push,
         _add_config,
         _add_data,
         _add_training,
@@ -445,6 +451,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_judging,
         _add_grid,
         _add_vote,
+        _add_sweep,
         _add_demo,
         add_lab,
     ):

@@ -274,6 +274,23 @@ def cmd_open(args: argparse.Namespace) -> None:
     if not args.no_browser and has_screen():
         webbrowser.open(file.absolute().as_uri())
 
+# %% ../nbs/7_doors/02d_start.ipynb #22208401
+def cmd_push(args: argparse.Namespace) -> None:
+    "Upload a finished run to the Hugging Face hub, with a model card."
+    from lora_mvp.train.push import push_run
+
+    print(f"wrote {push_run(args.run, args.repo, args.license, args.public)}")
+
+# %% ../nbs/7_doors/02d_start.ipynb #87307aa4
+def add_push(commands) -> None:
+    "Add `push` to the commands of `lora-mvp`."
+    push = commands.add_parser("push", help=cmd_push.__doc__.rstrip("."), description=cmd_push.__doc__)
+    push.set_defaults(function=cmd_push)
+    push.add_argument("run", metavar="OUT", help="output folder of a finished training")
+    push.add_argument("repo", metavar="REPO", help="the model on the hub, ORGANISATION/NAME")
+    push.add_argument("--license", help="for the model card, as the hub calls it, such as mit or openrail++")
+    push.add_argument("--public", action="store_true", help="a new model is public, a public one is written to")
+
 # %% ../nbs/7_doors/02d_start.ipynb #f99a6666
 def add_start(commands) -> None:
     "Add `init` and `open` to the commands of `lora-mvp`."

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from real_sizes import real_configs
 
+from lora_mvp.cli import main
 from lora_mvp.config import TrainingConfig, load_config
 from lora_mvp.errors import LoraMvpError
 from lora_mvp.models.adapters import adapter_parameters, add_lora, save_adapter
@@ -55,6 +56,8 @@ def test_settings_of_the_other_objective_are_refused(base, setting):
 def test_frozen_text_encoders_are_said_to_be(base):
     with pytest.raises(LoraMvpError, match="text_encoder_learning_rate: the text encoders of .* are not trained here"):
         add_lora(load_base(str(base)), TrainingConfig(text_encoder_learning_rate=1e-4))
+    with pytest.raises(LoraMvpError, match="training.lora_variant: dora is not made for .* Use lora or rslora"):
+        add_lora(load_base(str(base)), TrainingConfig(lora_variant="dora"))
 
 
 def test_a_library_that_is_missing_is_named_with_its_command(monkeypatch):
@@ -96,6 +99,15 @@ def test_both_files_are_read_at_the_trained_strength_by_diffusers(base, tmp_path
     facts = inspect_adapter(file)
     assert facts.readers["diffusers"] is not False and not facts.alphas and facts.strength == (1.0, 1.0)
     assert all(taken_apart(name) for name in adapter_parameters(pipe))
+
+
+@pytest.mark.parametrize("to", ["diff", "fused"])
+def test_other_forms_do_what_was_trained(base, tmp_path, to):
+    """The command proves it, or it ends with an error."""
+    adapter = tmp_path / "adapter"
+    save_adapter(random_lora(load_base(str(base))), adapter, str(base))
+    out = tmp_path / ("other.safetensors" if to == "diff" else "other")
+    assert main(["export", str(adapter), "--to", to, "--out", str(out)]) == 0 and out.exists()
 
 
 SIZES = {"sd3": (2.25e9, 4.76e9), "flux": (11.9e9, 4.76e9)}  # parameters of the denoiser and of T5, as published

@@ -56,7 +56,7 @@ def the_average_is_the_result(run: Path) -> None:
             marks=pytest.mark.slow,
         ),
         ("sd3", {"lora_targets": "all", "gradient_checkpointing": True, "optimizer": "prodigy", "learning_rate": 1.0}),
-        ("flux", {"lora_targets": "attention_ff", "aspect_buckets": True, "optimizer": EIGHT_BIT, "loss": "huber"}),
+        ("flux", {"lora_targets": "attention_ff", "mixed_precision": "bf16", "optimizer": EIGHT_BIT, "loss": "huber"}),
     ],
     ids=["sd1", "sd2", "sdxl", "sdxl-bf16", "sd3", "flux"],
 )

@@ -35,6 +35,7 @@ class Family(Written):
     hub_id: str | None  # where the configs of a single-file checkpoint come from
     text_encoders: tuple[str, ...]  # parts of the pipeline, in the order in which their outputs are joined
     text_learns: bool  # its text encoders can be trained
+    variants: tuple[str, ...]  # of `training.lora_variant`
     text_width: int  # of the text that the denoiser reads, in the published models
     latent_channels: int
     inputs: int  # channels that the denoiser reads
@@ -67,6 +68,7 @@ _WITH_UNET = {
     "latent_channels": 4,
     "inputs": 4,
     "text_learns": True,
+    "variants": ("lora", "rslora", "dora"),
     "objective": "ddpm",
     "targets": {
         "attention": _ATTENTION,
@@ -146,6 +148,7 @@ _SDXL = Family(
 _WITH_FLOW = {
     "options": {},
     "text_learns": False,
+    "variants": ("lora", "rslora"),
     "latent_channels": 16,
     "objective": "flow",
     "vae_precision": "float32",

@@ -84,7 +84,7 @@ def _by_form(q: Question) -> list[str]:
     "The answers that follow from algorithm, names and family, each of which can spoil it."
     if q.family in ("flux", "sd3", "transformer"):
         if q.dora or q.algorithms != ["LoRA"]:
-            return ["n???" if q.dora else "????"]
+            return ["n???"]
         apart = "ynnn" if q.strength_in_settings else "yyyy"
         refused = "nyyy" if q.alpha_tensors and (q.family, q.style) == ("sd3", "diffusers") else "yyyy"
         return [_TRANSFORMERS.get((q.family, q.style), "????"), apart, refused]

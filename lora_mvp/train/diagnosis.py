@@ -391,7 +391,12 @@ def memory_findings(estimate: MemoryEstimate, t: TrainingConfig, memory: float |
     "Whether each phase fits, and what to change where one does not."
     found, topic = estimate.phases(t), "memory"
     need = largest(found)
-    parts = {"base": need.weights, "adapter and AdamW": need.adapter, "working": need.working, "program": need.program}
+    parts = {
+        "base": need.weights,
+        "adapter and optimizer": need.adapter,
+        "working": need.working,
+        "program": need.program,
+    }
     sums = " + ".join(f"{name} {amount(size)}" for name, size in parts.items())
     text = f"about {amount(need.total)} are needed, most in the phase `{need.name}` ({sums})"
     if memory is None:
@@ -417,9 +422,7 @@ def target_findings(estimate: MemoryEstimate, t: TrainingConfig) -> Iterator[Fin
     "Whether all programs will read the layers that get an adapter."
     names = [name.partition(".")[2] for name in adapter_layers(estimate.pipe(t)[0])]
     if beside := [name for name in names if beside_blocks(name)]:
-        text = (
-            f"training.lora_targets: {count(len(beside), 'layer')} outside the UNet's blocks ({first_few(beside, 3)})"
-        )
+        text = f"training.lora_targets: {count(len(beside), 'layer')} outside the denoiser's blocks ({first_few(beside, 3)})"
         yield Finding(
             "warn", "settings", f"{text}. diffusers and ComfyUI read them, kohya's sd-scripts leave them out."
         )
@@ -428,7 +431,7 @@ def target_findings(estimate: MemoryEstimate, t: TrainingConfig) -> Iterator[Fin
 def disk_findings(estimate: MemoryEstimate, training: TrainingConfig, free: float | None = None) -> Iterator[Finding]:
     "Whether the output folder's disk holds the checkpoints and the results."
     (pipe, adapters), out = estimate.pipe(training), existing(Path(training.output_dir))
-    need = sum(disk_need(pipe, adapters, training, len(training.sample_prompts) or 4))
+    need = sum(disk_need(pipe, adapters, training, len(training.sample_prompts) or 4, estimate.folder))
     free = shutil.disk_usage(out).free if free is None else free
     text = f"results and checkpoints take about {amount(need)}, {amount(free)} are free in {out}"
     hint = "free some, or set training.save_pipeline: false or a lower max_checkpoints"

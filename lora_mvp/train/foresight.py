@@ -40,6 +40,8 @@ def fused_bytes(
     folder: Path,  # of the base
 ) -> int:
     "Bytes of the base in the precision that it is kept in, which is that of the fused pipeline; where there are none that can be read, in float32."
+    if not folder.is_dir():  # one file
+        return full_bytes(pipe)
     try:
         with tidy(folder) as seen:
             kept = stored_dtype(seen / family_of(pipe).denoiser).itemsize
@@ -65,6 +67,7 @@ def disk_need(
     adapters: dict[str, list],  # of `add_lora`
     t: TrainingConfig,
     prompts: int,  # pictures at each mark
+    folder: Path,  # of the base
 ) -> DiskNeed:
     "What a whole run takes on the disk."
     learning = [p for part in adapters.values() for p in part]
@@ -74,7 +77,8 @@ def disk_need(
     every = t.checkpointing_steps if t.sample_every is None else t.sample_every
     pictures = 2 * 3 * t.resolution**2 * prompts * (1 + -(-t.max_train_steps // every)) if every else 0
     both = adapter * (2 if t.ema else 1)  # the average and what learns
-    return DiskNeed((both + state) * kept, 3 * adapter, full_bytes(pipe) if t.save_pipeline else 0, pictures)
+    pipeline = fused_bytes(pipe, folder) if t.save_pipeline else 0
+    return DiskNeed((both + state) * kept, 3 * adapter, pipeline, pictures)
 
 # %% ../../nbs/3_train/12b_foresight.ipynb #701efe35
 def held_bytes(paths: list[Path]) -> int:

@@ -414,7 +414,8 @@ class Trainer:
         "Raise `LoraMvpError` where the end could not be written; `held`: bytes that the run will free first."
         t, pipe, learning = self.config.training, self.network.pipe, {"all": self.updates.params}
         check_names(self.folder)
-        check_disk(self.folder.root, disk_need(pipe, learning, t, len(self.marks.prompts)), held)
+        base = Path(pipe.config.get("_name_or_path") or "")
+        check_disk(self.folder.root, disk_need(pipe, learning, t, len(self.marks.prompts), base), held)
 
     def finish(self, seconds: float) -> RunRecord:
         "Write everything that a finished run leaves (main process only); the others are released at once."

@@ -82,6 +82,8 @@ def sent(value: torch.Tensor | None, device: torch.device, dtype: torch.dtype | 
 # %% ../../nbs/3_train/10_network.ipynb #a95e3213
 def channels_last(t: TrainingConfig, device: str) -> bool:
     "Whether the UNet's weights lie with the channels last; `device`: cpu, cuda or mps."
+    if t.lora_variant == "dora":  # peft looks at the weights of convolutions as if their channels came first
+        return False
     return device == "cuda" or t.compile or (device == "cpu" and t.batch_size == 1)
 
 # %% ../../nbs/3_train/10_network.ipynb #8306d332
