@@ -64,7 +64,7 @@ def clear_choice(
     ruling = apply_rule(list(candidates.values()), *limits)
     best, leader = by_number[ruling.step], by_number[ruling.leader]
     if len(candidates) == 1:
-        return best, f"{best} is the only one."
+        return best, ""
     if best == leader:
         return best, f"{best} has the best mean rank of them, and every cheaper one is behind."
     return best, f"{best} is the cheapest of them within one standard error of the best, {leader}."
@@ -97,7 +97,7 @@ def settle_arms(
     better = {name: candidates[name] for name in kept if name in others and others[name].stands == "better"}
     if better:
         best, why = clear_choice(better, limits)
-        said = f"Better than {next(iter(candidates))}, the cheapest: {listed(list(better))}. {why}"
+        said = f"Better than {next(iter(candidates))}, the cheapest: {listed(list(better))}. {why}".strip()
         return Settlement(verdict="better", best=best, why=said, out=out)
     verdict, why = first_sentence(kept[0], others)
     return Settlement(verdict="no_evidence" if out else verdict, best=kept[0], why=why, out=out)
