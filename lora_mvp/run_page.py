@@ -241,10 +241,8 @@ def uses(seen: RunSeen, home: Path) -> list[str]:  # HTML; `home`: folder of the
     diff = typed_html(f"lora-mvp export {typed_path(root)} --to diff --out {name}-diff.safetensors")
     family = read_record(Certificate, certificate_of(folder)).family if certified(folder) else ""
     prompt = seen.prompts[0] if seen.prompts else seen.trigger
-    readers = {}
-    with contextlib.suppress(
-        LoraMvpError
-    ):  # a file that is not there or damaged, of which the certificate's part tells
+    readers = {}  # of a file that is not there or damaged; the certificate's part tells of that
+    with contextlib.suppress(LoraMvpError):
         readers = inspect_adapter(folder.kohya).readers
     webuis = [program for program in ("A1111", "Forge") if readers.get(program, True)]
     tag = typed_html(f"<lora:{name}:0.8>")

@@ -54,16 +54,23 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def hub(model: str, folder: Path):
-    """Its address, and the names of the files that were downloaded."""
-    asked: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, model, folder, asked))
+def serving(handler):
+    """The address of a server in a thread, whose requests go to `handler`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def hub(model: str, folder: Path):
+    """Its address, and the names of the files that were downloaded."""
+    asked: list[str] = []
+    with serving(partial(Hub, model, folder, asked)) as url:
+        yield url, asked
 
 
 class Shelf(BaseHTTPRequestHandler):
@@ -119,10 +126,5 @@ class Shelf(BaseHTTPRequestHandler):
 def shelf():
     """Its address, and the models that are on it: whether each is private, and its files."""
     models: dict[str, dict] = {}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Shelf, models))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", models
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(partial(Shelf, models)) as url:
+        yield url, models

@@ -24,10 +24,8 @@ def refused(answer: httpx.Response) -> LoraMvpError:
     "The error that an answer of 400 and above stands for."
     answer.read()
     try:
-        body, how = (
-            answer.json(),
-            " LORA_MVP_TOKEN holds the one that commands send." if answer.status_code == 401 else "",
-        )
+        body = answer.json()
+        how = " LORA_MVP_TOKEN holds the one that commands send." if answer.status_code == 401 else ""
         return LoraMvpError(body["code"], body["detail"] + how)
     except (ValueError, KeyError, TypeError):
         what = f"{answer.status_code} {answer.reason_phrase}".strip()

@@ -17,7 +17,7 @@ from .contents import Contents, Layer, alpha_of, open_adapter, rank_of, recorded
 from .headers import broken_numbers, oddities, shown
 from .kinds import FAMILIES
 from .names import algorithms_of, group_of, is_embedding, reads_text, style_of
-from .readers import Question, answers
+from .readers import WITHOUT_UNET, Question, answers
 
 # %% ../../nbs/2_models/08_inspection.ipynb #e5ae0b4a
 def _layers(layers: list[Layer]) -> dict[str, dict[str, int]]:  # part -> group -> layers
@@ -267,7 +267,7 @@ def _question(contents: Contents, family: str | None) -> Question:
         alphas=len({alpha_of(contents, layer) for layer in _products(contents) if not _bad_alpha(contents, layer)}),
         text_attention_cut=bool(attention) and not any(name.endswith("out_proj") for name in attention),
         embeddings=any(map(is_embedding, contents.beside)),
-        strange=family not in ("flux", "sd3", "transformer") and bool(_strange(contents)) or unheard,
+        strange=family not in WITHOUT_UNET and bool(_strange(contents)) or unheard,
         diffusers_refuses=_refused(contents, family, style == "kohya"),
         broken=broken_layers(contents),
     )

@@ -35,6 +35,7 @@ _ALGORITHMS = {  # under kohya's names: algorithm -> answers
     "IA3": "nnyn",
 }
 _DORA = {"rows": "nnnn", "columns": "nyyy"}
+WITHOUT_UNET = ("flux", "sd3", "transformer")  # families whose layers no table of UNets knows
 _TRANSFORMERS = {  # family, whose way of writing names -> answers
     ("flux", "diffusers"): "yyny",
     ("flux", "kohya"): "?yny",
@@ -65,9 +66,7 @@ class Question:
     dora: str = ""  # rows, columns, or nothing
     alphas: int = 1  # different ones
     alpha_tensors: bool = False  # alphas stand beside the matrices
-    strength_in_settings: bool = (
-        False  # a strength that is not 1 stands in the header's settings only, which diffusers alone reads
-    )
+    strength_in_settings: bool = False  # one that is not 1, in the header's settings, which diffusers alone reads
     text_attention_cut: bool = False  # kohya's names, and a text encoder's attention without out_proj
     embeddings: bool = False  # textual inversions beside the layers
     strange: bool = False  # layers that the family does not have, or tensors that no table knows
@@ -82,7 +81,7 @@ def _least(*answers: str) -> str:
 # %% ../../nbs/2_models/01e_readers.ipynb #a8b76157
 def _by_form(q: Question) -> list[str]:
     "The answers that follow from algorithm, names and family, each of which can spoil it."
-    if q.family in ("flux", "sd3", "transformer"):
+    if q.family in WITHOUT_UNET:
         if q.dora or q.algorithms != ["LoRA"]:
             return ["n???"]
         apart = "ynnn" if q.strength_in_settings else "yyyy"
@@ -109,7 +108,7 @@ def answers(q: Question) -> tuple[dict[str, bool | None], list[str]]:  # program
     refused = "nyyy" if q.diffusers_refuses else "yyyy"
     letters = _least(*_by_form(q), *spoilt.values(), unknown, refused, "nnnn" if q.broken else "yyyy")
     notes = [_NOTES[why] for why, letter in spoilt.items() if letter != "yyyy"]
-    ours = not q.strange and q.family not in ("flux", "sd3", "transformer")
+    ours = not q.strange and q.family not in WITHOUT_UNET
     if q.style == "diffusers" and q.algorithms == ["LoRA"] and ours:
         notes.append(_NOTES["diffusers"])
     if q.style in _NOWHERE and ours:
