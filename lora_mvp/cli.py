@@ -20,7 +20,7 @@ from .config import AppConfig, LoraMvpError, config_schema, config_yaml, find_co
 from .lab import add_lab
 from .models.adapter_commands import add_adapters, add_base
 from .screen import set_up_output
-from .start import add_push, add_start, next_step
+from .start import add_push, add_start, next_step, prompts_trouble, report_folder
 from .terminal import SHELLS, Parser, completion, refusal
 from .terminal import finite_number as _number
 from .terminal import positive_count as _count
@@ -104,9 +104,8 @@ def cmd_prepare_data(args: argparse.Namespace) -> None:
 
     config = _config(args)
     manifest, refusal = _told(lambda: prepare_data(config, copy=not args.no_copy, resplit=args.resplit))
-    out = Path(config.data.processed_dir)
     try:
-        _report(config, manifest, out.with_name(f"{out.name}-report"))  # beside it: globs over `out` find data only
+        _report(config, manifest, report_folder(config))
     except LoraMvpError as error:  # the data is there all the same
         logging.getLogger("lora_mvp").warning("no report: %s", error)
     if refusal:
@@ -171,9 +170,11 @@ def cmd_train(args: argparse.Namespace) -> None:
 def cmd_doctor(args: argparse.Namespace) -> None:
     "Check environment, base, data and memory before training."
     config, manifest = _config(args), _manifest(args)
-    from lora_mvp.train.diagnosis import doctor, doctor_text
+    from lora_mvp.train.diagnosis import Finding, doctor, doctor_text
 
     findings = doctor(config, manifest)
+    if trouble := prompts_trouble(config, manifest):
+        findings.append(Finding("error", "prompts", trouble))
     print(doctor_text(findings))
     errors = sum(finding.level == "error" for finding in findings)
     if errors:
