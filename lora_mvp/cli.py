@@ -10,7 +10,6 @@ import argparse
 import json
 import logging
 import os
-import shlex
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from .config import AppConfig, LoraMvpError, config_schema, config_yaml, find_co
 from .lab import add_lab
 from .models.adapter_commands import add_adapters, add_base
 from .screen import set_up_output
-from .start import add_push, add_start, next_step, prompts_trouble, report_folder
+from .start import add_push, add_start, next_step, prompts_trouble, report_folder, same_settings
 from .terminal import SHELLS, Parser, completion, refusal
 from .terminal import finite_number as _number
 from .terminal import positive_count as _count
@@ -179,9 +178,7 @@ def cmd_doctor(args: argparse.Namespace) -> None:
     errors = sum(finding.level == "error" for finding in findings)
     if errors:
         raise LoraMvpError("doctor", f"{errors} of these must be mended before training.")
-    options = f" --config {shlex.quote(str(args.config))}" if args.config else ""
-    options += "".join(f" --set {shlex.quote(change)}" for change in args.set or [])
-    print(f"next: {next_step(config, manifest, options)}")
+    print(f"next: {next_step(config, manifest, same_settings(args))}")
 
 # %% ../nbs/7_doors/03_cli.ipynb #2f4ab403
 def cmd_finish(args: argparse.Namespace) -> None:
@@ -406,10 +403,12 @@ def _add_judging(commands) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #21f079b0
 def cmd_sweep(args: argparse.Namespace) -> None:
-    "Train several settings one after another on this machine, and say which is better, if pictures can tell."
-    from lora_mvp.sweep import run_sweep, sweep_text
+    "Train several settings, here or as jobs of a service, and say which is better, if pictures can tell."
+    from lora_mvp.sweep import sweep_text
+    from lora_mvp.sweep_jobs import sweep_where
 
-    found = run_sweep(args.file, _manifest(args), args.out, args.config, args.set or [], args.real_glob)
+    what = (args.file, Path(_manifest(args)), args.out, args.config, args.set or [], args.real_glob)
+    found = sweep_where(args.url, args.data, *what)
     print(sweep_text(found))
     print(f"wrote {args.out}: sweep.html, sweep.json{', best' if found.result.best else ''}")
 
@@ -420,6 +419,10 @@ def _add_sweep(commands) -> None:
     parser.add_argument("--manifest", required=True, help="manifest.json written by prepare-data")
     parser.add_argument("--out", required=True, help="a new folder; that of a stopped sweep, to go on")
     parser.add_argument("--real-glob", help="real pictures; default: the validation images of the manifest")
+    parser.add_argument("--url", help="of a job service that trains the arms, http://HOST:PORT (default: train here)")
+    parser.add_argument(
+        "--data", help="with --url: the same manifest, as the service has it (default: FOLDER/manifest.json)"
+    )
 
 # %% ../nbs/7_doors/03_cli.ipynb #b30ee116
 def cmd_demo(args: argparse.Namespace) -> None:
