@@ -19,7 +19,7 @@ from .config import AppConfig, LoraMvpError, config_schema, config_yaml, find_co
 from .lab import add_lab
 from .models.adapter_commands import add_adapters, add_base
 from .screen import set_up_output
-from .start import add_push, add_start, next_step, prompts_trouble, report_folder, same_settings
+from .start import add_push, add_start, next_step, prompts_trouble, report_folder, settings_again
 from .terminal import SHELLS, Parser, completion, refusal
 from .terminal import finite_number as _number
 from .terminal import positive_count as _count
@@ -178,7 +178,7 @@ def cmd_doctor(args: argparse.Namespace) -> None:
     errors = sum(finding.level == "error" for finding in findings)
     if errors:
         raise LoraMvpError("doctor", f"{errors} of these must be mended before training.")
-    print(f"next: {next_step(config, manifest, same_settings(args))}")
+    print(f"next: {next_step(config, manifest, settings_again(args))}")
 
 # %% ../nbs/7_doors/03_cli.ipynb #2f4ab403
 def cmd_finish(args: argparse.Namespace) -> None:

@@ -239,7 +239,7 @@ def typed(path: str | Path) -> str:
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 # %% ../nbs/7_doors/02d_start.ipynb #bfcf7fad
-def same_settings(args: argparse.Namespace) -> str:  # such as " --config my.yaml"; empty where none were given
+def settings_again(args: argparse.Namespace) -> str:  # such as " --config my.yaml"; empty where none were given
     "The options that name the settings of a command, for the next one."
     options = f" --config {shlex.quote(str(args.config))}" if args.config else ""
     return options + "".join(f" --set {shlex.quote(change)}" for change in args.set or [])

@@ -164,6 +164,11 @@ def check_sweep(
     extractors_for(shared, shared.training.pretrained_model)
     check_arms(configs, manifest)
 
+# %% ../nbs/7_doors/02g_sweep.ipynb #ecd44ef8
+def keep_record(record: Sweep, out: Path) -> None:
+    "Write `sweep.json`."
+    atomic_write(out / "sweep.json", record.model_dump_json(indent=2) + "\n")
+
 # %% ../nbs/7_doors/02g_sweep.ipynb #f56e8f9c
 def begin_sweep(
     planned: Sweep,
@@ -181,7 +186,7 @@ def begin_sweep(
     if any(path.name != "lock" and not path.name.startswith(".") for path in out.iterdir()):
         raise LoraMvpError("output_in_use", f"{out} is not empty and holds no sweep; choose another --out.")
     check()
-    atomic_write(file, planned.model_dump_json(indent=2) + "\n")
+    keep_record(planned, out)
     return planned
 
 # %% ../nbs/7_doors/02g_sweep.ipynb #d57b5fd4
@@ -233,7 +238,7 @@ def train_arms(
         arm.failed = train_arm(configs[arm.name][1], manifest, progress)
         if arm.failed:
             log.warning("the arm %s has no adapter: %s", arm.name, arm.failed)
-            atomic_write(out / "sweep.json", record.model_dump_json(indent=2) + "\n")
+            keep_record(record, out)
     refuse_all_failed(record)
 
 # %% ../nbs/7_doors/02g_sweep.ipynb #3baef508
@@ -461,7 +466,7 @@ def end_sweep(
     sheet = png_bytes(growth_sheet(columns, plans[0]))
     atomic_write(jury.root / "sweep.html", sweep_page(record, sheet))
     keep_best(jury.root, record.result.best)
-    atomic_write(jury.root / "sweep.json", record.model_dump_json(indent=2) + "\n")
+    keep_record(record, jury.root)
     log.info("the sweep is in %s", jury.root)
 
 # %% ../nbs/7_doors/02g_sweep.ipynb #a055f8a8

@@ -17,8 +17,7 @@ from lora_mvp.api.access import NOT_OFFERED
 from lora_mvp.api.client import Client
 from lora_mvp.config import AppConfig
 from lora_mvp.errors import LoraMvpError
-from lora_mvp.files import atomic_write
-from lora_mvp.sweep import DIVERGED, PlannedArm, Sweep, refuse_all_failed, run_sweep
+from lora_mvp.sweep import DIVERGED, PlannedArm, Sweep, keep_record, refuse_all_failed, run_sweep
 from lora_mvp.sweep_file import Arm
 from lora_mvp.train.runs import FREE, RunFolder, config_of, read_run, settings_identity
 
@@ -120,7 +119,30 @@ def settle_job(
         return None
     return f"{arm.name}, job {arm.job}: {why}"
 
-# %% ../nbs/7_doors/02h_sweep_jobs.ipynb #6eb65da3
+# %% ../nbs/7_doors/02h_sweep_jobs.ipynb #d63aa47f
+def hand_in_all(
+    client: Client,
+    data: str,  # manifest, as the service has it
+    record: Sweep,  # learns the jobs
+    waiting: list[tuple[PlannedArm, AppConfig]],  # what is handed in is taken away
+    out: Path,
+) -> list[PlannedArm]:  # handed in
+    "Hand in arms until the service has enough; `LoraMvpError` where it takes none."
+    handed = []
+    while waiting:
+        arm, config = waiting[0]
+        try:
+            arm.job = hand_in(client, arm, config, data, f"{record.jobs}-{arm.name}")["job_id"]
+        except LoraMvpError as error:
+            if error.code != "queue_full" or not handed:
+                raise
+            return handed
+        log.info("the arm %s is job %s", arm.name, arm.job)
+        handed.append(waiting.pop(0)[0])
+        keep_record(record, out)
+    return handed
+
+# %% ../nbs/7_doors/02h_sweep_jobs.ipynb #a9e2d926
 def train_as_jobs(
     client: Client,
     data: str,  # manifest, as the service has it
@@ -131,36 +153,20 @@ def train_as_jobs(
     progress: bool = True,
 ) -> None:
     "As `train_arms`, by a service; raises `LoraMvpError` (`sweep_failed`) where a job ends without an answer."
-
-    def keep() -> None:
-        atomic_write(out / "sweep.json", record.model_dump_json(indent=2) + "\n")
-
-    folders = {arm.name: RunFolder(configs[arm.name][1].training.output_dir) for arm in record.arms}
-    waiting = [arm for arm in record.arms if not arm.failed and not folders[arm.name].record.is_file()]
-    for arm in waiting:
-        told(configs[arm.name][1])  # what cannot be handed in is said before anything is
+    folders = {name: RunFolder(config.training.output_dir) for name, (_, config) in configs.items()}
+    waiting = [a for a in record.arms if not a.failed and not folders[a.name].record.is_file()]
+    waiting, troubles = [(arm, configs[arm.name][1]) for arm in waiting], []
+    for _, config in waiting:
+        told(config)  # what cannot be handed in is said before anything is
     record.jobs = record.jobs or secrets.token_hex(8)
-    keep()
-    handed, troubles = [], []
-    while waiting or handed:
-        while waiting:
-            arm = waiting[0]
-            try:
-                arm.job = hand_in(client, arm, configs[arm.name][1], data, f"{record.jobs}-{arm.name}")["job_id"]
-            except LoraMvpError as error:
-                if error.code != "queue_full" or not handed:
-                    raise
-                break
-            log.info("the arm %s is job %s", arm.name, arm.job)
-            handed.append(waiting.pop(0))
-            keep()
-        arm = handed.pop(0)
-        troubles += filter(None, [settle_job(client, arm, folders[arm.name])])
-        keep()
-    if troubles:
-        lines = "\n  ".join(troubles)
-        text = f"these jobs ended without an adapter:\n  {lines}\nThe same command tries them again."
-        raise LoraMvpError("sweep_failed", text)
+    keep_record(record, out)
+    while waiting:
+        for arm in hand_in_all(client, data, record, waiting, out):
+            troubles.append(settle_job(client, arm, folders[arm.name]))
+            keep_record(record, out)
+    if any(troubles):
+        text = "\n  ".join(["these jobs ended without an adapter:", *filter(None, troubles)])
+        raise LoraMvpError("sweep_failed", f"{text}\nThe same command tries them again.")
     refuse_all_failed(record)
 
 # %% ../nbs/7_doors/02h_sweep_jobs.ipynb #7c6d00d2
