@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ from .. import __version__
 from ..errors import LoraMvpError
 from ..files import atomic_write
 from .adapters import adapter_layers, adapter_parameters, adapter_state, lifted, load_public, set_scale
+from .base import unpacked
 from .contents import WEIGHTS
 from lora_mvp.models.families import (
     Pipeline,
@@ -37,6 +39,7 @@ from .headers import read_header
 from .inspection import inspect_adapter
 from .keys import ADAPTER, public_name
 from .kohya import kohya_state
+from .packed import packed_layers
 from .reading import load_lora
 
 # %% ../../nbs/2_models/10_proof.ipynb #a0e6988e
@@ -110,13 +113,26 @@ TOLERANCE = 0.01  # of what the adapter does
 ROUNDING = 3e-6  # of the size of the output; float32 keeps 6e-8 of each number
 
 
+def bare_and_adapted(pipe: Pipeline) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    "The outputs without the adapter, and with it."
+    set_scale(pipe, 0)
+    bare = probe(pipe)
+    set_scale(pipe, 1)
+    return bare, probe(pipe)
+
+
 def effect_of(pipe: Pipeline) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, float]]:
     "The adapter's outputs, how far they are from the base's, and the tolerance that follows."
-    set_scale(pipe, 0)
-    base = probe(pipe)
-    set_scale(pipe, 1)
-    wanted = probe(pipe)
-    effect = differences(wanted, base)
+    return judged(pipe, *bare_and_adapted(pipe))
+
+
+def judged(
+    pipe: Pipeline,
+    bare: dict[str, torch.Tensor],
+    wanted: dict[str, torch.Tensor],  # both of `bare_and_adapted`
+) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, float]]:
+    "What `effect_of` gives, from outputs that are known."
+    effect = differences(wanted, bare)
     if not any(effect.values()) and any(p.any() for n, p in adapter_parameters(pipe).items() if "lora_B" in n):
         raise LoraMvpError("export_unfaithful", "the adapter has weights that are not zero and yet changes no output.")
     sizes = {name: float(value.abs().max()) for name, value in wanted.items()}
@@ -172,6 +188,14 @@ class FormCheck(BaseModel, extra="forbid"):
     remark: str = ""
 
 # %% ../../nbs/2_models/10_proof.ipynb #c013b9f5
+class PackedBase(BaseModel, extra="forbid"):
+    "What the fewer bits of the base that was trained on do to the outputs; files are compared in the whole base."
+
+    bits: str
+    base: dict[str, float]  # output -> largest absolute difference that they make to the bare base's
+    effect: dict[str, float]  # output -> largest absolute difference between what the adapter does here and there
+
+
 class Certificate(BaseModel, extra="forbid"):
     "What was written, and that it does what was trained."
 
@@ -182,19 +206,26 @@ class Certificate(BaseModel, extra="forbid"):
     adapter_effect: dict[str, float]  # output -> largest absolute difference that the adapter makes
     tolerance: dict[str, float]  # output -> largest difference allowed
     forms: dict[str, FormCheck]
+    packed: PackedBase | None = None  # None: it was trained on the base as it is
 
 # %% ../../nbs/2_models/10_proof.ipynb #cc27c212
 @contextmanager
 def unrounded(pipe: Pipeline):
     "Stand-ins in float32, which take no memory, in place of half weights while an adapter is loaded."
     held = [(p, p.data) for part in adaptable_parts(pipe).values() for p in part.parameters() if p.dtype.itemsize < 4]
+    packed = [(layer, layer.original) for layer in packed_layers(denoiser(pipe)).values()]
     try:
         for parameter, data in held:
             parameter.data = torch.zeros((), device=data.device).expand(data.shape)
+        for layer, _ in packed:
+            shape = layer.out_features, layer.in_features
+            layer.original = partial(torch.Tensor.expand, torch.zeros((), device=layer.like.device), shape)
         yield
     finally:
         for parameter, data in held:
             parameter.data = data
+        for layer, original in packed:
+            layer.original = original
 
 # %% ../../nbs/2_models/10_proof.ipynb #e7c60782
 def own_reader(file: Path) -> bool:
@@ -268,11 +299,19 @@ def certify(
     kohya: str | Path,  # file of `write_kohya`
 ) -> Certificate:
     "Load each written file in place of the trained adapter, compare, and write `certificate.json`; `LoraMvpError` (`export_unfaithful`)."
-    wanted, effect, tolerance = effect_of(pipe)
-    forms = {
-        form: _checked(pipe, folder, file, wanted, tolerance)
-        for form, file in (("diffusers", Path(folder) / WEIGHTS), ("kohya", Path(kohya)))
-    }
+    layers, rounded = list(packed_layers(denoiser(pipe)).values()), None
+    here = bare_and_adapted(pipe) if layers else None
+    with unpacked(pipe):
+        there = bare_and_adapted(pipe)
+        wanted, effect, tolerance = judged(pipe, *there)
+        forms = {
+            form: _checked(pipe, folder, file, wanted, tolerance)
+            for form, file in (("diffusers", Path(folder) / WEIGHTS), ("kohya", Path(kohya)))
+        }
+    if here:
+        apart = {name: (here[1][name] - here[0][name] - there[1][name] + there[0][name]).abs() for name in effect}
+        off = {name: float(value.max()) for name, value in apart.items()}
+        rounded = PackedBase(bits=layers[0].bits, base=differences(here[0], there[0]), effect=off)
     certificate = Certificate(
         family=family_of(pipe).name,
         variant=variant_of(pipe),
@@ -280,6 +319,7 @@ def certify(
         adapter_effect=effect,
         tolerance=tolerance,
         forms=forms,
+        packed=rounded,
     )
     atomic_write(Path(folder) / "certificate.json", certificate.model_dump_json(indent=2) + "\n")
     return certificate

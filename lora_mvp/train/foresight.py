@@ -14,6 +14,7 @@ from ..config import TrainingConfig
 from ..errors import LoraMvpError
 from ..models.base import stored_dtype
 from ..models.families import Pipeline, family_of, networks
+from ..models.packed import weight_sizes
 from ..models.views import tidy
 from .optimizers import state_bytes
 from .runs import RunFolder
@@ -31,8 +32,7 @@ def amount(
 # %% ../../nbs/3_train/12b_foresight.ipynb #7133c64c
 def full_bytes(pipe: Pipeline) -> int:
     "Bytes of the base in float32, without the adapter."
-    parts = networks(pipe).values()
-    return sum(p.numel() * 4 for part in parts for p in part.parameters() if not p.requires_grad)
+    return sum(4 * sum(weight_sizes(part)) for part in networks(pipe).values())
 
 # %% ../../nbs/3_train/12b_foresight.ipynb #114db215
 def fused_bytes(
@@ -49,8 +49,7 @@ def fused_bytes(
         kept = 4
     vae = family_of(pipe).vae_dtype
     sizes = {"vae": vae.itemsize if vae else kept}
-    parts = networks(pipe).items()
-    return sum(p.numel() * sizes.get(name, kept) for name, m in parts for p in m.parameters() if not p.requires_grad)
+    return sum(sizes.get(name, kept) * sum(weight_sizes(part)) for name, part in networks(pipe).items())
 
 # %% ../../nbs/3_train/12b_foresight.ipynb #18f87795
 class DiskNeed(NamedTuple):

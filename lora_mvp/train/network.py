@@ -115,6 +115,7 @@ class Network:
         self.settings, self.accelerator = t, accelerator
         self.device, self.dtype = accelerator.device, DTYPES[t.mixed_precision]
         self.known, how = known or KnownFiles(), {"dtype": self.dtype, "revision": t.revision, "vae": t.vae}
+        how["bits"] = t.base_quant
         self.pipe, self.parts = known_base(self.known, t, lambda: load_base(t.pretrained_model, **how))  # on the CPU
         self.base_hash = joint_hash(self.parts)
         self.objective = objective_of(self.pipe.scheduler, t)
