@@ -61,11 +61,14 @@ def test_frozen_text_encoders_are_said_to_be(base):
 
 
 def test_a_library_that_is_missing_is_named_with_its_command(monkeypatch):
+    from lora_mvp.models.packed import check_packing
     from lora_mvp.train.optimizers import make_optimizer
     from lora_mvp.train.trackers import check_trackers
 
     monkeypatch.setattr("lora_mvp.extras.find_spec", lambda module: None)
-    for name in ("adamw8bit", "prodigy"):
+    with pytest.raises(LoraMvpError, match=r"pip install 'lora-mvp\[optimizers\]'"):
+        check_packing(TrainingConfig(base_quant="nf4"), "cpu")
+    for name in ("adamw8bit", "prodigy", "schedulefree"):
         with pytest.raises(LoraMvpError, match=r"pip install 'lora-mvp\[optimizers\]'"):
             make_optimizer(TrainingConfig(optimizer=name), [])
     for name in ("tensorboard", "wandb"):

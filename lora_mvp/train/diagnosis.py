@@ -35,10 +35,12 @@ from ..models.headers import broken_numbers, oddities, read_header
 from ..models.inspection import inspect_adapter, title_of
 from ..models.keys import beside_blocks
 from ..models.layouts import check_file, check_tokenizers, config_folder
+from ..models.packed import check_packing
 from ..models.views import tidy
 from .flow import objective_of
 from .foresight import amount, disk_need
 from .memory import MemoryEstimate, advice, largest, skeleton, waiting_text
+from .optimizers import check_optimizer
 from .pictures import photo_warning, picture_variants, regularization_sources, sources
 from .runs import RunFolder
 from ..words import count, first_few
@@ -338,6 +340,15 @@ def _folder_finding(out: Path, base: str) -> Finding | None:
         text = f"training.output_dir {out} holds a finished run"
         return Finding("warn", "settings", f"{text}; `--overwrite` replaces it, another output_dir keeps it.")
 
+# %% ../../nbs/3_train/15_diagnosis.ipynb #16c8961a
+def refusal_findings(t: TrainingConfig, device: str) -> Iterator[Finding]:
+    "What training refuses before it begins: settings that do not go together, or not with a device."
+    for check, arguments in ((check_optimizer, ()), (check_packing, (device,))):
+        try:
+            check(t, *arguments)
+        except LoraMvpError as error:
+            yield Finding("error", "settings", error.message)
+
 # %% ../../nbs/3_train/15_diagnosis.ipynb #bbaefe02
 def settings_findings(t: TrainingConfig) -> Iterator[Finding]:
     "Settings that contradict each other, and folders that are not as they should be."
@@ -489,6 +500,7 @@ def doctor(
     estimate = estimate_for(config, memory_of)
     look("data", manifest_findings, config, manifest_path, granularity(estimate.pipe(t)[0]) if estimate else MULTIPLE)
     look("settings", settings_findings, t)
+    look("settings", refusal_findings, t, device)
     if estimate:
         look("settings", target_findings, estimate, t)
         look("memory", memory_findings, estimate, t, free_memory(memory_of) if memory is None else memory)

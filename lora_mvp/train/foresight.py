@@ -16,6 +16,7 @@ from ..models.base import stored_dtype
 from ..models.families import Pipeline, family_of, networks
 from ..models.packed import weight_sizes
 from ..models.views import tidy
+from .averages import averages
 from .optimizers import state_bytes
 from .runs import RunFolder
 
@@ -75,7 +76,7 @@ def disk_need(
     kept = min(t.max_checkpoints, saves) + 2
     every = t.checkpointing_steps if t.sample_every is None else t.sample_every
     pictures = 2 * 3 * t.resolution**2 * prompts * (1 + -(-t.max_train_steps // every)) if every else 0
-    both = adapter * (2 if t.ema else 1)  # the average and what learns
+    both = adapter * (1 + averages(t))  # the average and what learns
     pipeline = fused_bytes(pipe, folder) if t.save_pipeline else 0
     return DiskNeed((both + state) * kept, 3 * adapter, pipeline, pictures)
 

@@ -27,6 +27,7 @@ from ..errors import LoraMvpError
 from ..files import atomic_write, save_png
 from ..models.base import find_base, usual_device, with_precision
 from ..models.families import text_parts
+from ..models.packed import check_packing
 from ..screen import Progress
 from .cache import known_files
 from .checkpoints import checkpoints, disk_trouble, find_resume, load_checkpoint, save_checkpoint, step_of
@@ -36,6 +37,7 @@ from .endings import finish_forms
 from .foresight import check_disk, check_names, disk_need, held_bytes
 from .marks import is_due, mark_losses, mark_pictures, marks_of
 from .network import Asked, Network, answer_losses, pose, start_accelerator, visit
+from .optimizers import check_optimizer
 from .owner import Claim, claimed
 from .results import RunState, finish_run, finished_run
 from lora_mvp.train.runs import (
@@ -65,6 +67,8 @@ def check_trainable(config: AppConfig, manifest: Manifest) -> None:
         raise LoraMvpError("output_is_base", text)
     refuse_large_batch(n, t.batch_size)
     check_trackers(t)
+    check_optimizer(t)
+    check_packing(t, usual_device())
     if t.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise LoraMvpError(
             "fp16_needs_gpu", "training.mixed_precision: fp16 needs a CUDA GPU; use no or bf16 on this machine."

@@ -37,7 +37,9 @@ from lora_mvp.models.families import (
 from ..models.kernels import lean
 from ..models.kinds import Family
 from ..models.layouts import check_folder
+from ..models.packed import pack_layers, weight_sizes
 from ..models.proof import exact
+from .averages import averages
 from .counting import LiveBytes, OnDevice
 from .foresight import amount, fused_bytes
 from .objectives import image_losses
@@ -108,6 +110,8 @@ def skeleton(
     for part in networks(pipe).values():
         torch.nn.Module.to(part, family_of(pipe).vae_dtype or dtype if part is pipe.vae else dtype)
         part.requires_grad_(False).eval()
+    if training.base_quant != "none":
+        pack_layers(denoiser(pipe), training.base_quant)
     return pipe
 
 # %% ../../nbs/3_train/14_memory.ipynb #7e6ab0d2
@@ -204,8 +208,8 @@ class Phase:
 
 # %% ../../nbs/3_train/14_memory.ipynb #fd1c755e
 def frozen_bytes(*modules: torch.nn.Module) -> int:
-    "Bytes of the weights that do not learn, and of tables such as SD 3's of places, which are half a gigabyte."
-    tables = [b for m in modules for b in m.buffers() if b.is_floating_point()]
+    "Bytes of the weights that do not learn, packed ones with their scales, and of tables such as SD 3's of places, which are half a gigabyte."
+    tables = [b for m in modules for b in m.buffers()]
     return sum(x.nbytes for x in [*tables, *(p for m in modules for p in m.parameters() if not p.requires_grad)])
 
 # %% ../../nbs/3_train/14_memory.ipynb #45a0ef51
@@ -293,7 +297,7 @@ def checking_bytes(
     written: int,  # bytes of all its weights, as they are written
 ) -> int:
     "The most that is held while a written pipeline is checked: its largest tensor, the absolute values and two masks."
-    sizes = [p.numel() for part in networks(pipe).values() for p in part.parameters()]
+    sizes = [n for part in networks(pipe).values() for n in weight_sizes(part)]
     return round((2 * written / sum(sizes) + 2) * max(sizes))
 
 # %% ../../nbs/3_train/14_memory.ipynb #b67199e2
@@ -313,7 +317,7 @@ def parts_on_device(
 class MemoryEstimate:
     "The memory that runs on one base need."
 
-    MODEL = "mixed_precision lora_rank lora_variant lora_targets lora_dropout text_encoder_learning_rate"  # what it depends on
+    MODEL = "mixed_precision base_quant lora_rank lora_variant lora_targets lora_dropout text_encoder_learning_rate"  # what it depends on
 
     def __init__(
         self,
@@ -348,7 +352,10 @@ class MemoryEstimate:
         weights = self._fused(t) if name == "pipeline" else frozen_bytes(*parts[name])
         program = PROGRAM[self.device] + WASTE[self.device] * working
         learning = [p for part in adapters.values() for p in part]
-        copies = COPIES[name] + (COPIES[name] > 0 and t.ema is not None)  # the average of the adapter
+        beside = averages(t) and (
+            name != "train" or t.ema is not None
+        )  # schedulefree makes its average when it is needed
+        copies = COPIES[name] + (COPIES[name] > 0 and beside)
         held = copies * adapter_bytes(adapters) + (state_bytes(t, learning) if COPIES[name] else 0)
         return Phase(name, weights, held, working, program)
 
@@ -445,6 +452,8 @@ def milder(
     if t.mixed_precision == "no" and estimate.cuda:
         half = "bf16" if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(False) else "fp16"
         yield {"mixed_precision": half}
+    if estimate.cuda and t.lora_variant != "dora" and not t.compile and t.base_quant != "nf4":
+        yield {"base_quant": "int8" if t.base_quant == "none" else "nf4"}
     if need.name not in ("encode", "pipeline") and t.text_encoder_learning_rate is not None:
         yield {"text_encoder_learning_rate": None}
     if t.lora_rank > 8:
