@@ -196,7 +196,7 @@ GRID = 8  # timesteps at which `fixed_noise_losses` asks
 class Phase:
     "What a part of the run holds in memory, in bytes."
 
-    name: str  # encode, train, validate, sample, decode, certify or pipeline
+    name: str  # encode, captions, train, validate, sample, decode, certify or pipeline
     weights: float  # of the base
     adapter: float  # its weights, gradients and the optimizer's state
     working: float  # all that comes and goes, mostly activations
@@ -222,6 +222,7 @@ def adapter_bytes(
 # %% ../../nbs/3_train/14_memory.ipynb #16913070
 COPIES = {  # of the adapter's numbers, beside the optimizer's state and what comes and goes
     "encode": 0,
+    "captions": 0,
     "train": 2,  # weights and gradients
     "validate": 1,
     "sample": 1,
@@ -274,11 +275,11 @@ def encoding_bytes(
     size: int,
     variants: int,  # of a picture
 ) -> int:
-    "The most that the autoencoder holds over as many variants as go through it at a time, or the text encoders over a caption."
+    "The most that the autoencoder holds over as many variants as go through it at a time."
     some = min(variants, together(size, VAE_PIXELS))
     with counted(pipe) as live:
         pipe.vae.encode(torch.zeros(some, 3, size, size, dtype=pipe.vae.dtype))
-    return max(live.peak, wording_bytes(pipe, 1))
+    return live.peak
 
 # %% ../../nbs/3_train/14_memory.ipynb #49776c39
 @torch.no_grad()
@@ -310,7 +311,7 @@ def parts_on_device(
     encoders = list(text_parts(pipe).values())
     learning = [denoiser(pipe), *(encoders if len(adapters) > 1 else ())]
     found = dict.fromkeys(("train", "validate", "sample", "certify"), learning)
-    found |= {"encode": [pipe.vae, *encoders], "decode": [pipe.vae, *learning[1:]]}
+    found |= {"encode": [pipe.vae], "captions": encoders, "decode": [pipe.vae, *learning[1:]]}
     return found if cuda else dict.fromkeys(found, list(networks(pipe).values()))
 
 # %% ../../nbs/3_train/14_memory.ipynb #8574a0e1
@@ -378,8 +379,10 @@ class MemoryEstimate:
         more = f"{self.MODEL} resolution batch_size gradient_checkpointing loss"
         precision, drawing = "mixed_precision resolution", f"{self.MODEL} resolution"
         room = together(size, UNET_PIXELS)
-        found = {
-            "encode": once("encode", keys=precision, make=lambda: encoding_bytes(pipe, size, self.variants)),
+        found = {"encode": once("encode", keys=precision, make=lambda: encoding_bytes(pipe, size, self.variants))}
+        if t.text_encoder_learning_rate is None:
+            found["captions"] = once("captions", keys="mixed_precision", make=lambda: wording_bytes(pipe, 1))
+        found |= {
             "train": once("train", keys=more, make=lambda: step_bytes(pipe, t, self.cuda)[1]),
             "validate": once(
                 "validate", keys=drawing, make=lambda: answering_bytes(pipe, t, min(GRID, room), size, self.cuda)
