@@ -4,11 +4,13 @@ import re
 import shutil
 import weakref
 from contextlib import ExitStack
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 import yaml
+from real_sizes import real_configs
 
 from lora_mvp.config import load_config
 from lora_mvp.models.families import networks
@@ -16,12 +18,21 @@ from lora_mvp.models.miniatures import random_base
 from lora_mvp.train import loop, results
 from lora_mvp.train.counting import LiveBytes
 from lora_mvp.train.diagnosis import memory_findings
-from lora_mvp.train.memory import MemoryEstimate
+from lora_mvp.train.memory import MemoryEstimate, advice, largest, milder
 
+ROOT = Path(__file__).resolve().parent.parent
 QUARTER = {  # of the channels of SD 1.5
     "unet": {"block_out_channels": (80, 160, 320, 320), "norm_num_groups": 16},
     "vae": {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2},
 }
+
+
+class Real(LiveBytes):
+    """Without shapes on meta, which take no room."""
+
+    def add(self, storage):
+        if storage.device.type != "meta":
+            super().add(storage)
 
 
 class Peaks:
@@ -32,7 +43,9 @@ class Peaks:
 
     def tensors(self, pipe) -> list[torch.Tensor]:
         """What is there when a phase begins."""
-        held = [x for m in networks(pipe).values() for p in m.parameters() for x in (p, p.grad) if x is not None]
+        parts = networks(pipe).values()
+        held = [x for m in parts for p in m.parameters() for x in (p, p.grad) if x is not None]
+        held += [b for m in parts for b in m.buffers()]
         optimizer = self.optimizer()
         states = list(optimizer.state.values()) if optimizer else []
         states.append(getattr(self.average(), "learning", None) or {})
@@ -42,7 +55,7 @@ class Peaks:
         """The function, measured."""
 
         def run(*args, **kwargs):
-            with LiveBytes() as live:
+            with Real() as live:
                 for tensor in self.tensors(pipe_of(*args)):
                     live.add(tensor.untyped_storage())
                 made = function(*args, **kwargs)
@@ -115,6 +128,27 @@ def test_every_phase_holds_what_the_doctor_says(drawings, small_run, tmp_path, f
     assert {name: guess for name, (guess, _) in rows.items()} == pytest.approx(
         {name: here for name, (_, here) in rows.items()}, rel=0.1
     )
+
+
+SMALL = [(12e9, "nf4", {"resolution": 512, "sample_every": 0})]
+SMALL += [
+    pytest.param(card, bits, {}, marks=pytest.mark.slow)
+    for card, bits in ((24e9, "int8"), (16e9, "nf4"), (12e9, "nf4"))
+]
+
+
+@pytest.mark.parametrize("card, bits, changes", SMALL)
+def test_a_card_that_is_too_small_for_flux_is_told_to_pack_it(tmp_path, card, bits, changes):
+    """What is advised is enough, and nothing else is given up."""
+    estimate = MemoryEstimate(real_configs("flux", tmp_path / "flux"), "cuda")
+    t = load_config(ROOT / "examples" / "flux.yaml", {"training.base_quant": "none"}).training
+    t = t.model_copy(update=changes)
+    lines, need = advice(estimate, t, card)
+    assert need < card and set(re.findall(r"training\.\w+", " ".join(lines))) == {"training.base_quant"}
+    assert f'training.base_quant: "{bits}"' in lines[-1]
+    dora = t.model_copy(update={"lora_variant": "dora"})
+    needs = largest(estimate.phases(t))
+    assert not any("base_quant" in change for change in milder(dora, needs, card, estimate, []))
 
 
 def test_advice_is_followed_and_the_run_fits(tmp_path):
