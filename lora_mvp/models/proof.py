@@ -108,11 +108,7 @@ def differences(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     "The largest absolute difference of each output."
     return {name: float((one[name] - other[name]).abs().max()) for name in one}
 
-# %% ../../nbs/2_models/10_proof.ipynb #9ed61bf5
-TOLERANCE = 0.01  # of what the adapter does
-ROUNDING = 3e-6  # of the size of the output; float32 keeps 6e-8 of each number
-
-
+# %% ../../nbs/2_models/10_proof.ipynb #76bc98ac
 def bare_and_adapted(pipe: Pipeline) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     "The outputs without the adapter, and with it."
     set_scale(pipe, 0)
@@ -120,10 +116,9 @@ def bare_and_adapted(pipe: Pipeline) -> tuple[dict[str, torch.Tensor], dict[str,
     set_scale(pipe, 1)
     return bare, probe(pipe)
 
-
-def effect_of(pipe: Pipeline) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, float]]:
-    "The adapter's outputs, how far they are from the base's, and the tolerance that follows."
-    return judged(pipe, *bare_and_adapted(pipe))
+# %% ../../nbs/2_models/10_proof.ipynb #505ca5d1
+TOLERANCE = 0.01  # of what the adapter does
+ROUNDING = 3e-6  # of the size of the output; float32 keeps 6e-8 of each number
 
 
 def judged(
@@ -137,6 +132,11 @@ def judged(
         raise LoraMvpError("export_unfaithful", "the adapter has weights that are not zero and yet changes no output.")
     sizes = {name: float(value.abs().max()) for name, value in wanted.items()}
     return wanted, effect, {name: TOLERANCE * effect[name] + ROUNDING * sizes[name] for name in effect}
+
+# %% ../../nbs/2_models/10_proof.ipynb #9ed61bf5
+def effect_of(pipe: Pipeline) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, float]]:
+    "The adapter's outputs, how far they are from the base's, and the tolerance that follows."
+    return judged(pipe, *bare_and_adapted(pipe))
 
 # %% ../../nbs/2_models/10_proof.ipynb #d9c8f6f7
 def demand(
@@ -195,7 +195,7 @@ class PackedBase(BaseModel, extra="forbid"):
     base: dict[str, float]  # output -> largest absolute difference that they make to the bare base's
     effect: dict[str, float]  # output -> largest absolute difference between what the adapter does here and there
 
-
+# %% ../../nbs/2_models/10_proof.ipynb #2a344ea1
 class Certificate(BaseModel, extra="forbid"):
     "What was written, and that it does what was trained."
 
@@ -232,7 +232,7 @@ def own_reader(file: Path) -> bool:
     "Whether a file is read in full by this package only, as DoRA and several alphas in kohya's form are."
     return inspect_adapter(file).readers["diffusers"] is False
 
-
+# %% ../../nbs/2_models/10_proof.ipynb #91e687bd
 _REPORT = "The file holds what was written, and diffusers reads it otherwise; please report this with the versions of diffusers and peft."
 
 
@@ -245,7 +245,7 @@ def _as_written(pipe: Pipeline, file: Path) -> bool:
         for state in forms
     )
 
-
+# %% ../../nbs/2_models/10_proof.ipynb #9c066b1b
 def prove(
     pipe: Pipeline,  # the trained one
     file: Path,  # in the form of diffusers or kohya
@@ -292,6 +292,17 @@ def _checked(
         remark=_DORA_REMARK.format(comfyui_dora_error(pipe)) if own and variant_of(pipe) == "dora" else "",
     )
 
+# %% ../../nbs/2_models/10_proof.ipynb #ba50ea29
+def packing_effect(
+    pipe: Pipeline,
+    here: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],  # `bare_and_adapted` as it was trained
+    there: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],  # in the whole base
+) -> PackedBase:
+    "How far the bits of a base move its outputs, and what the adapter does to them."
+    bits = next(iter(packed_layers(denoiser(pipe)).values())).bits
+    does = [{name: adapted[name] - bare[name] for name in bare} for bare, adapted in (here, there)]
+    return PackedBase(bits=bits, base=differences(here[0], there[0]), effect=differences(*does))
+
 # %% ../../nbs/2_models/10_proof.ipynb #ffea6995
 def certify(
     pipe: Pipeline,  # the trained one, with the adapter in it
@@ -299,8 +310,7 @@ def certify(
     kohya: str | Path,  # file of `write_kohya`
 ) -> Certificate:
     "Load each written file in place of the trained adapter, compare, and write `certificate.json`; `LoraMvpError` (`export_unfaithful`)."
-    layers, rounded = list(packed_layers(denoiser(pipe)).values()), None
-    here = bare_and_adapted(pipe) if layers else None
+    here = bare_and_adapted(pipe) if packed_layers(denoiser(pipe)) else None
     with unpacked(pipe):
         there = bare_and_adapted(pipe)
         wanted, effect, tolerance = judged(pipe, *there)
@@ -308,10 +318,6 @@ def certify(
             form: _checked(pipe, folder, file, wanted, tolerance)
             for form, file in (("diffusers", Path(folder) / WEIGHTS), ("kohya", Path(kohya)))
         }
-    if here:
-        apart = {name: (here[1][name] - here[0][name] - there[1][name] + there[0][name]).abs() for name in effect}
-        off = {name: float(value.max()) for name, value in apart.items()}
-        rounded = PackedBase(bits=layers[0].bits, base=differences(here[0], there[0]), effect=off)
     certificate = Certificate(
         family=family_of(pipe).name,
         variant=variant_of(pipe),
@@ -319,7 +325,7 @@ def certify(
         adapter_effect=effect,
         tolerance=tolerance,
         forms=forms,
-        packed=rounded,
+        packed=here and packing_effect(pipe, here, there),
     )
     atomic_write(Path(folder) / "certificate.json", certificate.model_dump_json(indent=2) + "\n")
     return certificate

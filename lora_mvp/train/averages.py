@@ -70,9 +70,8 @@ class FreeAverage:
     @torch.no_grad()
     def swap(self) -> None:
         "Parameters and averages change places; the second time everything is as before, to the bit."
-        found, self.learning = self.learning, None
-        if found is None:
-            found, self.learning = self.values(), {name: p.clone() for name, p in self.parameters.items()}
+        found = self.learning or self.values()
+        self.learning = None if self.learning else {name: p.clone() for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             parameter.copy_(found[name])
 
@@ -88,7 +87,7 @@ def averages(t: TrainingConfig) -> bool:
     "Whether the result of a run is an average, and not the weights that learn."
     return t.ema is not None or t.optimizer == "schedulefree"
 
-
+# %% ../../nbs/3_train/10c_averages.ipynb #2ee11b57
 def average_of(
     t: TrainingConfig,
     parameters: dict[str, torch.nn.Parameter],

@@ -340,15 +340,6 @@ def _folder_finding(out: Path, base: str) -> Finding | None:
         text = f"training.output_dir {out} holds a finished run"
         return Finding("warn", "settings", f"{text}; `--overwrite` replaces it, another output_dir keeps it.")
 
-# %% ../../nbs/3_train/15_diagnosis.ipynb #16c8961a
-def refusal_findings(t: TrainingConfig, device: str) -> Iterator[Finding]:
-    "What training refuses before it begins: settings that do not go together, or not with a device."
-    for check, arguments in ((check_optimizer, ()), (check_packing, (device,))):
-        try:
-            check(t, *arguments)
-        except LoraMvpError as error:
-            yield Finding("error", "settings", error.message)
-
 # %% ../../nbs/3_train/15_diagnosis.ipynb #bbaefe02
 def settings_findings(t: TrainingConfig) -> Iterator[Finding]:
     "Settings that contradict each other, and folders that are not as they should be."
@@ -491,7 +482,7 @@ def doctor(
 
     def look(topic: str, check, *arguments):
         try:
-            findings.extend(check(*arguments))
+            findings.extend(check(*arguments) or ())  # None: it only refuses
         except LoraMvpError as error:
             findings.append(Finding("error", topic, error.message))
 
@@ -500,7 +491,8 @@ def doctor(
     estimate = estimate_for(config, memory_of)
     look("data", manifest_findings, config, manifest_path, granularity(estimate.pipe(t)[0]) if estimate else MULTIPLE)
     look("settings", settings_findings, t)
-    look("settings", refusal_findings, t, device)
+    look("settings", check_optimizer, t)
+    look("settings", check_packing, t, device)
     if estimate:
         look("settings", target_findings, estimate, t)
         look("memory", memory_findings, estimate, t, free_memory(memory_of) if memory is None else memory)

@@ -71,7 +71,7 @@ def visit(modules: list[torch.nn.Module], device: torch.device, home: str | torc
 # %% ../../nbs/3_train/05_streams.ipynb #6db447bf
 log = logging.getLogger("lora_mvp")
 
-
+# %% ../../nbs/3_train/05_streams.ipynb #481511f0
 def load_data(
     pipe: DiffusionPipeline,
     config: AppConfig,
@@ -86,8 +86,7 @@ def load_data(
     train, val = (with_masks(sources(manifest, split), manifest) for split in ("train", "val"))
     if photos := photo_warning(train, t.pretrained_model, known):
         log.warning("%s", photos)
-    folder, prompt = t.regularization_dir, t.regularization_prompt
-    prior = regularization_sources(folder, prompt, known) if folder else []
+    prior = regularization_sources(t.regularization_dir, t.regularization_prompt, known) if t.regularization_dir else []
     with visit([pipe.vae], device):
         train_set = encode_images(pipe, train, t, config.data.augmentations, *how)
         plan = Plan(train_set.shapes, t.batch_size, t.seed, [s.repeats for s in train])
