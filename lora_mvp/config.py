@@ -220,7 +220,7 @@ class _AdapterKeys(_MarkKeys):
         "float32", description="numbers of the saved adapter; the half-sized ones lose what no eye sees"
     )
     base_quant: Literal["none", "int8", "nf4"] = Field(
-        "none", description="bits of the denoiser's large frozen matrices; int8: half of bf16, nf4: a quarter"
+        "none", description="bits of the denoiser's large matrices; int8: half of bf16, nf4: a quarter"
     )
     vae: ModelKey | None = Field(None, description="another autoencoder: folder, file or hub id; null: the base's")
 
