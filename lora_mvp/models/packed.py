@@ -189,19 +189,21 @@ def read_packed(
     dtype: torch.dtype,
     bits: str,  # int8 or nf4
 ) -> torch.nn.Module:
-    "A denoiser from its folder, packed while it is read; what is missing there stays on meta."
+    "A denoiser from its folder, packed while it is read; `ValueError` where a weight is missing or of another shape."
     import diffusers
 
     kind = getattr(diffusers, family.classes[family.denoiser])
     with init_empty_weights():
         part = kind.from_config(kind.load_config(folder, subfolder=family.denoiser))
-    names = list(part.state_dict())
+    needed = {name: value.is_meta for name, value in part.state_dict().items()}  # tables can be made without
     pack_layers(part, bits)
     with stored_tensors(folder / family.denoiser) as read:
-        for name in names:
+        for name in needed:
             try:
                 value = read(name)
             except KeyError:
+                if needed[name]:
+                    raise ValueError(f"{name} is missing") from None
                 continue
             _take(part, name, value.to(dtype) if value.is_floating_point() else value)
     return part.requires_grad_(False).eval()

@@ -329,3 +329,12 @@ def certify(
     )
     atomic_write(Path(folder) / "certificate.json", certificate.model_dump_json(indent=2) + "\n")
     return certificate
+
+# %% ../../nbs/2_models/10_proof.ipynb #131da951
+def packing_text(certificate: Certificate) -> str:
+    "What training beside a packed base has changed; empty where the base was as it is."
+    if certificate.packed is None:
+        return ""
+    effect = {name: size for name, size in certificate.adapter_effect.items() if size}
+    share = max((certificate.packed.effect[name] / size for name, size in effect.items()), default=0.0)
+    return f"trained beside a base in {certificate.packed.bits}; in the whole base, what the adapter does is another by {share:.2g} of it at most"
