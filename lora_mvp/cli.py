@@ -10,7 +10,6 @@ import argparse
 import json
 import logging
 import os
-import shlex
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from .config import AppConfig, LoraMvpError, config_schema, config_yaml, find_co
 from .lab import add_lab
 from .models.adapter_commands import add_adapters, add_base
 from .screen import set_up_output
-from .start import add_push, add_start, next_step
+from .start import add_push, add_start, next_step, prompts_trouble, report_folder, settings_again
 from .terminal import SHELLS, Parser, completion, importing, refusal
 from .terminal import finite_number as _number
 from .terminal import positive_count as _count
@@ -40,8 +39,9 @@ def _manifest(args: argparse.Namespace) -> Path | None:
 # %% ../nbs/7_doors/03_cli.ipynb #010383a1
 def _model_path(args: argparse.Namespace) -> str:
     if args.model_path != "tiny" and not Path(args.model_path).exists():
-        text = f"--model-path {args.model_path} does not exist; train first, or check the path."
-        raise LoraMvpError("model_not_found", text)
+        raise LoraMvpError(
+            "model_not_found", f"--model-path {args.model_path} does not exist; train, or check the path."
+        )
     return args.model_path
 
 # %% ../nbs/7_doors/03_cli.ipynb #30bebdf5
@@ -103,9 +103,8 @@ def cmd_prepare_data(args: argparse.Namespace) -> None:
 
     config = _config(args)
     manifest, refusal = _told(lambda: prepare_data(config, copy=not args.no_copy, resplit=args.resplit))
-    out = Path(config.data.processed_dir)
     try:
-        _report(config, manifest, out.with_name(f"{out.name}-report"))  # beside it: globs over `out` find data only
+        _report(config, manifest, report_folder(config))
     except LoraMvpError as error:  # the data is there all the same
         logging.getLogger("lora_mvp").warning("no report: %s", error)
     if refusal:
@@ -172,16 +171,16 @@ def cmd_doctor(args: argparse.Namespace) -> None:
     "Check environment, base, data and memory before training."
     config, manifest = _config(args), _manifest(args)
     with importing():
-        from lora_mvp.train.diagnosis import doctor, doctor_text
+        from lora_mvp.train.diagnosis import Finding, doctor, doctor_text
 
     findings = doctor(config, manifest)
+    if trouble := prompts_trouble(config, manifest):
+        findings.append(Finding("error", "prompts", trouble))
     print(doctor_text(findings))
     errors = sum(finding.level == "error" for finding in findings)
     if errors:
         raise LoraMvpError("doctor", f"{errors} of these must be mended before training.")
-    options = f" --config {shlex.quote(str(args.config))}" if args.config else ""
-    options += "".join(f" --set {shlex.quote(change)}" for change in args.set or [])
-    print(f"next: {next_step(config, manifest, options)}")
+    print(f"next: {next_step(config, manifest, settings_again(args))}")
 
 # %% ../nbs/7_doors/03_cli.ipynb #2f4ab403
 def cmd_finish(args: argparse.Namespace) -> None:
@@ -407,10 +406,12 @@ def _add_judging(commands) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #21f079b0
 def cmd_sweep(args: argparse.Namespace) -> None:
-    "Train several settings one after another on this machine, and say which is better, if pictures can tell."
-    from lora_mvp.sweep import run_sweep, sweep_text
+    "Train several settings, here or as jobs of a service, and say which is better, if pictures can tell."
+    from lora_mvp.sweep import sweep_text
+    from lora_mvp.sweep_jobs import sweep_where
 
-    found = run_sweep(args.file, _manifest(args), args.out, args.config, args.set or [], args.real_glob)
+    what = (args.file, Path(_manifest(args)), args.out, args.config, args.set or [], args.real_glob)
+    found = sweep_where(args.url, args.data, *what)
     print(sweep_text(found))
     print(f"wrote {args.out}: sweep.html, sweep.json{', best' if found.result.best else ''}")
 
@@ -421,6 +422,10 @@ def _add_sweep(commands) -> None:
     parser.add_argument("--manifest", required=True, help="manifest.json written by prepare-data")
     parser.add_argument("--out", required=True, help="a new folder; that of a stopped sweep, to go on")
     parser.add_argument("--real-glob", help="real pictures; default: the validation images of the manifest")
+    parser.add_argument("--url", help="of a job service that trains the arms, http://HOST:PORT (default: train here)")
+    parser.add_argument(
+        "--data", help="with --url: the same manifest, as the service has it (default: FOLDER/manifest.json)"
+    )
 
 # %% ../nbs/7_doors/03_cli.ipynb #b30ee116
 def cmd_demo(args: argparse.Namespace) -> None:

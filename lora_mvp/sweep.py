@@ -9,6 +9,7 @@ __all__ = []
 import logging
 import secrets
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,7 @@ class PlannedArm(BaseModel):
     settings: dict[str, Any]  # what the file says of it
     identity: dict[str, str]  # all that decides what its training makes
     failed: str | None = None  # why it has no adapter
+    job: str | None = None  # of the service that trained it
 
 # %% ../nbs/7_doors/02g_sweep.ipynb #2d77ac2f
 class ArmScore(BaseModel):
@@ -90,6 +92,7 @@ class Sweep(BaseModel):
     arms: list[PlannedArm]  # from the cheapest
     evaluation: dict[str, Any]  # how they are judged
     dataset_sha256: str
+    jobs: str | None = None  # how the keys begin under which arms were handed to a service
     result: SweepResult | None = None  # None: it goes on
 
 # %% ../nbs/7_doors/02g_sweep.ipynb #e0fbb259
@@ -161,6 +164,11 @@ def check_sweep(
     extractors_for(shared, shared.training.pretrained_model)
     check_arms(configs, manifest)
 
+# %% ../nbs/7_doors/02g_sweep.ipynb #ecd44ef8
+def keep_record(record: Sweep, out: Path) -> None:
+    "Write `sweep.json`."
+    atomic_write(out / "sweep.json", record.model_dump_json(indent=2) + "\n")
+
 # %% ../nbs/7_doors/02g_sweep.ipynb #f56e8f9c
 def begin_sweep(
     planned: Sweep,
@@ -178,7 +186,7 @@ def begin_sweep(
     if any(path.name != "lock" and not path.name.startswith(".") for path in out.iterdir()):
         raise LoraMvpError("output_in_use", f"{out} is not empty and holds no sweep; choose another --out.")
     check()
-    atomic_write(file, planned.model_dump_json(indent=2) + "\n")
+    keep_record(planned, out)
     return planned
 
 # %% ../nbs/7_doors/02g_sweep.ipynb #d57b5fd4
@@ -207,6 +215,13 @@ def train_arm(
         return error.message
     return None
 
+# %% ../nbs/7_doors/02g_sweep.ipynb #6f2079c5
+def refuse_all_failed(record: Sweep) -> None:
+    "Raise `LoraMvpError` (`sweep_failed`) where no arm has an adapter."
+    if all(arm.failed for arm in record.arms):
+        text = f"no arm could be trained to its end; the first: {record.arms[0].failed}"
+        raise LoraMvpError("sweep_failed", text)
+
 # %% ../nbs/7_doors/02g_sweep.ipynb #e58b89c6
 def train_arms(
     record: Sweep,  # learns which arms failed
@@ -223,10 +238,8 @@ def train_arms(
         arm.failed = train_arm(configs[arm.name][1], manifest, progress)
         if arm.failed:
             log.warning("the arm %s has no adapter: %s", arm.name, arm.failed)
-            atomic_write(out / "sweep.json", record.model_dump_json(indent=2) + "\n")
-    if all(arm.failed for arm in record.arms):
-        text = f"no arm could be trained to its end; the first: {record.arms[0].failed}"
-        raise LoraMvpError("sweep_failed", text)
+            keep_record(record, out)
+    refuse_all_failed(record)
 
 # %% ../nbs/7_doors/02g_sweep.ipynb #3baef508
 class Jury(Chooser):
@@ -247,7 +260,7 @@ class Jury(Chooser):
         path, scale = self.root / "arms" / (name or self.arms[0]), float(name is not None)
         column = Column(name or "base", f"arm-{name}" if name else "base", path, scale, self.data)
         log.info("drawing %d pictures: %s", len(plan.rows), column.name)
-        run = load_run(path)
+        run = load_run(path, self.config.training.pretrained_model)  # a service may have it elsewhere
         folder, batch = self.out / part / column.folder, self.config.evaluation.fid_batch_size
         return draw_column(column, run, model_facts(run, scale), plan, folder, batch)
 
@@ -453,7 +466,7 @@ def end_sweep(
     sheet = png_bytes(growth_sheet(columns, plans[0]))
     atomic_write(jury.root / "sweep.html", sweep_page(record, sheet))
     keep_best(jury.root, record.result.best)
-    atomic_write(jury.root / "sweep.json", record.model_dump_json(indent=2) + "\n")
+    keep_record(record, jury.root)
     log.info("the sweep is in %s", jury.root)
 
 # %% ../nbs/7_doors/02g_sweep.ipynb #a055f8a8
@@ -465,6 +478,7 @@ def run_sweep(
     sets: list[str] = (),  # "section.key=value", for all arms
     real_glob: str | None = None,  # pattern of real pictures; default: the validation split of the manifest
     progress: bool = True,
+    trainer: Callable[..., None] | None = None,  # called as `train_arms`, which is the default
 ) -> Sweep:
     "Train every arm, judge all by one plan, and leave sweep.html and one adapter in `out`; started again, it goes on."
     out, manifest = Path(out).absolute(), Path(manifest)
@@ -478,7 +492,7 @@ def run_sweep(
         if record.result:
             log.info("%s is already finished.", out)
             return record
-        train_arms(record, configs, manifest, out, progress)
+        (trainer or train_arms)(record, configs, manifest, out, progress)
         jury = Jury(shared, [arm.name for arm in record.arms if not arm.failed], out, manifest, real_glob)
         end_sweep(record, jury, plans)
     return record

@@ -63,6 +63,14 @@ def finite_number(text: str) -> float:
             return value
     raise argparse.ArgumentTypeError(f"{text} is not a number")
 
+# %% ../nbs/7_doors/02a_terminal.ipynb #49881212
+def positive_number(text: str) -> float:
+    "A number above 0, for argparse."
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        if (value := finite_number(text)) > 0:
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+
 # %% ../nbs/7_doors/02a_terminal.ipynb #e2a615a0
 def positive_count(text: str) -> int:
     "A whole number of at least 1, for argparse."

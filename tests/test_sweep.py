@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import yaml
+from live_service import end_jobs, serving, settings
 from trainings import command, training_server, wait_for
 
 from lora_mvp.cli import main
@@ -172,6 +173,28 @@ def test_a_sweep_that_is_killed_goes_on_to_its_page_and_its_adapter(files, capsy
     assert find_run(root / "out" / "best")[0] == "tiny"
 
     assert main(words) == 0 and result.why in capsys.readouterr().out, "a finished sweep says again what it found"
+
+
+def test_arms_are_trained_by_a_service_and_judged_here(files, drawings, small_run, capsys):
+    """A real server; the sweep is killed while its jobs run, and takes the same jobs up again."""
+    root, words = files
+    own = {"lora_rank": 16, "text_encoder_learning_rate": 1e-4}  # of the service, which no arm has
+    server = settings(root, drawings.parent.parent, own, max_workers=2)
+    try:
+        with serving(server) as (_, url):
+            there = [*words, "--url", url, "--data", f"{drawings.parent.name}/manifest.json"]
+            record = root / "out" / "sweep.json"
+            killed_when(lambda: record.exists() and record.read_text().count('"job": "') == 2, root, there)
+            jobs = [arm.job for arm in read_record(Sweep, record).arms]
+            assert main(there) == 0, capsys.readouterr().err
+    finally:
+        end_jobs(root / "jobs")
+    found = read_record(Sweep, record)
+    assert [arm.job for arm in found.arms] == jobs and len({*jobs}) == 2 == len([*(root / "jobs").glob("*/run")])
+    assert found.result.why in capsys.readouterr().out and (root / "out" / "best").is_dir()
+    assert main([*words[:-1], str(root / "here")]) == 0
+    here = read_record(Sweep, root / "here" / "sweep.json")
+    assert found.result == here.result, "what is trained there is what is trained here"
 
 
 @pytest.mark.slow
