@@ -39,9 +39,7 @@ def _manifest(args: argparse.Namespace) -> Path | None:
 # %% ../nbs/7_doors/03_cli.ipynb #010383a1
 def _model_path(args: argparse.Namespace) -> str:
     if args.model_path != "tiny" and not Path(args.model_path).exists():
-        raise LoraMvpError(
-            "model_not_found", f"--model-path {args.model_path} does not exist; train, or check the path."
-        )
+        raise LoraMvpError("model_not_found", f"--model-path {args.model_path} does not exist; train, or check it.")
     return args.model_path
 
 # %% ../nbs/7_doors/03_cli.ipynb #30bebdf5
