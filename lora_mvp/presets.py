@@ -93,9 +93,10 @@ SHORT = {  # family, and the size it was made for
     "sdxl": ("sdxl", 1024),
     "sd35": ("sd3", 1024),
     "flux": ("flux", 1024),
+    "zimage": ("zimage", 1024),
     "tiny": ("tiny", 64),
 }
-GUIDANCE = {"sd35": 4.5, "flux": 3.5}  # evaluation.guidance_scale, where it is not the usual one
+GUIDANCE = {"sd35": 4.5, "flux": 3.5, "zimage": 4.0}  # evaluation.guidance_scale, where it is not the usual one
 
 # %% ../nbs/7_doors/02b_presets.ipynb #ba90458d
 def base_id(

@@ -57,8 +57,9 @@ def the_average_is_the_result(run: Path) -> None:
         ),
         ("sd3", {"lora_targets": "all", "gradient_checkpointing": True, "optimizer": "prodigy", "learning_rate": 1.0}),
         ("flux", {"lora_targets": "attention_ff", "mixed_precision": "bf16", "optimizer": EIGHT_BIT, "loss": "huber"}),
+        ("zimage", {"lora_targets": "all", "batch_size": 2, "aspect_buckets": True, "caption_dropout": 0.3}),
     ],
-    ids=["sd1", "sd2", "sdxl", "sdxl-bf16", "sd3", "flux"],
+    ids=["sd1", "sd2", "sdxl", "sdxl-bf16", "sd3", "flux", "zimage"],
 )
 def test_every_family_trains_resumes_and_exports(drawings, small_run, tmp_path, family, changes):
     from lora_mvp.models.miniatures import random_base
