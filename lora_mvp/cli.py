@@ -20,7 +20,7 @@ from .lab import add_lab
 from .models.adapter_commands import add_adapters, add_base
 from .screen import set_up_output
 from .start import add_push, add_start, next_step, prompts_trouble, report_folder, settings_again
-from .terminal import SHELLS, Parser, completion, importing, refusal
+from .terminal import SHELLS, Parser, completion, importing, new_command, refusal
 from .terminal import finite_number as _number
 from .terminal import positive_count as _count
 
@@ -39,19 +39,10 @@ def _manifest(args: argparse.Namespace) -> Path | None:
 # %% ../nbs/7_doors/03_cli.ipynb #010383a1
 def _model_path(args: argparse.Namespace) -> str:
     if args.model_path != "tiny" and not Path(args.model_path).exists():
-        raise LoraMvpError("model_not_found", f"--model-path {args.model_path} does not exist; train, or check it.")
-    return args.model_path
-
-# %% ../nbs/7_doors/03_cli.ipynb #30bebdf5
-def _command(commands, name: str, function, needs_config: bool = True) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=function.__doc__.rstrip("."), description=function.__doc__)
-    parser.set_defaults(function=function)
-    if needs_config:
-        parser.add_argument("--config", help="YAML file (default: config.yaml, where it is there)")
-        parser.add_argument(
-            "--set", action="append", metavar="SECTION.KEY=VALUE", help="change one value; may be repeated"
+        raise LoraMvpError(
+            "model_not_found", f"--model-path {args.model_path} does not exist; train first, or check the path."
         )
-    return parser
+    return args.model_path
 
 # %% ../nbs/7_doors/03_cli.ipynb #0ce92b30
 def cmd_config(args: argparse.Namespace) -> None:
@@ -65,9 +56,9 @@ def cmd_completion(args: argparse.Namespace) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #7d67fca9
 def _add_config(commands) -> None:
-    config = _command(commands, "config", cmd_config)
+    config = new_command(commands, "config", cmd_config)
     config.add_argument("--schema", action="store_true", help="the JSON Schema instead, for editors")
-    shell = _command(commands, "completion", cmd_completion, needs_config=False)
+    shell = new_command(commands, "completion", cmd_completion, needs_config=False)
     shell.add_argument("shell", choices=SHELLS, help="bash: put it into ~/.local/share/bash-completion/completions/")
 
 # %% ../nbs/7_doors/03_cli.ipynb #2a0d3cce
@@ -132,12 +123,12 @@ def cmd_export_data(args: argparse.Namespace) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #96bb149a
 def _add_data(commands) -> None:
-    prepare = _command(commands, "prepare-data", cmd_prepare_data)
+    prepare = new_command(commands, "prepare-data", cmd_prepare_data)
     prepare.add_argument("--no-copy", action="store_true", help="hard-link the raw files where the file system can")
     prepare.add_argument("--resplit", action="store_true", help="forget which images were for training and validation")
-    check = _command(commands, "check-data", cmd_check_data)
+    check = new_command(commands, "check-data", cmd_check_data)
     check.add_argument("--out", default="data_report", help="folder of the report (default: data_report)")
-    handover = _command(commands, "export-data", cmd_export_data, needs_config=False)
+    handover = new_command(commands, "export-data", cmd_export_data, needs_config=False)
     handover.add_argument("--manifest", required=True, help="manifest.json written by prepare-data, or its folder")
     handover.add_argument("--to", required=True, choices=["hf", "kohya"], help="the form to write")
     handover.add_argument("--out", required=True, help="a new or empty folder")
@@ -197,18 +188,18 @@ def cmd_reproduce(args: argparse.Namespace) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #9d86490d
 def _add_training(commands) -> None:
-    train = _command(commands, "train", cmd_train)
+    train = new_command(commands, "train", cmd_train)
     train.add_argument("--manifest", required=True, help="manifest.json written by prepare-data")
     either = train.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
     either.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
     train.add_argument("--extend", action="store_true", help="with --resume: max_train_steps may be larger than it was")
-    doctor = _command(commands, "doctor", cmd_doctor)
+    doctor = new_command(commands, "doctor", cmd_doctor)
     doctor.add_argument("--manifest", help="manifest.json written by prepare-data; without one the data is not checked")
-    end = _command(commands, "finish", cmd_finish, needs_config=False)
+    end = new_command(commands, "finish", cmd_finish, needs_config=False)
     end.add_argument("run", metavar="OUT", help="output folder of a training that has its run.json")
     end.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
-    again = _command(commands, "reproduce", cmd_reproduce, needs_config=False)
+    again = new_command(commands, "reproduce", cmd_reproduce, needs_config=False)
     again.add_argument("run", help="run.json of a finished run, or its folder")
     again.add_argument("--out", help="folder of the new run (default: the old one's name with -reproduced)")
     again.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
@@ -231,7 +222,7 @@ def cmd_generate(args: argparse.Namespace) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #35bab7a8
 def _add_generate(commands) -> None:
-    parser = _command(commands, "generate", cmd_generate)
+    parser = new_command(commands, "generate", cmd_generate)
     parser.add_argument(
         "--model-path",
         required=True,
@@ -340,7 +331,7 @@ def cmd_grid(args: argparse.Namespace) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #989a10b0
 def _add_grid(commands) -> None:
-    grid = _command(commands, "grid", cmd_grid)
+    grid = new_command(commands, "grid", cmd_grid)
     grid.add_argument("run", metavar="OUT", help="output folder of a training, finished or not")
     grid.add_argument("--strengths", type=_strengths, default=[0.4, 0.6, 0.8, 1, 1.2], help="0.4,0.6,0.8,1,1.2")
     grid.add_argument("--max-copied", type=_number, help="largest share of copies (default 0.05)")
@@ -363,7 +354,7 @@ def cmd_vote(args: argparse.Namespace) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #e436a099
 def _add_vote(commands) -> None:
-    vote = _command(commands, "vote", cmd_vote)
+    vote = new_command(commands, "vote", cmd_vote)
     vote.add_argument("a", metavar="A", help="a model, as for compare; without B: the folder of a finished evaluation")
     vote.add_argument("b", metavar="B", nargs="?", help="another model")
     vote.add_argument("--out", default="comparison", help="where two models draw (default: comparison, as compare)")
@@ -377,7 +368,7 @@ def _add_vote(commands) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #1dce2046
 def _add_judging(commands) -> None:
-    evaluate = _command(commands, "evaluate", cmd_evaluate)
+    evaluate = new_command(commands, "evaluate", cmd_evaluate)
     what = evaluate.add_mutually_exclusive_group(required=True)
     what.add_argument("--model-path", help="output folder of a training, or an adapter of any program")
     what.add_argument("--pictures", metavar="FOLDER", help="pictures that another program drew, instead of a model")
@@ -387,13 +378,13 @@ def _add_judging(commands) -> None:
     evaluate.add_argument("--checkpoints", action="store_true", help="all checkpoints of it; the same as `choose`")
     evaluate.add_argument("--out", help="where to write; default: MODEL_PATH/evaluation, or FOLDER-evaluation")
     evaluate.add_argument("--lora-scale", type=_number, default=1.0, help="strength of the adapter (default 1)")
-    compare = _command(commands, "compare", cmd_compare)
+    compare = new_command(commands, "compare", cmd_compare)
     which = "output folder of a training, an adapter or a pipeline folder, or `base`"
     compare.add_argument("a", metavar="A", help=which)
     compare.add_argument("b", metavar="B", help="another; `base` stands for the base of the other model")
     compare.add_argument("--out", default="comparison", help="where to write (default: comparison)")
     compare.add_argument("--lora-scale", type=_number, default=1.0, help="strength of both adapters (default 1)")
-    choose = _command(commands, "choose", cmd_choose)
+    choose = new_command(commands, "choose", cmd_choose)
     choose.add_argument("run", metavar="OUT", help="output folder of a training, finished or not")
     choose.add_argument("--max-copied", type=_number, help="largest share of copies (default 0.05)")
     choose.add_argument("--max-forgotten", type=_number, help="largest loss on other prompts, points; else the margin")
@@ -409,17 +400,19 @@ def cmd_sweep(args: argparse.Namespace) -> None:
     from lora_mvp.sweep_jobs import sweep_where
 
     what = (args.file, Path(_manifest(args)), args.out, args.config, args.set or [], args.real_glob)
-    found = sweep_where(args.url, args.data, *what)
+    found = sweep_where(args.url, args.data, *what, stop_behind=args.stop_behind)
     print(sweep_text(found))
     print(f"wrote {args.out}: sweep.html, sweep.json{', best' if found.result.best else ''}")
 
 # %% ../nbs/7_doors/03_cli.ipynb #310c03d7
 def _add_sweep(commands) -> None:
-    parser = _command(commands, "sweep", cmd_sweep)
+    parser = new_command(commands, "sweep", cmd_sweep)
     parser.add_argument("file", metavar="FILE", help="YAML: `values:` settings and lists of values, or `arms:` a list")
     parser.add_argument("--manifest", required=True, help="manifest.json written by prepare-data")
     parser.add_argument("--out", required=True, help="a new folder; that of a stopped sweep, to go on")
     parser.add_argument("--real-glob", help="real pictures; default: the validation images of the manifest")
+    text = "stop an arm whose validation loss is clearly above that of the first at its end, from half of its steps on"
+    parser.add_argument("--stop-behind", action="store_true", help=text)
     parser.add_argument("--url", help="of a job service that trains the arms, http://HOST:PORT (default: train here)")
     parser.add_argument(
         "--data", help="with --url: the same manifest, as the service has it (default: FOLDER/manifest.json)"
@@ -434,7 +427,7 @@ def cmd_demo(args: argparse.Namespace) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #e3600657
 def _add_demo(commands) -> None:
-    demo = _command(commands, "demo", cmd_demo, needs_config=False)
+    demo = new_command(commands, "demo", cmd_demo, needs_config=False)
     demo.add_argument("--out", default="demo", help="a new or empty folder (default: demo)")
     demo.add_argument("--steps", type=_count, help="fewer training steps, for a quick look")
 

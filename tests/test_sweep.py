@@ -241,6 +241,31 @@ def test_what_cannot_be_trained_is_refused_before_the_first_arm(files, text, sai
     assert not (root / "out" / "sweep.json").exists()
 
 
+def test_an_arm_that_is_clearly_behind_is_stopped(files, drawings, capsys):
+    """Real trainings: the second arm's rate ruins it. Six validation pictures are asked for, since there must be intervals."""
+    root, words = files
+    assert main([*words, "--stop-behind"]) == 2
+    assert "needs six validation pictures for an interval, and the manifest has 2" in capsys.readouterr().err
+    raw, data = drawings.parent.parent / "raw", root / "half"
+    half = ["--set", f"data.raw_data_dir={raw}", "--set", f"data.processed_dir={data}", "--set", "data.train_ratio=0.5"]
+    assert main(["prepare-data", *words[2:4], *half]) == 0
+    (root / "sweep.yaml").write_text(
+        "arms:\n- {name: first, training.lora_rank: 2}\n- {name: wild, training.learning_rate: 0.3}\n"
+    )
+    words[words.index("--manifest") + 1] = str(data)
+    more = ["--set", "training.max_train_steps=8", "--set", "training.validate_every=2"]
+    assert main([*words, *more, "--stop-behind"]) == 0
+    found = read_record(Sweep, root / "out" / "sweep.json")
+    first, wild = found.arms
+    assert first.failed is None and wild.failed.startswith("stopped at step ") and "that of first by" in wild.failed
+    assert 4 <= int(wild.failed.split()[3].rstrip(":")) < 8, "not before half of its steps, and not at its end"
+    assert found.result.best == "first" and wild.failed in capsys.readouterr().out
+    assert main([*words, *more]) == 2
+    assert "evaluation.stop_behind was True, is now None" in capsys.readouterr().err
+    assert main([*words, *more, "--stop-behind", "--url", "http://127.0.0.1:9"]) == 2
+    assert "jobs run to their end" in capsys.readouterr().err
+
+
 def test_prompts_that_cannot_tell_and_a_folder_in_use_are_refused_too(files, capsys):
     root, words = files
     assert main([*words, "--set", 'evaluation.prompts=["disc", "square"]']) == 2
