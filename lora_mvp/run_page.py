@@ -27,7 +27,7 @@ from .html import fold, gallery, html_table, is_page, jpeg_uri, page, png_uri, s
 from .models.base import find_base
 from .models.inspection import inspect_adapter
 from .models.kinds import FAMILIES
-from .models.proof import Certificate
+from .models.proof import Certificate, packing_text
 from .train.checkpoints import checkpoints
 from .train.curves import loss_figure
 from .train.owner import may_write, read_owner
@@ -189,7 +189,9 @@ def proof_card(seen: RunSeen) -> str:  # HTML
         said = f"<p>The certificate {why}; {typed_html(f'lora-mvp finish {typed_path(root)}')} writes it.</p>"
         return section("proof", "Proof", said)
     certificate = read_record(Certificate, file)
-    remarks = listing([text(form.remark) for form in certificate.forms.values()])
+    remarks = listing(
+        [text(said) for said in (*(f.remark for f in certificate.forms.values()), packing_text(certificate))]
+    )
     table = html_table(["file", "form", "read by", "differs at most by", "SHA-256"], proof_rows(certificate))
     note = "Both files were read back into the base in place of what was trained, and their outputs compared."
     return section("proof", "Proof", table + remarks, note)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_mvp.errors import LoraMvpError
 from lora_mvp.files import asset
-from lora_mvp.models.base import base_revision, find_base, load_base, weights_hash
+from lora_mvp.models.base import base_revision, find_base, load_base, part_hashes, unpacked, weights_hash
 from lora_mvp.models.drawing import sample
 from lora_mvp.models.families import (
     FAMILIES,
@@ -34,6 +34,7 @@ from lora_mvp.models.families import (
 )
 from lora_mvp.models.layouts import check_folder
 from lora_mvp.models.miniatures import random_base
+from lora_mvp.models.proof import differences, probe
 
 SINGLE = ("sd1", "sd2", "sdxl")
 
@@ -51,9 +52,9 @@ def folder(bases, tmp_path):
     return Path(shutil.copytree(bases["sd1"], tmp_path / "base"))
 
 
-def refusal(name) -> LoraMvpError:
+def refusal(name, **how) -> LoraMvpError:
     with pytest.raises(LoraMvpError) as caught:
-        load_base(str(name))
+        load_base(str(name), **how)
     return caught.value
 
 
@@ -516,6 +517,41 @@ def test_one_file_equals_the_folder_bit_for_bit(bases, tmp_path, name):
     assert ours.scheduler.config == theirs.scheduler.config
     a, b = (sample(pipe, ["a cat"], [1], 2, 3.0, size=64)[0] for pipe in (ours, theirs))
     assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("name, shards", [("sd1", 0), ("sdxl", 3)])
+def test_a_packed_base_is_the_same_from_a_file_or_from_shards_and_unpacks_to_the_bit(bases, tmp_path, name, shards):
+    """And it is known by the weights that it was packed from."""
+    folder, plain = Path(shutil.copytree(bases[name], tmp_path / "model")), load_base(str(bases[name]))
+    source = folder
+    if shards:
+        plain.unet.save_pretrained(
+            folder / "unet", max_shard_size=f"{sum(p.nbytes for p in plain.unet.parameters()) // shards // 1000}KB"
+        )
+        (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink(missing_ok=True)
+        assert len(list((folder / "unet").glob("*.safetensors"))) > 1
+    else:
+        source = one_file(bases[name], name, tmp_path / "model.safetensors")
+    packed, ours = (load_base(str(place), bits="int8") for place in (source, bases[name]))
+    assert part_hashes(packed) == part_hashes(plain)
+    state, same = packed.unet.state_dict(), ours.unet.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in same.items() if not value.is_meta)
+    far = differences(probe(packed), probe(plain))["unet"]
+    with unpacked(packed):
+        assert differences(probe(packed), probe(plain))["unet"] == 0 < far
+
+
+def test_a_packed_base_with_holes_or_broken_numbers_is_refused(bases, tmp_path):
+    folder = Path(shutil.copytree(bases["sd1"], tmp_path / "model"))
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    name = next(key for key in weights if key.endswith("attn1.to_q.weight"))
+    for change, code in ((weights[name] * torch.inf, "base_not_finite"), (weights[name][1:], "base_unreadable")):
+        save_file(weights | {name: change.contiguous()}, file)
+        assert refusal(folder, bits="int8").code == code
+    save_file({key: value for key, value in weights.items() if key != name}, file)
+    error = refusal(folder, bits="int8")
+    assert error.code == "base_unreadable" and name in error.message
 
 
 def test_one_file_without_settings_says_where_to_put_them(bases, tmp_path):
