@@ -23,7 +23,7 @@ from .eval.pages import headline
 from .eval.records import Metrics
 from .eval.strengths import Grid
 from .files import atomic_write, read_record
-from .html import fold, gallery, html_table, jpeg_uri, page, png_uri, section, text, tile
+from .html import fold, gallery, html_table, is_page, jpeg_uri, page, png_uri, section, text, tile
 from .models.base import find_base
 from .models.inspection import inspect_adapter
 from .models.kinds import FAMILIES
@@ -368,7 +368,9 @@ def write_run_page(
     root: str | Path,  # a run's folder, or its run.json
     out: str | Path | None = None,  # default: run.html in that folder
 ) -> Path:
-    "Write the page of a run; raises `LoraMvpError` as `see_run`, and `not_writable`."
+    "Write the page of a run; raises `LoraMvpError` as `see_run`, `not_writable`, and `output_in_use` for another file."
     seen = see_run(root)
     out = Path(out or seen.folder.page)
+    if out != seen.folder.page and out.is_file() and not is_page(out):
+        raise LoraMvpError("output_in_use", f"{out} is there and is no page of ours; choose another --out.")
     return atomic_write(out, run_page(seen, out.parent))

@@ -54,7 +54,12 @@ class _Tokenizer:
 
     def __call__(self, prompts: list[str], padding: str, max_length: int = 1, **_) -> SimpleNamespace:
         shape = len(prompts), max_length  # 1: diffusers looks whether something was cut off
-        return SimpleNamespace(input_ids=torch.zeros(shape, dtype=torch.long, device="meta"))
+        tokens = torch.zeros(shape, dtype=torch.long, device="meta")
+        return SimpleNamespace(input_ids=tokens, attention_mask=tokens)
+
+    def apply_chat_template(self, chat: list[dict[str, str]], **_) -> str:
+        "No word is read."
+        return ""
 
     def tokenize(self, prompt: str) -> list[str]:
         "No word that stands for several."

@@ -141,7 +141,8 @@ class Network:
         "Caption embeddings on the device: from the table, or from the text encoders while these are trained."
         with self.accelerator.autocast():
             embeds = self.texts[captions] if self.texts else encode_text(self.pipe, captions)
-        return {name: sent(value, self.device, self.dtype) for name, value in embeds.items()}
+        counts = {name: value for name, value in embeds.items() if not value.is_floating_point()}  # read by the program
+        return {k: sent(v, self.device, self.dtype) for k, v in embeds.items() if k not in counts} | counts
 
     def predict(
         self,
