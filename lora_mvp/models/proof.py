@@ -43,17 +43,21 @@ from .packed import packed_layers
 from .reading import load_lora
 
 # %% ../../nbs/2_models/10_proof.ipynb #a0e6988e
+_HALVES = (torch.float16, torch.bfloat16)
+
+
 class _Widened:
     "Half weights that are float32 while they are used."
 
     def __init__(self):
         self.held = {}  # parameter -> its data in half precision
 
-    def widen(self, module: torch.nn.Module, *_) -> None:
-        "Give a module's own weights in float32."
+    def widen(self, module: torch.nn.Module, given: tuple = ()) -> tuple:
+        "Give a module's own weights in float32, and what goes into it: Z-Image rounds its times to the type of the next layer."
         for parameter in module.parameters(recurse=False):
             if parameter.dtype.itemsize < 4:
                 self.held[parameter], parameter.data = parameter.data, parameter.data.float()
+        return tuple(x.float() if isinstance(x, torch.Tensor) and x.dtype in _HALVES else x for x in given)
 
     def restore(self, module: torch.nn.Module, *_) -> None:
         "Put back what `widen` found."
