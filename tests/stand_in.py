@@ -154,8 +154,8 @@ def engine_of(config: AppConfig, gpus=()):
     from lora_mvp.api.engines import Gpu, LocalEngine
 
     class Mortal(LocalEngine):
-        def start(self, job, folder):
-            ref = super().start(job, folder)
+        def start(self, job, folder, node):
+            ref = super().start(job, folder, node)
             os.kill(os.getpid(), signal.SIGKILL if "TEST_DIES" in os.environ else 0)
             return ref
 

@@ -777,7 +777,7 @@ def over(client, job):
         ("service", "Service", {"submit", "cancel", "retry", "delete", "tick", "start", "drain", "ready"}),
         ("client", "Client", {"train", "evaluate", "status", "events", "logs", "wait", "download"}),
         ("runner", "Runner", {"run", "start", "beat", "look", "press", "conclude"}),
-        ("engines", "LocalEngine", {"capacity", "start", "poll", "stop", "describe"}),
+        ("engines", "LocalEngine", {"nodes", "start", "poll", "why", "stop", "forget", "describe"}),
     ],
 )
 def test_an_editor_completes_the_methods(module, name, methods):

@@ -84,7 +84,11 @@ class ServiceMetrics:
         yield counter("lora_job_transitions", "Jobs that came into a state, since the start.", "status", moves)
         yield counter("lora_attempts_lost", "Attempts that were lost, since the start.", "reason", lost)
         yield gauge("lora_ready", "1 where a part of the service works.", ("part",), ready)
-        yield GaugeMetricFamily("lora_slots_free", "Jobs that could start now.", value=self.backend.engine.capacity())
+        yield GaugeMetricFamily(
+            "lora_slots_free",
+            "Jobs that could start now.",
+            value=sum(node.free.slots for node in self.backend.engine.nodes()),
+        )
         free = free_disk(self.backend.config.api)
         yield GaugeMetricFamily("lora_disk_free_bytes", "Free space for jobs.", value=free)
 
