@@ -21,7 +21,7 @@ from .jobs import Kind, Status
 from .ownership import open_jobs
 from .service import Service
 from .tokens import Tokens, first_token, tokens_place
-from ..config import AppConfig
+from ..config import ApiConfig, AppConfig
 
 # %% ../../nbs/6_api/29_backend.ipynb #98823bd9
 def gauge(
@@ -97,6 +97,15 @@ class ServiceMetrics:
         return generate_latest(self.registry)
 
 # %% ../../nbs/6_api/29_backend.ipynb #3a5532e9
+def engine_of(api: ApiConfig) -> Engine:
+    "The engine of `api.engine`; raises `LoraMvpError` where it cannot be had."
+    if api.engine == "local":
+        return LocalEngine(api)
+    from lora_mvp.api.ray_engine import RayEngine
+
+    return RayEngine(api)
+
+# %% ../../nbs/6_api/29_backend.ipynb #6d589047
 class Backend:
     "Store, engine and service of a running app."
 
@@ -116,7 +125,7 @@ class Backend:
         self.stop_jobs = False  # when it is closed
         self.store = open_jobs(config.api)
         try:
-            self.engine = engine or LocalEngine(config.api)
+            self.engine = engine or engine_of(config.api)
             self.service = Service(config, self.store, self.engine)
             self.metrics = ServiceMetrics(self)
             if named:

@@ -62,6 +62,7 @@ def impossible(
     nodes: list[Node],
 ) -> str | None:
     "Why no machine can ever hold a job; None where one can."
+    nodes = [node for node in nodes if node.total.slots]
     need, fitting = need_of(spec, nodes), with_label(spec, nodes)
     if any(not lacking(need, node.total) for node in fitting):
         return None

@@ -1,0 +1,219 @@
+"""The promise of the service on a Ray cluster: whatever dies, every job that was taken ends once, as if nothing had.
+
+The cluster is real: `ray start` processes, a node each, on this machine. The training is a stand-in (stand_in.py), the
+runner, the keeper, the link and the store are the real ones. Started once for the file, since that takes 20 seconds.
+"""
+
+import os
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+from test_faults import Desk, Server, end_all, gone, kill, marked, progressed, wait_for, words
+
+from lora_mvp.api.jobs import JobSpec
+from lora_mvp.api.processes import mark_of
+from lora_mvp.config import LoraMvpError
+
+pytest.importorskip("ray")
+from ray_cluster import RayCluster, tree  # noqa: E402
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs signals on a parent's death")
+BLIND = 'mount -t tmpfs none {0} && exec "$@"'  # a node that has an empty folder where the jobs are
+
+
+@pytest.fixture(scope="module")
+def jobs_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def cluster(jobs_dir, tmp_path_factory):
+    found, broken = RayCluster(), tmp_path_factory.mktemp("broken")
+    (broken / "lora_mvp").mkdir()
+    (broken / "lora_mvp" / "__init__.py").write_text("raise ImportError('no package of that version')")
+    try:
+        for name in ("one", "two"):
+            found.add(name, "--num-cpus", "2", "--num-gpus", "2", "--memory", "4000000000", "--labels", "role=good")
+        only = ["--num-cpus", "1", "--memory", "1000000000", "--labels"]
+        found.add("broken", *only, "role=broken", env={"PYTHONPATH": str(broken)})
+        if os.geteuid() == 0:
+            apart = ["unshare", "-m", "sh", "-c", BLIND.format(jobs_dir), "sh"]
+            found.add("blind", *only, "role=blind", before=apart)
+        found.up()
+        yield found
+    finally:
+        found.close()
+
+
+class RayDesk(Desk):
+    """A service whose jobs run on the cluster."""
+
+    def __init__(self, root: Path, cluster: RayCluster, **api):
+        super().__init__(root, engine="ray", ray_address=cluster.address, **api)
+
+    def close(self):
+        super().close()
+        self.service.engine.link.close()
+
+    def submit(self, *orders: str, steps: int = 20, **spec) -> str:
+        config = {"training.max_train_steps": steps, "training.sample_prompts": list(orders)}
+        spec = {"gpus": 0, "node_label": "role=good"} | spec
+        job, _ = self.service.submit("train", JobSpec(manifest="m.json", config=config, **spec))
+        self.taken.append(job.id)
+        return job.id
+
+
+@pytest.fixture(scope="module")
+def desk(cluster, jobs_dir):
+    desk = RayDesk(jobs_dir, cluster, jobs_dir=jobs_dir / "jobs", max_attempts=2).open()
+    yield desk
+    desk.close()
+    for id in desk.taken:
+        end_all(f"{id}:")
+
+
+def keepers(cluster: RayCluster) -> list[psutil.Process]:
+    """The actors of attempts."""
+    found = [p for node in cluster.nodes.values() for p in tree(psutil.Process(node.process.pid))]
+    return [p for p in found if words(p)[:1] and words(p)[0].startswith("ray::Keeper")]
+
+
+def test_a_job_gets_the_cards_of_one_node_and_gives_its_place_back(desk, cluster):
+    id = desk.submit("hold@8", gpus=1)
+    desk.until_step(id, 7)
+    (trainer,) = desk.processes(id)[1]
+    assert trainer.environ()["CUDA_VISIBLE_DEVICES"] in ("0", "1")
+    assert len(keepers(cluster)) == 1
+    taken = [node for node in desk.service.engine.nodes() if node.free.gpus == 1]
+    assert len(taken) == 1 and taken[0].free.slots == 1
+    desk.go(id)
+    assert desk.until(id).attempt == 1
+    desk.exact(id)
+    assert desk.service.engine.running() == {}
+    wait_for(lambda: sum(node.free.gpus for node in desk.service.engine.nodes()) == 4, "free cards")
+    wait_for(lambda: not keepers(cluster), "end of the keeper")
+
+
+@pytest.mark.parametrize(
+    "spec, why",
+    [
+        ({"gpus": 3}, "3 GPUs on one node are asked for, and the largest has 2 GPUs and 4 GB of memory"),
+        ({"memory_gb": 5}, "0 GPUs and 5 GB of memory on one node are asked for, and the largest has 2 GPUs and 4 GB"),
+        ({"node_label": "role=none"}, "no node has the label role=none; there are .*role=broken, role=good"),
+    ],
+)
+def test_a_job_that_no_node_can_ever_hold_is_refused(desk, spec, why):
+    with pytest.raises(LoraMvpError, match=why):
+        desk.submit(**spec)
+
+
+def test_a_node_that_cannot_run_jobs_is_named_with_the_reason(desk):
+    told = {"broken": "The node broken cannot run jobs (ImportError: no package of that version). Install the same"}
+    if os.geteuid() == 0:
+        told["blind"] = "The node blind does not see the job's folder: api.jobs_dir must be one shared folder"
+    ids = {role: desk.submit(node_label=f"role={role}") for role in told}
+    for role, id in ids.items():
+        job = desk.until(id)
+        assert (job.status, job.attempt, job.error.code) == ("failed", 2, "engine_unavailable")
+        assert job.error.message.startswith(told[role]), job.error
+        desk.service.engine.forget(job.engine_ref or "")
+    wait_for(lambda: desk.service.engine.running() == {}, "end of all keepers")
+
+
+def test_a_cancel_saves_first_and_leaves_nothing(desk):
+    id = desk.submit("pause=0.05", "grandchild", steps=10_000)
+    desk.until_step(id, 7)
+    desk.service.cancel(id)
+    assert desk.until(id).status == "cancelled"
+    saved = max(int(path.name.rpartition("-")[2]) for path in desk.folder(id).run.glob("checkpoint-*"))
+    assert saved == desk.folder(id).progress()["step"] >= 7
+    wait_for(lambda: not marked(f"{id}:"), "end of everything")
+
+
+def test_a_silent_keeper_is_no_lost_job_and_a_hung_runner_is_one(desk, cluster, monkeypatch):
+    id = desk.submit("hold@8")
+    desk.until_step(id, 7)
+    (keeper,) = keepers(cluster)
+    keeper.suspend()
+    ref = desk.service.get(id).engine_ref
+    wait_for(lambda: desk.service.engine.poll([ref])[ref] == "unknown", "word that nothing is known")
+    keeper.resume()
+    wait_for(lambda: desk.service.engine.poll([ref])[ref] == "alive", "answer")
+    monkeypatch.setattr(desk.service.attempts.hangs, "lease", 3.0)
+    runner, (trainer,) = desk.processes(id)
+    for process in (runner, trainer):
+        process.suspend()
+    desk.go(id)
+    job = desk.until(id)
+    assert (job.status, job.attempt) == ("succeeded", 2)
+    desk.exact(id)
+    lost = [event["error"]["message"] for _, event in desk.folder(id).events() if event.get("error")]
+    assert len(lost) == 1 and "gave no sign of life for too long" in lost[0]
+    assert gone(runner) and gone(trainer)
+
+
+KINDS = ["server", "keeper", "runner", "trainer", "raylet", "node"]
+NOW = [("server", "trainer"), ("keeper", "server"), ("runner", "raylet", "node")]  # in three rounds each kind once
+
+
+def kill_in_cluster(what: str, desk: Desk, server: Server, cluster: RayCluster, chance: random.Random) -> list[str]:
+    """Kill -9 one kind of process; the nodes that are gone with it."""
+    found = [p for p in psutil.process_iter() if mark_of(p).partition(":")[0] in desk.taken]
+    fitting = {"keeper": keepers(cluster)}
+    for kind, word in (("runner", "runner"), ("trainer", "work")):
+        fitting[kind] = [process for process in found if word in words(process)]
+    node = chance.choice(["one", "two"])
+    if what == "server":
+        server.kill()
+    elif what == "node":
+        cluster.nodes[node].kill()
+    elif what == "raylet":
+        cluster.nodes[node].raylet().kill()
+    elif fitting[what]:
+        kill(chance.choice(fitting[what]))
+    return [node] if what in ("node", "raylet") else []
+
+
+@pytest.mark.parametrize("rounds", [3, pytest.param(40, marks=pytest.mark.slow)])
+def test_whatever_is_killed_at_any_moment_every_job_ends_once(cluster, tmp_path, rounds):
+    desk = RayDesk(tmp_path, cluster, max_attempts=1000)
+    server, chance, killed = Server(desk), random.Random(rounds), Counter()
+    try:
+        for k in range(rounds):
+            for _ in range(2):
+                before = len(server.answers)
+                server.ask(f"submit {chance.randint(30, 60)} pause=0.04")
+                wait_for(lambda before=before: len(server.answers) > before, "answer")
+                desk.taken.append(server.answers[-1])
+            progressed(desk, chance.choice(desk.taken[-2:]), 1, attempt=None)
+            down = []
+            for what in NOW[k] if rounds == len(NOW) else [chance.choice(KINDS)]:
+                time.sleep(chance.uniform(0, 0.8))
+                if what in ("raylet", "node") and down:
+                    continue
+                down += kill_in_cluster(what, desk, server, cluster, chance)
+                killed[what] += 1
+            if server.process.poll() is not None:
+                server.begin()
+            cluster.again(*down)
+        server.kill()
+        desk.open()
+        attempts = []
+        for id in desk.taken:  # every one that was answered is there
+            job = desk.until(id)
+            assert job.status == "succeeded", job
+            desk.exact(id, job.spec.config["training.max_train_steps"])
+            attempts.append(job.attempt)
+        assert desk.service.engine.running() == {}
+        print(rounds, "rounds,", len(desk.taken), "jobs,", dict(killed), "attempts", dict(Counter(attempts)))
+    finally:
+        server.kill()
+        if hasattr(desk, "service"):
+            desk.close()
+        for id in desk.taken:
+            end_all(f"{id}:")
