@@ -17,6 +17,7 @@ import threading
 import time
 from typing import Any
 
+from .keeper import Keeper
 from ..errors import LoraMvpError
 
 # %% ../../nbs/6_api/21b_ray_link.ipynb #1a69dc60
@@ -117,7 +118,6 @@ def said_of_loss(
     known = {
         "node has died": "is gone",
         "raylet": "is gone",
-        "creation task failed": "could not begin the job",
         "memory": "had too little memory, and the job was ended",
     }
     found = next((what for sign, what in known.items() if sign in text), None)
@@ -150,7 +150,8 @@ class Cluster:
     def __init__(self, address: str):
         import ray
 
-        self.ray, self.asked, self.known, self.nodes_of = ray, {}, {}, {}
+        self.ray, self.asked, self.known = ray, {}, {}
+        os.chdir("/")  # Ray has nodes look for modules where its client is; they are to use their own
         ray.init(address=address, namespace="lora_mvp", log_to_driver=False, logging_level="error")
 
     def nodes(self) -> list[dict[str, Any]]:
@@ -174,8 +175,6 @@ class Cluster:
     def begin(self, name: str, node: str, need: list, order: list) -> None:
         "Have a keeper begin on a node."
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        from lora_mvp.api.keeper import Keeper
 
         slots, gpus, memory = need
         keeper = self.ray.remote(Keeper).options(
@@ -216,7 +215,8 @@ class Cluster:
         except errors.ActorUnavailableError:
             return {"life": "unknown"}
         except (errors.ActorDiedError, errors.ActorUnschedulableError, errors.ActorPlacementGroupRemoved) as error:
-            return {"life": "gone", "loss": str(error)}
+            loss = "broken" if "error raised in its creation" in str(error) else "loss"
+            return {"life": "gone", loss: str(error)}
         except errors.RayError as error:  # it could not even be made there
             return {"life": "exited", "broken": str(error)}
 
