@@ -15,7 +15,7 @@ import psutil
 import pytest
 from test_faults import Desk, Server, end_all, gone, kill, marked, progressed, wait_for, words
 
-from lora_mvp.api.jobs import JobSpec
+from lora_mvp.api.jobs import TERMINAL, JobSpec
 from lora_mvp.api.processes import mark_of
 from lora_mvp.config import LoraMvpError
 
@@ -71,6 +71,7 @@ class RayDesk(Desk):
 @pytest.fixture(scope="module")
 def desk(cluster, jobs_dir):
     desk = RayDesk(jobs_dir, cluster, jobs_dir=jobs_dir / "jobs", max_attempts=2).open()
+    desk.service.engine.patience = 1.0
     yield desk
     desk.close()
     for id in desk.taken:
@@ -158,16 +159,16 @@ def test_a_silent_keeper_is_no_lost_job_and_a_hung_runner_is_one(desk, cluster, 
 
 
 KINDS = ["server", "keeper", "runner", "trainer", "raylet", "node"]
-NOW = [("server", "trainer"), ("keeper", "server"), ("runner", "raylet", "node")]  # in three rounds each kind once
+NOW = [("server",), ("keeper", "trainer", "server"), ("runner", "raylet", "node")]  # in three rounds each kind once
 
 
-def kill_in_cluster(what: str, desk: Desk, server: Server, cluster: RayCluster, chance: random.Random) -> list[str]:
-    """Kill -9 one kind of process; the nodes that are gone with it."""
+def kill_in_cluster(what: str, desk: Desk, server: Server, cluster: RayCluster, chance: random.Random, down: list):
+    """Kill -9 one kind of process; `down` gets the node that is gone with it."""
     found = [p for p in psutil.process_iter() if mark_of(p).partition(":")[0] in desk.taken]
     fitting = {"keeper": keepers(cluster)}
     for kind, word in (("runner", "runner"), ("trainer", "work")):
         fitting[kind] = [process for process in found if word in words(process)]
-    node = chance.choice(["one", "two"])
+    node = chance.choice([name for name in ("one", "two") if name not in down])
     if what == "server":
         server.kill()
     elif what == "node":
@@ -176,7 +177,7 @@ def kill_in_cluster(what: str, desk: Desk, server: Server, cluster: RayCluster, 
         cluster.nodes[node].raylet().kill()
     elif fitting[what]:
         kill(chance.choice(fitting[what]))
-    return [node] if what in ("node", "raylet") else []
+    down += [node] if what in ("node", "raylet") else []
 
 
 @pytest.mark.parametrize("rounds", [3, pytest.param(40, marks=pytest.mark.slow)])
@@ -194,13 +195,14 @@ def test_whatever_is_killed_at_any_moment_every_job_ends_once(cluster, tmp_path,
             down = []
             for what in NOW[k] if rounds == len(NOW) else [chance.choice(KINDS)]:
                 time.sleep(chance.uniform(0, 0.8))
-                if what in ("raylet", "node") and down:
-                    continue
-                down += kill_in_cluster(what, desk, server, cluster, chance)
+                kill_in_cluster(what, desk, server, cluster, chance, down)
                 killed[what] += 1
             if server.process.poll() is not None:
                 server.begin()
-            cluster.again(*down)
+            if k == 0 and rounds == len(NOW):
+                for id in desk.taken:
+                    wait_for(lambda id=id: desk.folder(id).read_result(), "result of a job that was adopted")
+            cluster.again(*down[-1:])  # in the short form the other one stays away
         server.kill()
         desk.open()
         attempts = []
@@ -209,6 +211,7 @@ def test_whatever_is_killed_at_any_moment_every_job_ends_once(cluster, tmp_path,
             assert job.status == "succeeded", job
             desk.exact(id, job.spec.config["training.max_train_steps"])
             attempts.append(job.attempt)
+        assert rounds != len(NOW) or attempts[:2] == [1, 1]
         assert desk.service.engine.running() == {}
         print(rounds, "rounds,", len(desk.taken), "jobs,", dict(killed), "attempts", dict(Counter(attempts)))
     finally:
@@ -217,3 +220,39 @@ def test_whatever_is_killed_at_any_moment_every_job_ends_once(cluster, tmp_path,
             desk.close()
         for id in desk.taken:
             end_all(f"{id}:")
+
+
+@pytest.mark.slow
+def test_a_head_that_is_gone_takes_no_server_and_no_job_along(tmp_path):
+    """Ray ends whatever is connected to a head that does not come back within a minute; so here it is only the link."""
+    cluster = RayCluster()
+    cluster.add("one", "--num-cpus", "2", "--labels", "role=good")
+    cluster.up()
+    desk = RayDesk(tmp_path, cluster).open()
+    id, turns = desk.submit("hold@8"), []
+    try:
+        desk.until_step(id, 7)
+        cluster.head.kill()
+        wait_for(lambda: desk.job(id) and desk.service.ready()["engine"], "word that the cluster is gone")
+        assert "the Ray cluster cannot be asked" in desk.service.ready()["engine"]
+        assert desk.service.get(id).status == "running"
+        desk.go(id)
+        while desk.service.get(id).status not in TERMINAL:  # the folder says how it ended
+            begun = time.monotonic()
+            desk.job(id)
+            turns.append(time.monotonic() - begun)
+            time.sleep(0.1)
+        assert desk.service.get(id).attempt == 1
+        desk.exact(id)
+        end = time.monotonic() + 90
+        while time.monotonic() < end:
+            begun = time.monotonic()
+            desk.service.tick()
+            turns.append(time.monotonic() - begun)
+            time.sleep(0.5)
+        print("turns of the loop took at most", round(max(turns), 1), "s")
+        assert max(turns) < 15
+    finally:
+        desk.close()
+        cluster.close()
+        end_all(f"{id}:")

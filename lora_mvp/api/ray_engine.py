@@ -61,6 +61,7 @@ class RayEngine:
     "Runs attempts on the nodes of a Ray cluster."
 
     lease = 120.0  # longer than it takes to notice that a node is gone
+    patience = 15.0  # seconds until a new folder is seen over a network
 
     def __init__(
         self,
@@ -134,9 +135,15 @@ class RayEngine:
         with self.lock:
             room, name = need_of(job.spec, self.nodes()), self.name_of(node)
             slots = next((int(told["total"].get("CPU", 1)) for told in self.told if told["id"] == node), 1)
-            order = Order(self.service, str(folder.root), job.attempt, name, self.program, (node, *room), slots)
+            order = Order(
+                self.service, str(folder.root), job.attempt, name, self.program, (node, *room), slots, self.patience
+            )
             ref = f"ray:{self.service}:{job.id}:{job.attempt}"
-            self.link.ask("begin", name=ref, node=node, need=list(room), order=list(order))
+            try:
+                self.link.ask("begin", name=ref, node=node, need=list(room), order=list(order))
+            except Unreachable:
+                self.doomed.add(ref)  # it may have begun all the same
+                raise
             self.taken[ref] = node, room
             return ref
 
