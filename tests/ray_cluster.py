@@ -16,6 +16,7 @@ RAY = [sys.executable, "-c", "import sys; from ray.scripts.scripts import main; 
 QUICK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 ENV = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "LORA_MVP_"))}
 ENV |= {"PYTHONPATH": str(Path(__file__).resolve().parent.parent), "RAY_USAGE_STATS_ENABLED": "0"}
+ENV |= {"RAY_raylet_start_wait_time_s": "120"}  # a busy machine takes more than Ray's half minute
 
 
 def free_port() -> int:
