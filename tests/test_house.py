@@ -72,7 +72,7 @@ def declared(key: str = "requirements") -> set[str]:
     return {normal(re.match(r"[\w.-]+", text)[0]) for text in settings["DEFAULT"][key].split()}
 
 
-EXTRAS = [f"{name}_requirements" for name in ("service", "notebook", "heic", "optimizers", "eval_offline")]
+EXTRAS = [f"{name}_requirements" for name in ("service", "notebook", "ray", "heic", "optimizers", "eval_offline")]
 
 
 def modules_after(code: str) -> set[str]:

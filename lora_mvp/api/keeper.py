@@ -47,20 +47,26 @@ class Order(NamedTuple):
     slots: int = 1  # of the node; each job gets its share of the cores
     patience: float = 15.0  # seconds until a new folder is seen over a network
 
-# %% ../../nbs/6_api/21a_keeper.ipynb #552d68e5
+# %% ../../nbs/6_api/21a_keeper.ipynb #983a5d60
+def sees_folder(order: Order) -> bool:
+    "Whether this node sees the folders of the service, and that of the job as it is now; a network may take its time."
+    folder, limit = JobFolder(order.folder), time.monotonic() + order.patience
+    while True:
+        try:
+            name = (folder.root.parent / ".service").read_text().strip()
+        except OSError:
+            name = ""
+        if name == order.service and folder.current_attempt() >= order.attempt:
+            return True
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.2)
+
+# %% ../../nbs/6_api/21a_keeper.ipynb #78958d9a
 def storage_trouble(order: Order) -> str | None:
     "Why an attempt cannot be made on this node; None where it can."
     folder = JobFolder(order.folder)
-    file, limit = folder.root.parent / ".service", time.monotonic() + order.patience
-    while True:
-        try:
-            seen = file.read_text().strip() == order.service and folder.current_attempt() >= order.attempt
-        except OSError:
-            seen = False
-        if seen or time.monotonic() > limit:
-            break
-        time.sleep(0.2)
-    if not seen:
+    if not sees_folder(order):
         return "does not see the job's folder: api.jobs_dir must be one shared folder, at one path on all nodes"
     if not os.access(folder.root, os.W_OK):
         return "may not write the job's folder: the service must be the same user on all nodes"
@@ -72,7 +78,12 @@ def storage_trouble(order: Order) -> str | None:
         return "does not see api.data_dir: it must be one shared folder, at one path on all nodes"
     return None
 
-# %% ../../nbs/6_api/21a_keeper.ipynb #bf1b9b94
+# %% ../../nbs/6_api/21a_keeper.ipynb #fb87ac8c
+def thread_share(order: Order) -> int:
+    "How many threads a job may use: its share of the node's cores."
+    return max(1, (os.cpu_count() or 1) // max(1, order.slots))
+
+# %% ../../nbs/6_api/21a_keeper.ipynb #2fe0ff68
 def node_environment(
     order: Order,
     cards: list[str],  # as the cluster numbers them
@@ -80,13 +91,12 @@ def node_environment(
     "What a runner finds in its environment on a node."
     folder = JobFolder(order.folder)
     found = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # the cluster's guess
-    env = clean_environment(read_settings(folder).api, found)
-    threads = max(1, (os.cpu_count() or 1) // max(1, order.slots))
-    env |= {MARK: f"{folder.root.name}:{order.attempt}", RUNNER: order.folder, "OMP_NUM_THREADS": str(threads)}
+    env = clean_environment(read_settings(folder).api, found) | {"OMP_NUM_THREADS": str(thread_share(order))}
+    env |= {MARK: f"{folder.root.name}:{order.attempt}", RUNNER: order.folder}
     return env | {"CUDA_VISIBLE_DEVICES": ",".join(cards)}
 
 # %% ../../nbs/6_api/21a_keeper.ipynb #688e3b31
-def begin(order: Order, cards: list[str]) -> subprocess.Popen:
+def begin_runner(order: Order, cards: list[str]) -> subprocess.Popen:
     "Start the runner of an attempt; raises `OSError`."
     command = order.program or [sys.executable, "-m", "lora_mvp.api.runner"]
     command = [*command, order.folder, "--attempt", str(order.attempt), "--parent", str(os.getpid())]
@@ -94,6 +104,18 @@ def begin(order: Order, cards: list[str]) -> subprocess.Popen:
     with open(Path(order.folder) / "runner.log", "ab") as log:
         how = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
         return subprocess.Popen(command, cwd=order.folder, env=node_environment(order, cards), **how)
+
+# %% ../../nbs/6_api/21a_keeper.ipynb #91ebf627
+def given_cards() -> list[str]:
+    "The cards that the cluster has given to this process."
+    import ray
+
+    return [str(card) for card in ray.get_runtime_context().get_accelerator_ids().get("GPU", [])]
+
+# %% ../../nbs/6_api/21a_keeper.ipynb #6180f2df
+def node_refusal(order: Order, text: str) -> JobError:
+    "Why an attempt could not be made on a node."
+    return JobError(code="engine_unavailable", message=f"The node {order.node or socket.gethostname()} {text}.")
 
 # %% ../../nbs/6_api/21a_keeper.ipynb #5c6412be
 class Keeper:
@@ -113,33 +135,24 @@ class Keeper:
         try:
             self.keep()
         except Exception as error:
-            self.fail(f"cannot start the runner: {getattr(error, 'strerror', None) or type(error).__name__}")
+            what = getattr(error, "strerror", None) or type(error).__name__
+            self.why = node_refusal(self.order, f"cannot start the runner: {what}")
         self.life = "exited"
 
     def keep(self) -> None:
         "The life of a runner."
         folder = JobFolder(self.order.folder)
         if trouble := storage_trouble(self.order):
-            return self.fail(trouble)
+            self.why = node_refusal(self.order, trouble)
+            return
         end_all(f"{folder.root.name}:")  # what is left here of an attempt before this one
         with self.lock:
             if self.told:
                 return
-            self.process = begin(self.order, self.given() if self.cards is None else self.cards)
+            self.process = begin_runner(self.order, given_cards() if self.cards is None else self.cards)
         status = self.process.wait()
         end_all(f"{folder.root.name}:{self.order.attempt}")  # what escaped a runner that was killed
         self.why = said_of_end(folder, status)
-
-    def given(self) -> list[str]:
-        "The cards that the cluster has given."
-        import ray
-
-        return [str(card) for card in ray.get_runtime_context().get_accelerator_ids().get("GPU", [])]
-
-    def fail(self, text: str) -> None:
-        "Say why the attempt could not be made here."
-        node = f"The node {self.order.node or socket.gethostname()}"
-        self.why = JobError(code="engine_unavailable", message=f"{node} {text}.")
 
     def state(self) -> dict[str, Any]:
         "What became of the attempt."

@@ -45,6 +45,11 @@ def room_of(resources: dict[str, float]) -> Room:
     "What a node has, as Ray counts it."
     return Room(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), resources.get("memory", 0) / 1e9)
 
+# %% ../../nbs/6_api/21c_ray_engine.ipynb #a0aab431
+def labels_of(told: dict[str, Any]) -> dict[str, str]:
+    "The labels of a node that somebody can ask for."
+    return {key: value for key, value in told["labels"].items() if key != "ray.io/node-id"}
+
 # %% ../../nbs/6_api/21c_ray_engine.ipynb #348eae4e
 def node_of(
     told: dict[str, Any],  # by the cluster
@@ -53,8 +58,47 @@ def node_of(
     "A node, and what is free on it."
     total, free = room_of(told["total"]), room_of(told["free"])
     ours = [there - sum(column) for there, column in zip(total, zip(*taken))] if taken else total
-    labels = {key: value for key, value in told["labels"].items() if key != "ray.io/node-id"}
-    return Node(told["id"], total, Room(*map(min, free, ours)), labels)
+    return Node(told["id"], total, Room(*map(min, free, ours)), labels_of(told))
+
+# %% ../../nbs/6_api/21c_ray_engine.ipynb #5bf4c112
+def node_facts(told: dict[str, Any]) -> dict[str, Any]:
+    "What is shown of a node."
+    return {"name": told["name"], **room_of(told["total"])._asdict(), "labels": labels_of(told)}
+
+# %% ../../nbs/6_api/21c_ray_engine.ipynb #c773c677
+def reason_of(
+    answer: dict[str, Any],  # of the cluster about an attempt
+    node: str,  # by the name that people know
+) -> JobError | None:
+    "Why an attempt has ended, as far as the cluster knows."
+    if "broken" in answer:
+        return JobError(code="engine_unavailable", message=said_of_import(answer["broken"], node))
+    if "loss" in answer:
+        return JobError(code="worker_lost", message=said_of_loss(answer["loss"], node))
+    return JobError(**answer["why"]) if answer.get("why") else None
+
+# %% ../../nbs/6_api/21c_ray_engine.ipynb #68236815
+def link_to(api: ApiConfig) -> Link:
+    "A link to the cluster, once it is connected; raises `LoraMvpError`: `extra_missing`, `engine_unreachable`."
+    need("ray")
+    link = Link([sys.executable, "-m", "lora_mvp.api.ray_link", check_address(api.ray_address)])
+    try:
+        link.connect(seconds=90.0)
+    except Unreachable as error:
+        link.close()
+        advice = "The machine of the service must be a node itself: ray start --address=HOST:PORT --num-cpus=0."
+        raise LoraMvpError("engine_unreachable", f"{error}. {advice}") from error
+    return link
+
+# %% ../../nbs/6_api/21c_ray_engine.ipynb #752a272e
+def name_in(told: list[dict[str, Any]], node: str) -> str:
+    "The name of a node that people know."
+    return next((one["name"] for one in told if one["id"] == node), "that was chosen")
+
+# %% ../../nbs/6_api/21c_ray_engine.ipynb #31c658e3
+def ref_in(service: str, job: Job) -> str:
+    "The name of an attempt in the cluster."
+    return f"ray:{service}:{job.id}:{job.attempt}"
 
 # %% ../../nbs/6_api/21c_ray_engine.ipynb #fbbdfb39
 class RayEngine:
@@ -70,7 +114,7 @@ class RayEngine:
         link: Any = None,  # None: one to `api.ray_address`
     ):
         self.api, self.program, self.service = api, program or [], service_id(api.jobs_dir)
-        self.link = link or self.linked()
+        self.link = link or link_to(api)
         self.told, self.fresh = [], 0.0  # what the cluster said of its nodes, and when
         self.taken: dict[str, tuple[str, Room]] = {}  # ref -> node, what the attempt takes there
         self.reasons: dict[str, JobError] = {}
@@ -78,18 +122,6 @@ class RayEngine:
         self.doomed: set[str] = set()  # refs of keepers that are to end
         self.lock = threading.RLock()
         self.view()
-
-    def linked(self) -> Link:
-        "A link to the cluster, once it is connected; raises `LoraMvpError`: `extra_missing`, `engine_unreachable`."
-        need("ray")
-        link = Link([sys.executable, "-m", "lora_mvp.api.ray_link", check_address(self.api.ray_address)])
-        try:
-            link.connect(seconds=90.0)
-        except Unreachable as error:
-            link.close()
-            advice = "The machine of the service must be a node itself: ray start --address=HOST:PORT --num-cpus=0."
-            raise LoraMvpError("engine_unreachable", f"{error}. {advice}") from error
-        return link
 
     def view(self) -> list[dict[str, Any]]:
         "What the cluster says of its nodes, half a second old at most; raises `Unreachable`."
@@ -100,9 +132,7 @@ class RayEngine:
 
     def describe(self) -> dict[str, Any]:
         "Name, slots, nodes; and what is wrong."
-        nodes = [
-            {"name": told["name"], **room_of(told["total"])._asdict(), "labels": told["labels"]} for told in self.told
-        ]
+        nodes = [node_facts(told) for told in self.told]
         problem = {"problem": f"the Ray cluster cannot be asked: {self.link.problem}"} if self.link.problem else {}
         return {"name": "ray", "slots": sum(node["slots"] for node in nodes), "nodes": nodes} | problem
 
@@ -115,10 +145,6 @@ class RayEngine:
                 told, reached = self.told, False
             nodes = [node_of(one, [room for at, room in self.taken.values() if at == one["id"]]) for one in told]
             return nodes if reached else [replace(node, free=Room(0, 0, 0)) for node in nodes]
-
-    def name_of(self, node: str) -> str:
-        "The name of a node that people know."
-        return next((told["name"] for told in self.told if told["id"] == node), "that was chosen")
 
     def running(self) -> dict[str, str]:
         "The attempts of which there is a keeper."
@@ -133,12 +159,11 @@ class RayEngine:
     def start(self, job: Job, folder: JobFolder, node: str = "") -> str:
         "Have an attempt kept on a node; raises `LoraMvpError`: `engine_unavailable`."
         with self.lock:
-            room, name = need_of(job.spec, self.nodes()), self.name_of(node)
+            room, name = need_of(job.spec, self.nodes()), name_in(self.told, node)
             slots = next((int(told["total"].get("CPU", 1)) for told in self.told if told["id"] == node), 1)
-            order = Order(
-                self.service, str(folder.root), job.attempt, name, self.program, (node, *room), slots, self.patience
-            )
-            ref = f"ray:{self.service}:{job.id}:{job.attempt}"
+            whose = Order(self.service, str(folder.root), job.attempt, name, self.program, (node, *room), slots)
+            order = whose._replace(patience=self.patience)
+            ref = ref_in(self.service, job)
             try:
                 self.link.ask("begin", name=ref, node=node, need=list(room), order=list(order))
             except Unreachable:
@@ -157,18 +182,10 @@ class RayEngine:
             except Unreachable:
                 return dict.fromkeys(refs, "unknown")
             for ref, answer in told.items():
-                self.hear(ref, answer)
+                node = name_in(self.told, self.taken[ref][0]) if ref in self.taken else "that was chosen"
+                if reason := reason_of(answer, node):
+                    self.reasons[ref] = reason
             return {ref: answer["life"] for ref, answer in told.items()}
-
-    def hear(self, ref: str, answer: dict[str, Any]) -> None:
-        "Keep what is said of how an attempt ended."
-        node = self.name_of(self.taken[ref][0]) if ref in self.taken else "that was chosen"
-        if "broken" in answer:
-            self.reasons[ref] = JobError(code="engine_unavailable", message=said_of_import(answer["broken"], node))
-        elif "loss" in answer:
-            self.reasons[ref] = JobError(code="worker_lost", message=said_of_loss(answer["loss"], node))
-        elif answer.get("why"):
-            self.reasons[ref] = JobError(**answer["why"])
 
     def why(self, ref: str) -> JobError | None:
         "What is known of how an attempt ended."

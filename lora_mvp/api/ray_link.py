@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from typing import Any
 
 from .keeper import Keeper
@@ -27,49 +28,52 @@ class Unreachable(LoraMvpError):
     def __init__(self, why: str):
         super().__init__("engine_unavailable", f"the Ray cluster cannot be asked: {why}")
 
-# %% ../../nbs/6_api/21b_ray_link.ipynb #04c33152
+# %% ../../nbs/6_api/21b_ray_link.ipynb #d667a951
+class Talk:
+    "A process that answers questions, a line of JSON each."
+
+    def __init__(self, command: list[str]):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        self.process, self.answers = subprocess.Popen(command, **pipes), queue.Queue()
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def read(self) -> None:
+        "Take what the process says, until it ends."
+        for line in self.process.stdout:
+            self.answers.put(line)
+        self.answers.put("")
+        self.process.wait()
+
+    def ask(self, question: dict[str, Any]) -> None:
+        "Send a question; raises `OSError`."
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+
+# %% ../../nbs/6_api/21b_ray_link.ipynb #16232945
 class Link:
     "Asks a process that is connected to the cluster."
 
     def __init__(self, command: list[str]):
-        self.command, self.lock = command, threading.RLock()
-        self.process, self.answers, self.connected = None, queue.Queue(), False
+        self.command, self.lock, self.talk, self.connected = command, threading.RLock(), None, False
         self.problem: str | None = "it is not connected yet"
         self.again, self.failures = 0.0, 0  # when another process may be started (monotonic)
 
-    def begin(self) -> None:
-        "Start a process, if there is none."
-        if self.process or time.monotonic() < self.again:
-            return
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-        self.process, self.answers = subprocess.Popen(self.command, **pipes), queue.Queue()
-        threading.Thread(target=self.read, args=(self.process, self.answers), daemon=True).start()
-
-    def read(self, process: subprocess.Popen, answers: queue.Queue) -> None:
-        "Take what a process says, until it ends."
-        for line in process.stdout:
-            answers.put(line)
-        answers.put("")
-        process.wait()
-
     def drop(self, why: str) -> None:
         "End the process; raises `Unreachable`."
-        if self.process:
-            self.process.kill()
+        if self.talk:
+            self.talk.process.kill()
             self.failures += 1
-            self.again = time.monotonic() + min(30.0, 2.0 ** (self.failures - 1) / 2)
-        self.process, self.connected, self.problem = None, False, why
+            self.again = time.monotonic() + min(30.0, 2.0 ** min(self.failures - 2, 9))
+        self.talk, self.connected, self.problem = None, False, why
         raise Unreachable(why)
 
     def answer(self, seconds: float) -> Any:
         "The next line of the process; raises `Unreachable`."
         try:
-            line = self.answers.get(timeout=seconds)
+            line = self.talk.answers.get(timeout=seconds)
         except queue.Empty:
             return self.drop(f"there was no answer within {seconds:g} seconds")
-        if not line:
-            return self.drop("the connection broke")
-        answer = json.loads(line)
+        answer = json.loads(line) if line else {"error": "the connection broke"}
         return self.drop(answer["error"]) if "error" in answer else answer["ok"]
 
     def connect(
@@ -80,8 +84,9 @@ class Link:
         with self.lock:
             limit = time.monotonic() + seconds
             while not self.connected:
-                self.begin()
-                if self.process and not self.answers.empty():
+                if self.talk is None and time.monotonic() >= self.again:
+                    self.talk = Talk(self.command)
+                if self.talk and not self.talk.answers.empty():
                     self.answer(1.0)
                     self.connected, self.problem = True, None
                 elif time.monotonic() >= limit:
@@ -94,8 +99,7 @@ class Link:
         with self.lock:
             self.connect()
             try:
-                self.process.stdin.write(json.dumps({"what": what, **more}) + "\n")
-                self.process.stdin.flush()
+                self.talk.ask({"what": what, **more})
             except OSError:
                 self.drop("the connection broke")
             found = self.answer(seconds)
@@ -103,11 +107,11 @@ class Link:
             return found
 
     def close(self) -> None:
-        "End the process."
+        "End the process, and start none."
         with self.lock:
-            if self.process:
-                self.process.kill()
-            self.process, self.connected, self.again = None, False, float("inf")
+            if self.talk:
+                self.talk.process.kill()
+            self.talk, self.connected, self.again = None, False, float("inf")
 
 # %% ../../nbs/6_api/21b_ray_link.ipynb #5d97385f
 def said_of_loss(
@@ -140,114 +144,137 @@ def node_name(node: dict[str, Any]) -> str:
     given = node["NodeName"]
     return given if given and given != node["NodeManagerAddress"] else node["NodeManagerHostname"]
 
-# %% ../../nbs/6_api/21b_ray_link.ipynb #29d17cbd
+# %% ../../nbs/6_api/21b_ray_link.ipynb #659e7343
+def nodes_now(ray: Any) -> list[dict[str, Any]]:
+    "The living nodes, and what is free on them."
+    from ray._private.state import available_resources_per_node
+
+    free, names = available_resources_per_node(), {"id": "NodeID", "total": "Resources", "labels": "Labels"}
+    return [
+        {ours: node[theirs] for ours, theirs in names.items()}
+        | {"name": node_name(node), "free": free.get(node["NodeID"], {})}
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+# %% ../../nbs/6_api/21b_ray_link.ipynb #172d5f10
+def begin_keeper(ray: Any, name: str, node: str, need: list, order: list) -> None:
+    "Have a keeper begin on a node; does not wait for it."
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    slots, gpus, memory = need
+    keeper = ray.remote(Keeper).options(
+        name=name,
+        lifetime="detached",
+        get_if_exists=True,
+        max_restarts=0,
+        max_concurrency=8,
+        num_cpus=slots,
+        num_gpus=gpus,
+        memory=int(memory * 1e9) or None,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+    )
+    keeper.remote(order)  # plain values: a node without our package is to fail at the class, with its name
+
+# %% ../../nbs/6_api/21b_ray_link.ipynb #bd369d36
+def keeper_names(ray: Any) -> list[str]:
+    "The keepers that there are."
+    found = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in found if actor["namespace"] == "lora_mvp"]
+
+# %% ../../nbs/6_api/21b_ray_link.ipynb #6e8c4dc0
+def find_keepers(ray: Any, names: list[str]) -> dict[str, Any]:
+    "Those of the keepers that are still there."
+    found = {}
+    for name in names:
+        try:
+            found[name] = ray.get_actor(name)
+        except ValueError:
+            continue
+    return found
+
+# %% ../../nbs/6_api/21b_ray_link.ipynb #9ad88487
+def stop_keepers(ray: Any, names: list[str]) -> None:
+    "Have runners save what they have, and end."
+    for keeper in find_keepers(ray, names).values():
+        keeper.stop.remote()
+
+# %% ../../nbs/6_api/21b_ray_link.ipynb #84a0632d
+def drop_keepers(ray: Any, names: list[str]) -> None:
+    "End keepers with all that they keep; those that do not answer are killed."
+    found = find_keepers(ray, names).values()
+    ends = [keeper.end.remote() for keeper in found]
+    ray.wait(ends, num_returns=len(ends), timeout=3.0) if ends else None
+    for keeper in found:
+        ray.kill(keeper)
+
+# %% ../../nbs/6_api/21b_ray_link.ipynb #ebd9e9bd
+def heard_of(ray: Any, ref: Any) -> dict[str, Any]:
+    "What a keeper has answered."
+    errors = ray.exceptions
+    try:
+        return ray.get(ref)
+    except errors.ActorUnavailableError:
+        return {"life": "unknown"}
+    except (errors.ActorDiedError, errors.ActorUnschedulableError) as error:
+        loss = "broken" if "error raised in its creation" in str(error) else "loss"
+        return {"life": "gone", loss: str(error)}
+    except errors.RayError as error:  # it could not even be made there
+        return {"life": "exited", "broken": str(error)}
+
+# %% ../../nbs/6_api/21b_ray_link.ipynb #215f78ed
 SILENT = 5.0  # seconds after which one that has not answered is not known
 
 
+class Watched:
+    "A keeper, what was heard of it, and the question that it has not answered yet."
+
+    def __init__(self, keeper: Any):
+        self.keeper, self.known, self.ref, self.asked = keeper, {"life": "placing"}, None, 0.0
+
+    def ask(self) -> Any:
+        "A question, unless one is open."
+        if self.ref is None:
+            self.ref, self.asked = self.keeper.state.remote(), time.monotonic()
+        return self.ref
+
+    def hear(self, ray: Any) -> None:
+        "Take the answer."
+        self.known, self.ref = heard_of(ray, self.ref), None
+
+    def answer(self) -> dict[str, Any]:
+        "What is known."
+        silent = self.ref is not None and time.monotonic() - self.asked > SILENT
+        return {"life": "unknown"} if silent and self.known["life"] == "alive" else self.known
+
+# %% ../../nbs/6_api/21b_ray_link.ipynb #244ad2df
+def keepers_seen(ray: Any, watched: dict[str, Watched], names: list[str]) -> dict[str, dict[str, Any]]:
+    "What became of attempts; `watched` is kept from one look to the next."
+    for name, keeper in find_keepers(ray, [name for name in names if name not in watched]).items():
+        watched[name] = Watched(keeper)
+    for name in watched.keys() - set(names):
+        del watched[name]
+    refs = {one.ask(): one for one in watched.values()}
+    ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0.2) if refs else ([], [])
+    for ref in ready:
+        refs[ref].hear(ray)
+    return {name: watched[name].answer() if name in watched else {"life": "gone"} for name in names}
+
+# %% ../../nbs/6_api/21b_ray_link.ipynb #a9b19aff
 class Cluster:
-    "Keepers of attempts in a Ray cluster."
+    "A Ray cluster, as far as the service asks it."
 
     def __init__(self, address: str):
         import ray
 
-        self.ray, self.asked, self.known = ray, {}, {}
         os.chdir("/")  # Ray has nodes look for modules where its client is; they are to use their own
         ray.init(address=address, namespace="lora_mvp", log_to_driver=False, logging_level="error")
-
-    def nodes(self) -> list[dict[str, Any]]:
-        "The living nodes, and what is free on them."
-        from ray._private.state import available_resources_per_node
-
-        free = available_resources_per_node()
-        names = {"id": "NodeID", "total": "Resources", "labels": "Labels"}
-        return [
-            {ours: node[theirs] for ours, theirs in names.items()}
-            | {"name": node_name(node), "free": free.get(node["NodeID"], {})}
-            for node in self.ray.nodes()
-            if node["Alive"]
-        ]
-
-    def names(self) -> list[str]:
-        "The keepers that there are."
-        found = self.ray.util.list_named_actors(all_namespaces=True)
-        return [actor["name"] for actor in found if actor["namespace"] == "lora_mvp"]
-
-    def begin(self, name: str, node: str, need: list, order: list) -> None:
-        "Have a keeper begin on a node."
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        slots, gpus, memory = need
-        keeper = self.ray.remote(Keeper).options(
-            name=name,
-            lifetime="detached",
-            get_if_exists=True,
-            max_restarts=0,
-            max_concurrency=8,
-            num_cpus=slots,
-            num_gpus=gpus,
-            memory=int(memory * 1e9) or None,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+        self.nodes, self.names, self.begin = (partial(do, ray) for do in (nodes_now, keeper_names, begin_keeper))
+        self.stop, self.drop, self.look = (
+            partial(stop_keepers, ray),
+            partial(drop_keepers, ray),
+            partial(keepers_seen, ray, {}),
         )
-        keeper.remote(order)  # plain values: a node without our package is to fail at the class, with its name
-
-    def look(self, names: list[str]) -> dict[str, dict[str, Any]]:
-        "What became of attempts."
-        for name in set(names) - self.asked.keys():
-            try:
-                self.asked[name] = self.ray.get_actor(name).state.remote(), time.monotonic()
-            except ValueError:
-                self.asked[name] = None
-        refs = {found[0]: name for name, found in self.asked.items() if found and name in names}
-        ready, _ = self.ray.wait(list(refs), num_returns=len(refs), timeout=0.2) if refs else ([], [])
-        for ref in ready:
-            self.known[refs[ref]] = self.heard(ref), time.monotonic()
-        answers = {name: self.answer(name) for name in names}
-        done = {refs[ref] for ref in ready} | {name for name in names if self.asked[name] is None}
-        self.asked = {name: found for name, found in self.asked.items() if name in names and name not in done}
-        self.known = {name: found for name, found in self.known.items() if name in names}
-        return answers
-
-    def heard(self, ref: Any) -> dict[str, Any]:
-        "What a keeper has answered."
-        errors = self.ray.exceptions
-        try:
-            return self.ray.get(ref)
-        except errors.ActorUnavailableError:
-            return {"life": "unknown"}
-        except (errors.ActorDiedError, errors.ActorUnschedulableError, errors.ActorPlacementGroupRemoved) as error:
-            loss = "broken" if "error raised in its creation" in str(error) else "loss"
-            return {"life": "gone", loss: str(error)}
-        except errors.RayError as error:  # it could not even be made there
-            return {"life": "exited", "broken": str(error)}
-
-    def answer(self, name: str) -> dict[str, Any]:
-        "What is known of a keeper."
-        if self.asked[name] is None:
-            return {"life": "gone"}
-        known, heard = self.known.get(name, ({"life": "placing"}, 0))
-        silent = heard and time.monotonic() - max(heard, self.asked[name][1]) > SILENT
-        return {"life": "unknown"} if silent and known["life"] == "alive" else known
-
-    def stop(self, names: list[str]) -> None:
-        "Have runners save what they have, and end."
-        for name in names:
-            try:
-                self.ray.get_actor(name).stop.remote()
-            except ValueError:
-                continue
-
-    def drop(self, names: list[str]) -> None:
-        "End keepers with all that they keep; those that do not answer are killed."
-        found = []
-        for name in names:
-            try:
-                found.append(self.ray.get_actor(name))
-            except ValueError:
-                continue
-        ends = [keeper.end.remote() for keeper in found]
-        self.ray.wait(ends, num_returns=len(ends), timeout=3.0) if ends else None
-        for keeper in found:
-            self.ray.kill(keeper)
 
 # %% ../../nbs/6_api/21b_ray_link.ipynb #3b018214
 def hear(questions: queue.Queue) -> None:
@@ -257,7 +284,7 @@ def hear(questions: queue.Queue) -> None:
     os._exit(0)
 
 # %% ../../nbs/6_api/21b_ray_link.ipynb #0e06bedf
-def answered(cluster: Cluster, what: str, **more: Any) -> dict[str, Any]:
+def answer_of(cluster: Cluster, what: str, **more: Any) -> dict[str, Any]:
     "The answer to a question, or what went wrong."
     try:
         return {"ok": getattr(cluster, what)(**more)}
@@ -285,7 +312,7 @@ def link_to_ray(argv: list[str] | None = None) -> None:
         os._exit(1)
     say({"ok": "connected"})
     while True:
-        say(answered(cluster, **questions.get()))
+        say(answer_of(cluster, **questions.get()))
 
 # %% ../../nbs/6_api/21b_ray_link.ipynb #d90f5792
 #| eval: false
