@@ -508,7 +508,7 @@ def test_nothing_is_opened_to_other_origins(client):
 def test_the_app_is_light_and_opens_nothing_before_it_starts(tmp_path):
     code = "import sys, lora_mvp.api.main; print(*sorted({n.split('.')[0] for n in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert not {"torch", "diffusers", "transformers", "peft", "accelerate", "cv2", "matplotlib"} & set(
+    assert not {"ray", "torch", "diffusers", "transformers", "peft", "accelerate", "cv2", "matplotlib"} & set(
         done.stdout.split()
     )
     assert not list(tmp_path.iterdir())

@@ -176,7 +176,7 @@ def test_every_requirement_is_pinned_in_constraints():
     assert declared() | declared("service_requirements") | declared("notebook_requirements") <= pinned
 
 
-HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "cv2", "matplotlib"}
+HEAVY = {"ray", "torch", "diffusers", "transformers", "peft", "accelerate", "cv2", "matplotlib"}
 
 
 def test_config_is_light():

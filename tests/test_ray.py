@@ -6,21 +6,29 @@ runner, the keeper, the link and the store are the real ones. Started once for t
 
 import os
 import random
+import re
+import shlex
+import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from live_service import command, end_jobs, serving
+from PIL import Image
 from test_faults import Desk, Server, end_all, gone, kill, marked, progressed, wait_for, words
 
 from lora_mvp.api.jobs import TERMINAL, JobSpec
 from lora_mvp.api.processes import mark_of
-from lora_mvp.config import LoraMvpError
+from lora_mvp.api.ray_engine import link_to
+from lora_mvp.config import ApiConfig, LoraMvpError, load_config
 
 pytest.importorskip("ray")
-from ray_cluster import RayCluster, tree  # noqa: E402
+from ray_cluster import RayCluster, RayNode, free_port, tree  # noqa: E402
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs signals on a parent's death")
 BLIND = 'mount -t tmpfs none {0} && exec "$@"'  # a node that has an empty folder where the jobs are
@@ -41,6 +49,18 @@ def cluster():
         yield found
     finally:
         found.close()
+
+
+def test_what_is_missing_or_out_of_reach_is_named(tmp_path, monkeypatch):
+    serve = ["serve", "--port", "0", "--set", f"api.jobs_dir={tmp_path}", "--set", f"api.db_path={tmp_path}/jobs.json"]
+    done = command(*serve, "--set", "api.engine=ray", "--set", "api.ray_address=127.0.0.1:1")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "api.ray_address is 127.0.0.1:1, and nobody can be reached there: Connection refused" in done.stderr
+    with pytest.raises(LoraMvpError, match='"slurm" is not allowed; allowed is one of local, ray'):
+        load_config(overrides={"api.engine": "slurm"})
+    monkeypatch.setattr("lora_mvp.extras.find_spec", lambda name: None)
+    with pytest.raises(LoraMvpError, match=r"ray is not installed; .* pip install 'lora-mvp\[ray\]'"):
+        link_to(ApiConfig())
 
 
 class RayDesk(Desk):
@@ -256,3 +276,43 @@ def test_a_head_that_is_gone_takes_no_server_and_no_job_along(tmp_path):
         desk.close()
         cluster.close()
         end_all(f"{id}:")
+
+
+@pytest.mark.slow
+def test_the_commands_of_scale_md_work_as_they_are_written(tmp_path):
+    """The recipe for plain machines, two of which are this one; the port, folders and the number of steps are other ones."""
+    text = (Path(__file__).resolve().parent.parent / "docs" / "SCALE.md").read_text(encoding="utf-8")
+    head, node, serve, submit = re.findall(r"```bash\n(.*?)\n```", text, re.DOTALL)
+    assert head.startswith("ray start --head ") and serve == "lora-mvp serve --config /srv/lora/config.yaml"
+    for k in range(12):
+        (tmp_path / "cats" / "cat").mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((80 + k, 96), 60 + 10 * k).convert("RGB").save(tmp_path / "cats" / "cat" / f"{k}.png")
+    (tmp_path / "root").mkdir()
+    place, port = SimpleNamespace(root=tmp_path / "root"), free_port()
+    apart = Path(tempfile.mkdtemp(prefix="lray-", dir="/tmp"))
+
+    def words_of(line):
+        return shlex.split(line.replace("6379", str(port)).replace("HEAD", "127.0.0.1"))[2:]
+
+    nodes = [RayNode(place, "head", *words_of(head), "--temp-dir", str(apart / "h"))]
+    log = place.root / "head.log"
+    try:
+        wait_for(lambda: "Ray runtime started" in log.read_text(), "head")
+        address = log.read_text().partition("ray start --address='")[2].partition("'")[0]
+        told = [f"--address={address}" if word.startswith("--address") else word for word in words_of(node)]
+        nodes.append(RayNode(place, "node", *told, "--temp-dir", str(apart / "n")))
+        wait_for(lambda: "Ray runtime started" in (place.root / "node.log").read_text(), "node")
+        (settings,) = re.findall(r"```yaml\n(api:\n.*?)```", text, re.DOTALL)
+        (tmp_path / "config.yaml").write_text(settings.replace("HEAD:6379", address) + "  min_free_gb: 0.0\n")
+        with serving(tmp_path / "config.yaml") as (_, url):
+            asked = [str(tmp_path / word) if word == "cats" else word for word in shlex.split(submit)[1:]]
+            few = ["max_train_steps=4", "lr_warmup_steps=1", "checkpointing_steps=2"]
+            done = command(*asked, *[part for key in few for part in ("--set", f"training.{key}")], LORA_MVP_URL=url)
+            assert done.returncode == 0, done.stderr
+            shown = command("jobs", "status", done.stdout.split()[0], LORA_MVP_URL=url)
+            assert "succeeded" in shown.stdout, shown
+    finally:
+        end_jobs(tmp_path / "jobs")
+        for started in nodes:
+            started.kill()
+        shutil.rmtree(apart, ignore_errors=True)

@@ -185,7 +185,9 @@ class RayEngine:
                 node = name_in(self.told, self.taken[ref][0]) if ref in self.taken else "that was chosen"
                 if reason := reason_of(answer, node):
                     self.reasons[ref] = reason
-            return {ref: answer["life"] for ref, answer in told.items()}
+            lives = {ref: answer["life"] for ref, answer in told.items()}
+            self.fresh = 0.0 if "gone" in lives.values() else self.fresh  # so may be its node
+            return lives
 
     def why(self, ref: str) -> JobError | None:
         "What is known of how an attempt ended."

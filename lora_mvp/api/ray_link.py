@@ -121,8 +121,8 @@ def said_of_loss(
     "Why an attempt was lost, in a sentence."
     known = {
         "node has died": "is gone",
-        "raylet": "is gone",
-        "memory": "had too little memory, and the job was ended",
+        "not schedulable": "is gone",
+        "running low on memory": "had too little memory, and the job was ended",
     }
     found = next((what for sign, what in known.items() if sign in text), None)
     return f"The node {node} {found}." if found else f"The process that kept the job on the node {node} was lost."
