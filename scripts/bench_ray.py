@@ -19,42 +19,52 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from ray_cluster import RayCluster
 from test_ray import RayDesk
 
-from lora_mvp.api.jobs import TERMINAL
-from lora_mvp.api.places import find_place
+from lora_mvp.api.jobs import Job
+from lora_mvp.api.places import Node, find_place
+
+
+class Idle:
+    """For how long each node had a free slot that a waiting job could have had."""
+
+    def __init__(self):
+        self.last, self.took, self.longest, self.since = time.monotonic(), Counter(), 0.0, {}
+
+    def look(self, nodes: list[Node], waiting: list[Job]) -> None:
+        """After a turn: what is free now was free since the turn before."""
+        now, kinds = time.monotonic(), {job.spec.gpus: job.spec for job in waiting}.values()
+        could = {node.name for node in nodes for spec in kinds if find_place(spec, [node], {})}
+        self.since = {name: self.since.get(name, self.last) for name in could}
+        for name in could:
+            self.took[name] += now - self.last
+            self.longest = max(self.longest, now - self.since[name])
+        self.last = now
 
 
 def measured(desk: RayDesk, jobs: int) -> dict:
     """Run many jobs, and look after every turn."""
-    service, took, idle, longest, turns = desk.service, 0.0, Counter(), 0.0, 0
+    service = desk.service
     ids = [desk.submit(steps=20, gpus=int(k % 3 == 0), node_label=None) for k in range(jobs)]
-    begun = last = time.monotonic()
-    free_since: dict[str, float] = {}
+    begun, idle, turns, told = time.monotonic(), Idle(), 0, 0
     while any(service.counts().get(("train", status), 0) for status in ("queued", "starting", "running")):
         service.tick()
-        now, nodes, turns = time.monotonic(), service.engine.nodes(), turns + 1
-        took, last = now - last, now
-        waiting = service.page(status={"queued"}, oldest_first=True, limit=1000)
-        wanted = {job.spec.gpus: job.spec for job in waiting}.values()
-        could = {node.name for spec in wanted for node in [find_place(spec, nodes, {})] if node}
-        free_since = {name: free_since.get(name, now) for name in could}
-        for name in could:
-            idle[name] += took
-            longest = max(longest, now - free_since[name])
+        turns += 1
+        idle.look(service.engine.nodes(), service.page(status={"queued"}, oldest_first=True, limit=1000))
+        done = service.counts().get(("train", "succeeded"), 0)
+        if done >= told + 50:
+            told = done
+            print(f"{done} jobs, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
         time.sleep(service.api.poll_interval)
     seconds = time.monotonic() - begun
-    ended = Counter(service.get(id).status for id in ids)
-    attempts = Counter(service.get(id).attempt for id in ids)
-    assert set(ended) <= TERMINAL
-    share = max(idle.values(), default=0.0) / seconds
+    ended = [service.get(id) for id in ids]
+    free = {"share_of_worst_node": max(idle.took.values(), default=0.0) / seconds, "longest_s": idle.longest}
     return {
         "jobs": jobs,
         "seconds": round(seconds, 1),
         "jobs_per_minute": round(60 * jobs / seconds, 1),
         "turns": turns,
-    } | {
-        "ended": dict(ended),
-        "attempts": dict(attempts),
-        "worst_node_free_while_a_fitting_job_waits": {"share": round(share, 5), "longest_s": round(longest, 3)},
+        "ended": dict(Counter(job.status for job in ended)),
+        "attempts": dict(Counter(job.attempt for job in ended)),
+        "slot_free_while_a_fitting_job_waits": {name: round(value, 5) for name, value in free.items()},
     }
 
 
