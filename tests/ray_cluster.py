@@ -49,6 +49,12 @@ class RayNode:
 
     def begin(self) -> "RayNode":
         small = ["--block", "--object-store-memory", "80000000", "--disable-usage-stats", "--node-name", self.name]
+        small += [
+            "--min-worker-port",
+            "0",
+            "--max-worker-port",
+            "0",
+        ]  # any that is free: nodes of one machine share a range
         command = [*self.before, *RAY, *self.options, *small]
         log = open(self.cluster.root / f"{self.name}.log", "ab")
         self.process = subprocess.Popen(
