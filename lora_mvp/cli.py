@@ -10,7 +10,6 @@ import argparse
 import json
 import logging
 import os
-import shlex
 import sys
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from .config import AppConfig, LoraMvpError, config_schema, config_yaml, find_co
 from .lab import add_lab
 from .models.adapter_commands import add_adapters, add_base
 from .screen import set_up_output
-from .start import add_push, add_start, next_step
-from .terminal import SHELLS, Parser, completion, refusal
+from .start import add_push, add_start, next_step, prompts_trouble, report_folder, settings_again
+from .terminal import SHELLS, Parser, completion, new_command, refusal
 from .terminal import finite_number as _number
 from .terminal import positive_count as _count
 
@@ -45,17 +44,6 @@ def _model_path(args: argparse.Namespace) -> str:
         )
     return args.model_path
 
-# %% ../nbs/7_doors/03_cli.ipynb #30bebdf5
-def _command(commands, name: str, function, needs_config: bool = True) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=function.__doc__.rstrip("."), description=function.__doc__)
-    parser.set_defaults(function=function)
-    if needs_config:
-        parser.add_argument("--config", help="YAML file (default: config.yaml, where it is there)")
-        parser.add_argument(
-            "--set", action="append", metavar="SECTION.KEY=VALUE", help="change one value; may be repeated"
-        )
-    return parser
-
 # %% ../nbs/7_doors/03_cli.ipynb #0ce92b30
 def cmd_config(args: argparse.Namespace) -> None:
     "Print the effective configuration, or its JSON Schema."
@@ -68,9 +56,9 @@ def cmd_completion(args: argparse.Namespace) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #7d67fca9
 def _add_config(commands) -> None:
-    config = _command(commands, "config", cmd_config)
+    config = new_command(commands, "config", cmd_config)
     config.add_argument("--schema", action="store_true", help="the JSON Schema instead, for editors")
-    shell = _command(commands, "completion", cmd_completion, needs_config=False)
+    shell = new_command(commands, "completion", cmd_completion, needs_config=False)
     shell.add_argument("shell", choices=SHELLS, help="bash: put it into ~/.local/share/bash-completion/completions/")
 
 # %% ../nbs/7_doors/03_cli.ipynb #2a0d3cce
@@ -104,9 +92,8 @@ def cmd_prepare_data(args: argparse.Namespace) -> None:
 
     config = _config(args)
     manifest, refusal = _told(lambda: prepare_data(config, copy=not args.no_copy, resplit=args.resplit))
-    out = Path(config.data.processed_dir)
     try:
-        _report(config, manifest, out.with_name(f"{out.name}-report"))  # beside it: globs over `out` find data only
+        _report(config, manifest, report_folder(config))
     except LoraMvpError as error:  # the data is there all the same
         logging.getLogger("lora_mvp").warning("no report: %s", error)
     if refusal:
@@ -136,12 +123,12 @@ def cmd_export_data(args: argparse.Namespace) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #96bb149a
 def _add_data(commands) -> None:
-    prepare = _command(commands, "prepare-data", cmd_prepare_data)
+    prepare = new_command(commands, "prepare-data", cmd_prepare_data)
     prepare.add_argument("--no-copy", action="store_true", help="hard-link the raw files where the file system can")
     prepare.add_argument("--resplit", action="store_true", help="forget which images were for training and validation")
-    check = _command(commands, "check-data", cmd_check_data)
+    check = new_command(commands, "check-data", cmd_check_data)
     check.add_argument("--out", default="data_report", help="folder of the report (default: data_report)")
-    handover = _command(commands, "export-data", cmd_export_data, needs_config=False)
+    handover = new_command(commands, "export-data", cmd_export_data, needs_config=False)
     handover.add_argument("--manifest", required=True, help="manifest.json written by prepare-data, or its folder")
     handover.add_argument("--to", required=True, choices=["hf", "kohya"], help="the form to write")
     handover.add_argument("--out", required=True, help="a new or empty folder")
@@ -171,16 +158,16 @@ def cmd_train(args: argparse.Namespace) -> None:
 def cmd_doctor(args: argparse.Namespace) -> None:
     "Check environment, base, data and memory before training."
     config, manifest = _config(args), _manifest(args)
-    from lora_mvp.train.diagnosis import doctor, doctor_text
+    from lora_mvp.train.diagnosis import Finding, doctor, doctor_text
 
     findings = doctor(config, manifest)
+    if trouble := prompts_trouble(config, manifest):
+        findings.append(Finding("error", "prompts", trouble))
     print(doctor_text(findings))
     errors = sum(finding.level == "error" for finding in findings)
     if errors:
         raise LoraMvpError("doctor", f"{errors} of these must be mended before training.")
-    options = f" --config {shlex.quote(str(args.config))}" if args.config else ""
-    options += "".join(f" --set {shlex.quote(change)}" for change in args.set or [])
-    print(f"next: {next_step(config, manifest, options)}")
+    print(f"next: {next_step(config, manifest, settings_again(args))}")
 
 # %% ../nbs/7_doors/03_cli.ipynb #2f4ab403
 def cmd_finish(args: argparse.Namespace) -> None:
@@ -199,18 +186,18 @@ def cmd_reproduce(args: argparse.Namespace) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #9d86490d
 def _add_training(commands) -> None:
-    train = _command(commands, "train", cmd_train)
+    train = new_command(commands, "train", cmd_train)
     train.add_argument("--manifest", required=True, help="manifest.json written by prepare-data")
     either = train.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
     either.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
     train.add_argument("--extend", action="store_true", help="with --resume: max_train_steps may be larger than it was")
-    doctor = _command(commands, "doctor", cmd_doctor)
+    doctor = new_command(commands, "doctor", cmd_doctor)
     doctor.add_argument("--manifest", help="manifest.json written by prepare-data; without one the data is not checked")
-    end = _command(commands, "finish", cmd_finish, needs_config=False)
+    end = new_command(commands, "finish", cmd_finish, needs_config=False)
     end.add_argument("run", metavar="OUT", help="output folder of a training that has its run.json")
     end.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
-    again = _command(commands, "reproduce", cmd_reproduce, needs_config=False)
+    again = new_command(commands, "reproduce", cmd_reproduce, needs_config=False)
     again.add_argument("run", help="run.json of a finished run, or its folder")
     again.add_argument("--out", help="folder of the new run (default: the old one's name with -reproduced)")
     again.add_argument("--manifest", help="where the data's manifest.json is now, if it has moved")
@@ -232,7 +219,7 @@ def cmd_generate(args: argparse.Namespace) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #35bab7a8
 def _add_generate(commands) -> None:
-    parser = _command(commands, "generate", cmd_generate)
+    parser = new_command(commands, "generate", cmd_generate)
     parser.add_argument(
         "--model-path",
         required=True,
@@ -341,7 +328,7 @@ def cmd_grid(args: argparse.Namespace) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #989a10b0
 def _add_grid(commands) -> None:
-    grid = _command(commands, "grid", cmd_grid)
+    grid = new_command(commands, "grid", cmd_grid)
     grid.add_argument("run", metavar="OUT", help="output folder of a training, finished or not")
     grid.add_argument("--strengths", type=_strengths, default=[0.4, 0.6, 0.8, 1, 1.2], help="0.4,0.6,0.8,1,1.2")
     grid.add_argument("--max-copied", type=_number, help="largest share of copies (default 0.05)")
@@ -364,7 +351,7 @@ def cmd_vote(args: argparse.Namespace) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #e436a099
 def _add_vote(commands) -> None:
-    vote = _command(commands, "vote", cmd_vote)
+    vote = new_command(commands, "vote", cmd_vote)
     vote.add_argument("a", metavar="A", help="a model, as for compare; without B: the folder of a finished evaluation")
     vote.add_argument("b", metavar="B", nargs="?", help="another model")
     vote.add_argument("--out", default="comparison", help="where two models draw (default: comparison, as compare)")
@@ -378,7 +365,7 @@ def _add_vote(commands) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #1dce2046
 def _add_judging(commands) -> None:
-    evaluate = _command(commands, "evaluate", cmd_evaluate)
+    evaluate = new_command(commands, "evaluate", cmd_evaluate)
     what = evaluate.add_mutually_exclusive_group(required=True)
     what.add_argument("--model-path", help="output folder of a training, or an adapter of any program")
     what.add_argument("--pictures", metavar="FOLDER", help="pictures that another program drew, instead of a model")
@@ -388,13 +375,13 @@ def _add_judging(commands) -> None:
     evaluate.add_argument("--checkpoints", action="store_true", help="all checkpoints of it; the same as `choose`")
     evaluate.add_argument("--out", help="where to write; default: MODEL_PATH/evaluation, or FOLDER-evaluation")
     evaluate.add_argument("--lora-scale", type=_number, default=1.0, help="strength of the adapter (default 1)")
-    compare = _command(commands, "compare", cmd_compare)
+    compare = new_command(commands, "compare", cmd_compare)
     which = "output folder of a training, an adapter or a pipeline folder, or `base`"
     compare.add_argument("a", metavar="A", help=which)
     compare.add_argument("b", metavar="B", help="another; `base` stands for the base of the other model")
     compare.add_argument("--out", default="comparison", help="where to write (default: comparison)")
     compare.add_argument("--lora-scale", type=_number, default=1.0, help="strength of both adapters (default 1)")
-    choose = _command(commands, "choose", cmd_choose)
+    choose = new_command(commands, "choose", cmd_choose)
     choose.add_argument("run", metavar="OUT", help="output folder of a training, finished or not")
     choose.add_argument("--max-copied", type=_number, help="largest share of copies (default 0.05)")
     choose.add_argument("--max-forgotten", type=_number, help="largest loss on other prompts, points; else the margin")
@@ -405,20 +392,28 @@ def _add_judging(commands) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #21f079b0
 def cmd_sweep(args: argparse.Namespace) -> None:
-    "Train several settings one after another on this machine, and say which is better, if pictures can tell."
-    from lora_mvp.sweep import run_sweep, sweep_text
+    "Train several settings, here or as jobs of a service, and say which is better, if pictures can tell."
+    from lora_mvp.sweep import sweep_text
+    from lora_mvp.sweep_jobs import sweep_where
 
-    found = run_sweep(args.file, _manifest(args), args.out, args.config, args.set or [], args.real_glob)
+    what = (args.file, Path(_manifest(args)), args.out, args.config, args.set or [], args.real_glob)
+    found = sweep_where(args.url, args.data, *what, stop_behind=args.stop_behind)
     print(sweep_text(found))
     print(f"wrote {args.out}: sweep.html, sweep.json{', best' if found.result.best else ''}")
 
 # %% ../nbs/7_doors/03_cli.ipynb #310c03d7
 def _add_sweep(commands) -> None:
-    parser = _command(commands, "sweep", cmd_sweep)
+    parser = new_command(commands, "sweep", cmd_sweep)
     parser.add_argument("file", metavar="FILE", help="YAML: `values:` settings and lists of values, or `arms:` a list")
     parser.add_argument("--manifest", required=True, help="manifest.json written by prepare-data")
     parser.add_argument("--out", required=True, help="a new folder; that of a stopped sweep, to go on")
     parser.add_argument("--real-glob", help="real pictures; default: the validation images of the manifest")
+    text = "stop an arm whose validation loss is clearly above that of the first at its end, from half of its steps on"
+    parser.add_argument("--stop-behind", action="store_true", help=text)
+    parser.add_argument("--url", help="of a job service that trains the arms, http://HOST:PORT (default: train here)")
+    parser.add_argument(
+        "--data", help="with --url: the same manifest, as the service has it (default: FOLDER/manifest.json)"
+    )
 
 # %% ../nbs/7_doors/03_cli.ipynb #b30ee116
 def cmd_demo(args: argparse.Namespace) -> None:
@@ -429,7 +424,7 @@ def cmd_demo(args: argparse.Namespace) -> None:
 
 # %% ../nbs/7_doors/03_cli.ipynb #e3600657
 def _add_demo(commands) -> None:
-    demo = _command(commands, "demo", cmd_demo, needs_config=False)
+    demo = new_command(commands, "demo", cmd_demo, needs_config=False)
     demo.add_argument("--out", default="demo", help="a new or empty folder (default: demo)")
     demo.add_argument("--steps", type=_count, help="fewer training steps, for a quick look")
 

@@ -144,7 +144,9 @@ Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "c
 
 # %% ../nbs/08_config.ipynb #4e7b80c7
 class _StepKeys(_Section):
-    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor"] = Field("adamw", description="how steps are made")
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor", "schedulefree"] = Field(
+        "adamw", description="how steps are made"
+    )
     weight_decay: float = Field(0.01, ge=0, le=1, description="pull of the optimiser towards zero")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="memory of the gradients' mean; adafactor has none")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="memory of their squares; adafactor has its own")
@@ -216,6 +218,9 @@ class _AdapterKeys(_MarkKeys):
     init_adapter: PathKey | None = Field(None, description="adapter of any program to begin with; null: none")
     save_dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="numbers of the saved adapter; the half-sized ones lose what no eye sees"
+    )
+    base_quant: Literal["none", "int8", "nf4"] = Field(
+        "none", description="bits of the denoiser's large matrices; int8: half of bf16, nf4: a quarter"
     )
     vae: ModelKey | None = Field(None, description="another autoencoder: folder, file or hub id; null: the base's")
 

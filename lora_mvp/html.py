@@ -9,6 +9,7 @@ __all__ = []
 import base64
 import html
 import io
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .words import as_words
@@ -238,6 +239,7 @@ summary { cursor: pointer; font-weight: 600; padding: 4px 0 } details[open] summ
 
 # %% ../nbs/04_html.ipynb #7587b1e2
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing is fetched, nothing runs
+MADE = '<meta name="generator" content="lora_mvp">'
 
 
 def page(
@@ -255,6 +257,7 @@ def page(
 <html lang="en">
 <head>
 <meta charset="utf-8">
+{MADE}
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{text(title)}</title>
@@ -268,3 +271,9 @@ def page(
 </body>
 </html>
 """
+
+# %% ../nbs/04_html.ipynb #4827ccd5
+def is_page(file: Path) -> bool:
+    "Whether a file was written by `page`."
+    with open(file, "rb") as opened:
+        return MADE.encode() in opened.read(200)

@@ -88,7 +88,15 @@ KINDS = {
 }
 
 # %% ../nbs/7_doors/02b_presets.ipynb #8c3cafa5
-SHORT = {"sd15": ("sd1", 512), "sdxl": ("sdxl", 1024), "tiny": ("tiny", 64)}  # family, and the size it was made for
+SHORT = {  # family, and the size it was made for
+    "sd15": ("sd1", 512),
+    "sdxl": ("sdxl", 1024),
+    "sd35": ("sd3", 1024),
+    "flux": ("flux", 1024),
+    "zimage": ("zimage", 1024),
+    "tiny": ("tiny", 64),
+}
+GUIDANCE = {"sd35": 4.5, "flux": 3.5, "zimage": 4.0}  # evaluation.guidance_scale, where it is not the usual one
 
 # %% ../nbs/7_doors/02b_presets.ipynb #ba90458d
 def base_id(
@@ -164,7 +172,7 @@ def training_settings(
     settings |= {"lora_rank": kind.rank, "lora_alpha": kind.rank, "learning_rate": 1e-4}
     settings |= {"max_train_steps": steps, "lr_warmup_steps": steps // 20}
     settings |= {"checkpointing_steps": max(10, steps // 50 * 10), "max_checkpoints": 5, "save_pipeline": False}
-    settings |= {"gradient_checkpointing": True} if tight(size, wish.memory) else {}
+    settings |= {"gradient_checkpointing": True} if wish.base in GUIDANCE or tight(size, wish.memory) else {}
     settings |= {"learning_rate": 1e-3, "lora_targets": "all"} if wish.base == "tiny" else {}
     return settings | {"sample_prompts": [prompt.format(subject=wish.name) for prompt in kind.samples]}
 
@@ -173,6 +181,7 @@ def preset(wish: Wish) -> dict[str, dict[str, Any]]:  # section -> key -> value
     "The settings to start from."
     size = SHORT[wish.base][1] if wish.base in SHORT else wish.size or 512
     judged = {"goal": KINDS[wish.kind].goal, "prompt_file": "prompts.yaml", "num_samples": 2}
+    judged |= {"guidance_scale": GUIDANCE[wish.base]} if wish.base in GUIDANCE else {}
     judged |= {"num_inference_steps": 20, "guidance_scale": 3.0} if wish.base == "tiny" else {}
     return {"data": data_settings(wish, size), "training": training_settings(wish, size), "evaluation": judged}
 

@@ -23,11 +23,11 @@ from .eval.pages import headline
 from .eval.records import Metrics
 from .eval.strengths import Grid
 from .files import atomic_write, read_record
-from .html import fold, gallery, html_table, jpeg_uri, page, png_uri, section, text, tile
+from .html import fold, gallery, html_table, is_page, jpeg_uri, page, png_uri, section, text, tile
 from .models.base import find_base
 from .models.inspection import inspect_adapter
 from .models.kinds import FAMILIES
-from .models.proof import Certificate
+from .models.proof import Certificate, packing_text
 from .train.checkpoints import checkpoints
 from .train.curves import loss_figure
 from .train.owner import may_write, read_owner
@@ -189,7 +189,9 @@ def proof_card(seen: RunSeen) -> str:  # HTML
         said = f"<p>The certificate {why}; {typed_html(f'lora-mvp finish {typed_path(root)}')} writes it.</p>"
         return section("proof", "Proof", said)
     certificate = read_record(Certificate, file)
-    remarks = listing([text(form.remark) for form in certificate.forms.values()])
+    remarks = listing(
+        [text(said) for said in (*(f.remark for f in certificate.forms.values()), packing_text(certificate))]
+    )
     table = html_table(["file", "form", "read by", "differs at most by", "SHA-256"], proof_rows(certificate))
     note = "Both files were read back into the base in place of what was trained, and their outputs compared."
     return section("proof", "Proof", table + remarks, note)
@@ -366,7 +368,9 @@ def write_run_page(
     root: str | Path,  # a run's folder, or its run.json
     out: str | Path | None = None,  # default: run.html in that folder
 ) -> Path:
-    "Write the page of a run; raises `LoraMvpError` as `see_run`, and `not_writable`."
+    "Write the page of a run; raises `LoraMvpError` as `see_run`, `not_writable`, and `output_in_use` for another file."
     seen = see_run(root)
     out = Path(out or seen.folder.page)
+    if out != seen.folder.page and out.is_file() and not is_page(out):
+        raise LoraMvpError("output_in_use", f"{out} is there and is no page of ours; choose another --out.")
     return atomic_write(out, run_page(seen, out.parent))

@@ -22,13 +22,15 @@ from .config import AppConfig, config_schema, load_config
 from .errors import LoraMvpError
 from .files import atomic_write, make_folder
 from .presets import KINDS, SHORT, Wish, base_id, preset, preset_yaml, prompts_yaml
-from .terminal import finite_number
+from .terminal import positive_number
 from .words import as_words, count
 
 # %% ../nbs/7_doors/02d_start.ipynb #6d97f1bd
 def kind_answer(answer: str) -> str:  # a key of `KINDS`
-    "Face, style or object, or the beginning of one; raises `LoraMvpError` (`init_answer`)."
-    found = [name for name in KINDS if answer and name.startswith(answer.lower())]
+    "Face, style or object, the beginning of one, or its number; raises `LoraMvpError` (`init_answer`)."
+    found = [
+        name for k, name in enumerate(KINDS, 1) if answer and (name.startswith(answer.lower()) or answer == str(k))
+    ]
     if len(found) != 1:
         raise LoraMvpError("init_answer", f"{answer or 'nothing'} is none of {', '.join(KINDS)}.")
     return found[0]
@@ -44,8 +46,9 @@ def name_answer(answer: str) -> str:
 # %% ../nbs/7_doors/02d_start.ipynb #c01d76db
 def base_answer(answer: str) -> str:  # a key of `SHORT`, a hub id, or an absolute path
     "What to train on; raises `LoraMvpError` (`init_answer`)."
-    if answer in SHORT:
-        return answer
+    for name in SHORT:
+        if answer.lower() == name or answer == base_id(name):
+            return name
     if answer and Path(answer).expanduser().exists():
         return str(Path(answer).expanduser().absolute())
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)(?<!\.ckpt)", answer):
@@ -55,11 +58,12 @@ def base_answer(answer: str) -> str:  # a key of `SHORT`, a hub id, or an absolu
 
 # %% ../nbs/7_doors/02d_start.ipynb #df7ebd4d
 def pictures_in(folder: Path) -> int:
-    "How many pictures lie in a folder and below it; 0 where there is none."
+    "How many pictures to learn lie in a folder and below it, by name and place; 0 where there is none."
+    from lora_mvp.data.assess import accepted
     from lora_mvp.data.kinds import is_picture
-    from lora_mvp.data.raw import walk
+    from lora_mvp.data.raw import scan
 
-    return sum(reason is None and is_picture(path) for path, reason in walk(folder)) if folder.is_dir() else 0
+    return sum(is_picture(path) for path, _ in accepted(scan(folder)[0])) if folder.is_dir() else 0
 
 # %% ../nbs/7_doors/02d_start.ipynb #d9add513
 def pictures_answer(
@@ -138,7 +142,7 @@ def wish_of(args: argparse.Namespace) -> tuple[Wish, str]:  # the wish, a senten
     "What the flags say, and in a terminal the answers to what they leave out."
     without_terminal(args)
     project, asked = Path(args.folder), sys.stdin.isatty()
-    found = args.gpu_memory or gpu_memory()
+    found = gpu_memory() if args.gpu_memory is None else args.gpu_memory
     memory = found or 8.0
     gpu = (
         f"settings for a GPU with {memory:.0f} GB" if found else "no GPU was found here, so settings for one with 8 GB"
@@ -192,14 +196,28 @@ def refuse_settings(folder: Path) -> None:
         text = f"{folder / 'config.yaml'} is there already, and nothing was written"
         raise LoraMvpError("output_in_use", f"{text}; choose another folder, or move it away.")
 
+# %% ../nbs/7_doors/02d_start.ipynb #7a30c074
+def refuse_prompts(folder: Path) -> None:
+    "Raise `LoraMvpError` (`prompts_invalid`) where a folder has a `prompts.yaml` that holds no prompts: it would be kept."
+    from lora_mvp.eval.samples import read_prompts
+
+    file = folder / "prompts.yaml"
+    try:
+        if file.exists():
+            read_prompts(file)
+    except LoraMvpError as error:
+        text = f"{error.message} Nothing was written; move the file away, or choose another folder."
+        raise LoraMvpError("prompts_invalid", text) from None
+
 # %% ../nbs/7_doors/02d_start.ipynb #f8133e19
 def init_folder(
     folder: str | Path,  # made where it is missing
     wish: Wish,
 ) -> list[str]:  # what to say of it, a line each
-    "Write `config.yaml` and what goes with it; raises `LoraMvpError` (`output_in_use`) where there is one."
+    "Write `config.yaml` and what goes with it; raises `LoraMvpError` (`output_in_use`, `prompts_invalid`)."
     folder = Path(folder)
     refuse_settings(folder)
+    refuse_prompts(folder)
     make_folder(folder)
     made = "" if wish.pictures or wish.raw != "data/raw" else label_folder(wish)
     if made:
@@ -220,6 +238,32 @@ def typed(path: str | Path) -> str:
     path, here = Path(path).absolute(), Path.cwd()
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
+# %% ../nbs/7_doors/02d_start.ipynb #bfcf7fad
+def settings_again(args: argparse.Namespace) -> str:  # such as " --config my.yaml"; empty where none were given
+    "The options that name the settings of a command, for the next one."
+    options = f" --config {shlex.quote(str(args.config))}" if args.config else ""
+    return options + "".join(f" --set {shlex.quote(change)}" for change in args.set or [])
+
+# %% ../nbs/7_doors/02d_start.ipynb #5007f95d
+def report_folder(config: AppConfig) -> Path:
+    "Where `prepare-data` puts its report: beside the data, so that globs over the data find no more than that."
+    processed = Path(config.data.processed_dir)
+    return processed.with_name(f"{processed.name}-report")
+
+# %% ../nbs/7_doors/02d_start.ipynb #a08a225c
+def first_step(
+    config: AppConfig,
+    options: str,  # of `next_step`
+) -> str:
+    "What comes next where no data is prepared."
+    command, raw, report = f"lora-mvp prepare-data{options}", Path(config.data.raw_data_dir), report_folder(config)
+    if not pictures_in(raw):
+        labels = [*raw.glob("*/")]
+        return f"put your pictures into {typed(labels[0] if len(labels) == 1 else raw)}, then {command}"
+    refused = not Path(config.data.processed_dir, "manifest.json").is_file() and (report / "report.html").is_file()
+    why = f"{typed(report / 'report.html')} says why no picture was taken; after a change, " if refused else ""
+    return f"{why}{command}"
+
 # %% ../nbs/7_doors/02d_start.ipynb #524a11af
 def next_step(
     config: AppConfig,
@@ -231,15 +275,31 @@ def next_step(
     from lora_mvp.train.runs import RunFolder
 
     manifest = Path(manifest or Path(config.data.processed_dir) / "manifest.json")
-    run, raw = RunFolder(config.training.output_dir), Path(config.data.raw_data_dir)
+    run = RunFolder(config.training.output_dir)
     if not manifest.is_file():
-        command, labels = f"lora-mvp prepare-data{options}", [*raw.glob("*/")]
-        put = typed(labels[0] if len(labels) == 1 else raw)
-        return command if pictures_in(raw) else f"put your pictures into {put}, then {command}"
+        return first_step(config, options)
     if run.record.is_file():
         return f"lora-mvp open {typed(run.root)}"
     resume = " --resume" if checkpoints(run.root) else ""
     return f"lora-mvp train{options} --manifest {typed(manifest)}{resume}"
+
+# %% ../nbs/7_doors/02d_start.ipynb #188fb18d
+def prompts_trouble(
+    config: AppConfig,
+    manifest: str | None,
+) -> str | None:
+    "What `evaluate` and `choose` would refuse in the prompts, after the training."
+    from lora_mvp.data.manifest import read_manifest
+    from lora_mvp.eval.columns import plan_for
+    from lora_mvp.eval.samples import read_prompts
+
+    try:
+        if Path(manifest or Path(config.data.processed_dir) / "manifest.json").is_file():
+            plan_for(config, [read_manifest(manifest or Path(config.data.processed_dir) / "manifest.json")])
+        elif config.evaluation.prompt_file:
+            read_prompts(config.evaluation.prompt_file)
+    except LoraMvpError as error:
+        return error.message if error.code in ("prompts_invalid", "no_subject") else None
 
 # %% ../nbs/7_doors/02d_start.ipynb #83d58397
 def cmd_init(args: argparse.Namespace) -> None:
@@ -302,7 +362,7 @@ def add_start(commands) -> None:
     init.add_argument("--pictures", metavar="FOLDER", help="where your pictures are (default: FOLDER/data/raw)")
     init.add_argument("--base", help=f"{', '.join(SHORT)}, a name of the hub, a folder or a file")
     init.add_argument(
-        "--gpu-memory", type=finite_number, metavar="GB", help="of the GPU that will train (default: of this one)"
+        "--gpu-memory", type=positive_number, metavar="GB", help="of the GPU that will train (default: of this one)"
     )
     shown = commands.add_parser("open", help=cmd_open.__doc__.rstrip("."), description=cmd_open.__doc__)
     shown.set_defaults(function=cmd_open)

@@ -62,12 +62,32 @@ def finite_number(text: str) -> float:
             return value
     raise argparse.ArgumentTypeError(f"{text} is not a number")
 
+# %% ../nbs/7_doors/02a_terminal.ipynb #49881212
+def positive_number(text: str) -> float:
+    "A number above 0, for argparse."
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        if (value := finite_number(text)) > 0:
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+
 # %% ../nbs/7_doors/02a_terminal.ipynb #e2a615a0
 def positive_count(text: str) -> int:
     "A whole number of at least 1, for argparse."
     if text.isdecimal() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+
+# %% ../nbs/7_doors/02a_terminal.ipynb #f78f84f6
+def new_command(commands, name: str, function, needs_config: bool = True) -> argparse.ArgumentParser:
+    "A command that does a function, with its docstring as help; most take settings."
+    parser = commands.add_parser(name, help=function.__doc__.rstrip("."), description=function.__doc__)
+    parser.set_defaults(function=function)
+    if needs_config:
+        parser.add_argument("--config", help="YAML file (default: config.yaml, where it is there)")
+        parser.add_argument(
+            "--set", action="append", metavar="SECTION.KEY=VALUE", help="change one value; may be repeated"
+        )
+    return parser
 
 # %% ../nbs/7_doors/02a_terminal.ipynb #f9565308
 SHELLS = ["bash", "zsh", "tcsh"]

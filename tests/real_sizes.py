@@ -1,4 +1,4 @@
-"""The published configs of SD 3.5 medium and FLUX.1 dev, without weights: what `doctor` counts a real base from."""
+"""The published configs of SD 3.5 medium, FLUX.1 dev and Z-Image, without weights: what `doctor` counts a real base from."""
 
 import json
 from pathlib import Path
@@ -38,6 +38,26 @@ FLUX = {
     "guidance_embeds": True,
     "axes_dims_rope": [16, 56, 56],
 }
+ZIMAGE = {
+    "dim": 3840,
+    "n_layers": 30,
+    "n_refiner_layers": 2,
+    "n_heads": 30,
+    "n_kv_heads": 30,
+    "cap_feat_dim": 2560,
+    "axes_dims": [32, 48, 48],
+    "axes_lens": [1536, 512, 512],
+}
+QWEN3_4B = {
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+}
 PARTS = {
     "sd3": {
         "transformer": ("SD3Transformer2DModel", SD35),
@@ -54,8 +74,14 @@ PARTS = {
         "text_encoder_2": ("T5EncoderModel", T5 | {"feed_forward_proj": "gated-gelu"}),
         "scheduler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}),
     },
+    "zimage": {
+        "transformer": ("ZImageTransformer2DModel", ZIMAGE),
+        "vae": ("AutoencoderKL", VAE | {"scaling_factor": 0.3611, "shift_factor": 0.1159}),
+        "text_encoder": ("Qwen3Model", QWEN3_4B),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    },
 }
-PIPELINES = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}
+PIPELINES = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline", "zimage": "ZImagePipeline"}
 
 
 def real_configs(family: str, folder: Path) -> Path:

@@ -19,7 +19,7 @@ import pytest
 from forks import Forked, fork, words
 from PIL import Image, ImageDraw
 
-from lora_mvp.cli import main
+from lora_mvp.cli import build_parser, main
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "lora_mvp" / "assets" / "tiny"
@@ -335,3 +335,8 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(home, trained, interrupte
     assert printed(finished)
     for name in ("lora_adapter/pytorch_lora_weights.safetensors", "loss_history.csv"):
         assert (folder / "lora" / name).read_bytes() == (home / "lora" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("words", [["--url", "http://a:1", "list"], ["list", "--url", "http://a:1"]])
+def test_the_address_of_a_service_may_stand_on_both_sides_of_the_action(words):
+    assert build_parser().parse_args(["jobs", *words]).url == "http://a:1"

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and FLUX: what is refused, what the published ones need, and that only `models` knows families."""
+"""Stable Diffusion 3, FLUX and Z-Image: what is refused, what the published ones need, and that only `models` knows families."""
 
 import ast
 import tokenize
@@ -18,16 +18,17 @@ from lora_mvp.models.inspection import inspect_adapter
 from lora_mvp.models.kohya import write_kohya
 from lora_mvp.models.miniatures import random_base, random_lora
 from lora_mvp.models.names import taken_apart
+from lora_mvp.models.packed import weight_sizes
 from lora_mvp.train.flow import objective_of
 from lora_mvp.train.memory import MemoryEstimate, skeleton
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = {"tiny", "sd1", "sd2", "sdxl", "sd3", "flux"}
+FAMILIES = {"tiny", "sd1", "sd2", "sdxl", "sd3", "flux", "zimage"}
 # Doors that offer bases to people by short names, and what reads other people's files.
 MAY_NAME = {"presets.py", "start.py", "demo.py"}
 
 
-@pytest.fixture(scope="module", params=["sd3", "flux"])
+@pytest.fixture(scope="module", params=["sd3", "flux", "zimage"])
 def base(request, tmp_path_factory):
     return random_base(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -61,11 +62,14 @@ def test_frozen_text_encoders_are_said_to_be(base):
 
 
 def test_a_library_that_is_missing_is_named_with_its_command(monkeypatch):
+    from lora_mvp.models.packed import check_packing
     from lora_mvp.train.optimizers import make_optimizer
     from lora_mvp.train.trackers import check_trackers
 
     monkeypatch.setattr("lora_mvp.extras.find_spec", lambda module: None)
-    for name in ("adamw8bit", "prodigy"):
+    with pytest.raises(LoraMvpError, match=r"pip install 'lora-mvp\[optimizers\]'"):
+        check_packing(TrainingConfig(base_quant="nf4"), "cpu")
+    for name in ("adamw8bit", "prodigy", "schedulefree"):
         with pytest.raises(LoraMvpError, match=r"pip install 'lora-mvp\[optimizers\]'"):
             make_optimizer(TrainingConfig(optimizer=name), [])
     for name in ("tensorboard", "wandb"):
@@ -110,17 +114,19 @@ def test_other_forms_do_what_was_trained(base, tmp_path, to):
     assert main(["export", str(adapter), "--to", to, "--out", str(out)]) == 0 and out.exists()
 
 
-SIZES = {"sd3": (2.25e9, 4.76e9), "flux": (11.9e9, 4.76e9)}  # parameters of the denoiser and of T5, as published
+# Parameters of the denoiser and of the largest text encoder, as published.
+SIZES = {"sd3": (2.25e9, 4.76e9), "flux": (11.9e9, 4.76e9), "zimage": (6.15e9, 4.02e9)}
+EXAMPLES = {"sd3": ("sd35.yaml", 16), "flux": ("flux.yaml", 24), "zimage": ("zimage.yaml", 16)}  # and the card, GB
 
 
 @pytest.mark.parametrize("family", SIZES)
 def test_the_published_ones_are_counted(family, tmp_path):
     folder = real_configs(family, tmp_path / family)
-    example = ROOT / "examples" / {"sd3": "sd35.yaml", "flux": "flux.yaml"}[family]
-    t = load_config(example).training
+    example, card = EXAMPLES[family]
+    t = load_config(ROOT / "examples" / example).training
     pipe = skeleton(folder, t)
-    large = [sum(p.numel() for p in part.parameters()) for part in (denoiser(pipe), list(networks(pipe).values())[-1])]
+    large = [sum(weight_sizes(part)) for part in (denoiser(pipe), list(networks(pipe).values())[-1])]
     assert large == pytest.approx(SIZES[family], rel=0.01)
     phases = {phase.name: phase.total / 1e9 for phase in MemoryEstimate(folder, "cuda").phases(t)}
-    most, card = max(phases.values()), {"sd3": 16, "flux": 32}[family]
+    most = max(phases.values())
     assert card / 2 < most < card, f"docs/guides/families.md says a card of {card} GB: {phases}"

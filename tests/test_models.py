@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_mvp.errors import LoraMvpError
 from lora_mvp.files import asset
-from lora_mvp.models.base import base_revision, find_base, load_base, weights_hash
+from lora_mvp.models.base import base_revision, find_base, load_base, part_hashes, unpacked, weights_hash
 from lora_mvp.models.drawing import sample
 from lora_mvp.models.families import (
     FAMILIES,
@@ -34,6 +34,7 @@ from lora_mvp.models.families import (
 )
 from lora_mvp.models.layouts import check_folder
 from lora_mvp.models.miniatures import random_base
+from lora_mvp.models.proof import differences, probe
 
 SINGLE = ("sd1", "sd2", "sdxl")
 
@@ -51,9 +52,9 @@ def folder(bases, tmp_path):
     return Path(shutil.copytree(bases["sd1"], tmp_path / "base"))
 
 
-def refusal(name) -> LoraMvpError:
+def refusal(name, **how) -> LoraMvpError:
     with pytest.raises(LoraMvpError) as caught:
-        load_base(str(name))
+        load_base(str(name), **how)
     return caught.value
 
 
@@ -232,7 +233,7 @@ def test_family_from_disk_to_the_answer_of_the_denoiser(bases, name):
     pipe = load_base(str(bases[name]))
     family = family_of(pipe)
     assert family is FAMILIES[name] and is_frozen(pipe) and list(text_parts(pipe)) == list(family.text_encoders)
-    assert native_size(pipe) == {"sd3": 64, "flux": 1024}.get(name, 64)
+    assert native_size(pipe) == {"flux": 1024, "zimage": 1024}.get(name, 64)
     embeds = encode_text(pipe, ["a cat", "", "a dog"])
     assert ("pooled" in embeds) == (name in ("sdxl", "sd3", "flux"))
     sizes = size_facts(pipe, (80, 60), (3, 5), (64, 64))
@@ -254,20 +255,23 @@ def test_the_denoiser_gets_what_the_pipeline_itself_passes(bases, name):
     hook = denoiser(pipe).register_forward_pre_hook(look, with_kwargs=True)
     told = {"original_size": (90, 70), "crops_coords_top_left": (4, 6), "target_size": (64, 64)}
     how = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 64, "width": 64, "output_type": "latent"}
+    how |= {"guidance_scale": 0.0} if name == "zimage" else {}  # 1 asks twice there
     how |= {"max_sequence_length": workings(pipe).tokens(pipe)} if name == "flux" else told if name == "sdxl" else {}
-    pipe(prompts, **how)
+    pipe([*prompts], **how)  # a list may be changed
     theirs = seen.pop()
     noisy = theirs.get("sample", theirs.get("hidden_states"))
-    noisy = workings(pipe).drawn(pipe, noisy, 64)
-    times = theirs["timestep"].expand(2) * (1000 if name == "flux" else 1)
+    noisy = torch.stack(theirs["x"]).squeeze(2) if name == "zimage" else workings(pipe).drawn(pipe, noisy, 64)
+    told_time = "t" if name == "zimage" else "timestep"
+    times = theirs[told_time].expand(2) * (1000 if name == "flux" else 1)
+    times = 1000 - 1000 * times if name == "zimage" else times
     with torch.no_grad():
         denoise(pipe, noisy, times, encode_text(pipe, prompts), size_facts(pipe, *told.values()))
     hook.remove()
     (ours,) = seen
-    for key in set(theirs) - {"self", "timestep", "return_dict"}:
-        if theirs[key] not in (None, {}) if not isinstance(theirs[key], torch.Tensor) else True:
+    for key in set(theirs) - {"self", told_time, "return_dict"}:
+        if isinstance(theirs[key], torch.Tensor | list) or theirs[key] not in (None, {}):
             torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
-    torch.testing.assert_close(ours["timestep"].expand(2).float(), theirs["timestep"].expand(2).float())
+    torch.testing.assert_close(ours[told_time].expand(2).float(), theirs[told_time].expand(2).float())
 
 
 @pytest.mark.parametrize(
@@ -513,6 +517,41 @@ def test_one_file_equals_the_folder_bit_for_bit(bases, tmp_path, name):
     assert ours.scheduler.config == theirs.scheduler.config
     a, b = (sample(pipe, ["a cat"], [1], 2, 3.0, size=64)[0] for pipe in (ours, theirs))
     assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("name, shards", [("sd1", 0), ("sdxl", 3)])
+def test_a_packed_base_is_the_same_from_a_file_or_from_shards_and_unpacks_to_the_bit(bases, tmp_path, name, shards):
+    """And it is known by the weights that it was packed from."""
+    folder, plain = Path(shutil.copytree(bases[name], tmp_path / "model")), load_base(str(bases[name]))
+    source = folder
+    if shards:
+        plain.unet.save_pretrained(
+            folder / "unet", max_shard_size=f"{sum(p.nbytes for p in plain.unet.parameters()) // shards // 1000}KB"
+        )
+        (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink(missing_ok=True)
+        assert len(list((folder / "unet").glob("*.safetensors"))) > 1
+    else:
+        source = one_file(bases[name], name, tmp_path / "model.safetensors")
+    packed, ours = (load_base(str(place), bits="int8") for place in (source, bases[name]))
+    assert part_hashes(packed) == part_hashes(plain)
+    state, same = packed.unet.state_dict(), ours.unet.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in same.items() if not value.is_meta)
+    far = differences(probe(packed), probe(plain))["unet"]
+    with unpacked(packed):
+        assert differences(probe(packed), probe(plain))["unet"] == 0 < far
+
+
+def test_a_packed_base_with_holes_or_broken_numbers_is_refused(bases, tmp_path):
+    folder = Path(shutil.copytree(bases["sd1"], tmp_path / "model"))
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    name = next(key for key in weights if key.endswith("attn1.to_q.weight"))
+    for change, code in ((weights[name] * torch.inf, "base_not_finite"), (weights[name][1:], "base_unreadable")):
+        save_file(weights | {name: change.contiguous()}, file)
+        assert refusal(folder, bits="int8").code == code
+    save_file({key: value for key, value in weights.items() if key != name}, file)
+    error = refusal(folder, bits="int8")
+    assert error.code == "base_unreadable" and name in error.message
 
 
 def test_one_file_without_settings_says_where_to_put_them(bases, tmp_path):

@@ -58,6 +58,14 @@ def test_the_page_elsewhere_has_links_that_hold(run, tmp_path):
     assert links and all((tmp_path / "deep" / where).resolve().exists() for where in links)
 
 
+def test_another_file_is_not_overwritten(run, tmp_path, capsys):
+    mine, page = tmp_path / "mk.py", tmp_path / "page.html"
+    mine.write_text("print(1)")
+    assert main(["open", str(run), "--no-browser", "--out", str(mine)]) == 2
+    assert "mk.py is there and is no page of ours" in capsys.readouterr().err and mine.read_text() == "print(1)"
+    assert opened(run, "--out", str(page)) == opened(run, "--out", str(page))
+
+
 def test_a_run_that_goes_on_and_one_that_has_stopped(run, tmp_path):
     cut = shutil.copytree(run, tmp_path / "cut")
     for name in ("run.json", "cut.safetensors", "lora_adapter", "loss_curve.png"):

@@ -88,6 +88,14 @@ def test_a_wrong_flag_is_named_and_nothing_is_written(home, capsys, flags, words
     assert not contents(home)
 
 
+@pytest.mark.parametrize("memory", ["-3", "0", "nan"])
+def test_a_card_has_some_memory(home, capsys, memory):
+    with pytest.raises(SystemExit, match="2"):
+        init(f"--gpu-memory={memory}")
+    assert f"{memory} is not a number above 0" in capsys.readouterr().err
+    assert not contents(home)
+
+
 def test_nothing_is_overwritten(home, capsys):
     (home / ".gitignore").write_text("mine\n")
     (home / "prompts.yaml").write_text("mine: [a cat]\n")
@@ -99,6 +107,42 @@ def test_nothing_is_overwritten(home, capsys):
     assert init(kind="style") == 2
     assert "config.yaml is there already" in capsys.readouterr().err
     assert contents(home) == before
+
+
+def test_prompts_that_are_none_are_found_before_the_training(home, capsys, no_memory):
+    """A file of another program under our name: `init` writes nothing, and the doctor says it of settings made by hand."""
+    (home / "prompts.yaml").write_text("p: a cat\n")
+    assert init("--base", "tiny") == 2
+    said = capsys.readouterr().err
+    assert "the group p must be a list of texts. Nothing was written" in said
+    assert [*contents(home)] == ["prompts.yaml"]
+    assert (
+        main(["doctor", "--set", "training.pretrained_model=tiny", "--set", "evaluation.prompt_file=prompts.yaml"]) == 2
+    )
+    assert "the group p must be a list of texts" in capsys.readouterr().out
+
+
+def test_init_counts_what_is_learnt(home, capsys, monkeypatch):
+    """A folder of kohya's with masks and regularisation pictures: neither makes the training longer."""
+    learnt = home / "kohya" / "10_zkr woman"
+    for k in range(20):
+        for name in (f"{learnt}/{k}.png", f"{learnt}/{k}-masklabel.png", f"{home}/kohya/1_reg/{k}.png"):
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), "white" if "mask" in name else "teal").save(name)
+    assert init("--pictures", "kohya") == 0
+    assert "400 steps, for 20 pictures" in capsys.readouterr().out
+
+
+def test_a_refusal_of_all_pictures_is_the_next_thing_to_look_at(home, capsys, no_memory):
+    (home / "data" / "raw" / "woman").mkdir(parents=True)
+    (home / "data" / "raw" / "woman" / "1.png").write_bytes(b"no picture")
+    assert init("--base", "tiny") == 0
+    assert main(["prepare-data"]) != 0
+    capsys.readouterr()
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "next: data/processed-report/report.html says why no picture was taken; after a change, lora-mvp" in said
+    assert (home / "data/processed-report/report.html").is_file()
 
 
 def test_four_questions_in_a_terminal(tmp_path):

@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import yaml
+from live_service import end_jobs, serving, settings
 from trainings import command, training_server, wait_for
 
 from lora_mvp.cli import main
@@ -174,6 +175,28 @@ def test_a_sweep_that_is_killed_goes_on_to_its_page_and_its_adapter(files, capsy
     assert main(words) == 0 and result.why in capsys.readouterr().out, "a finished sweep says again what it found"
 
 
+def test_arms_are_trained_by_a_service_and_judged_here(files, drawings, small_run, capsys):
+    """A real server; the sweep is killed while its jobs run, and takes the same jobs up again."""
+    root, words = files
+    own = {"lora_rank": 16, "text_encoder_learning_rate": 1e-4}  # of the service, which no arm has
+    server = settings(root, drawings.parent.parent, own, max_workers=2)
+    try:
+        with serving(server) as (_, url):
+            there = [*words, "--url", url, "--data", f"{drawings.parent.name}/manifest.json"]
+            record = root / "out" / "sweep.json"
+            killed_when(lambda: record.exists() and record.read_text().count('"job": "') == 2, root, there)
+            jobs = [arm.job for arm in read_record(Sweep, record).arms]
+            assert main(there) == 0, capsys.readouterr().err
+    finally:
+        end_jobs(root / "jobs")
+    found = read_record(Sweep, record)
+    assert [arm.job for arm in found.arms] == jobs and len({*jobs}) == 2 == len([*(root / "jobs").glob("*/run")])
+    assert found.result.why in capsys.readouterr().out and (root / "out" / "best").is_dir()
+    assert main([*words[:-1], str(root / "here")]) == 0
+    here = read_record(Sweep, root / "here" / "sweep.json")
+    assert found.result == here.result, "what is trained there is what is trained here"
+
+
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_again_and_again_finds_the_same(files):
     root, words = files
@@ -216,6 +239,31 @@ def test_what_cannot_be_trained_is_refused_before_the_first_arm(files, text, sai
     assert main(words) == 2
     assert said in capsys.readouterr().err
     assert not (root / "out" / "sweep.json").exists()
+
+
+def test_an_arm_that_is_clearly_behind_is_stopped(files, drawings, capsys):
+    """Real trainings: the second arm's rate ruins it. Six validation pictures are asked for, since there must be intervals."""
+    root, words = files
+    assert main([*words, "--stop-behind"]) == 2
+    assert "needs six validation pictures for an interval, and the manifest has 2" in capsys.readouterr().err
+    raw, data = drawings.parent.parent / "raw", root / "half"
+    half = ["--set", f"data.raw_data_dir={raw}", "--set", f"data.processed_dir={data}", "--set", "data.train_ratio=0.5"]
+    assert main(["prepare-data", *words[2:4], *half]) == 0
+    (root / "sweep.yaml").write_text(
+        "arms:\n- {name: first, training.lora_rank: 2}\n- {name: wild, training.learning_rate: 0.3}\n"
+    )
+    words[words.index("--manifest") + 1] = str(data)
+    more = ["--set", "training.max_train_steps=8", "--set", "training.validate_every=2"]
+    assert main([*words, *more, "--stop-behind"]) == 0
+    found = read_record(Sweep, root / "out" / "sweep.json")
+    first, wild = found.arms
+    assert first.failed is None and wild.failed.startswith("stopped at step ") and "that of first by" in wild.failed
+    assert 4 <= int(wild.failed.split()[3].rstrip(":")) < 8, "not before half of its steps, and not at its end"
+    assert found.result.best == "first" and wild.failed in capsys.readouterr().out
+    assert main([*words, *more]) == 2
+    assert "evaluation.stop_behind was True, is now None" in capsys.readouterr().err
+    assert main([*words, *more, "--stop-behind", "--url", "http://127.0.0.1:9"]) == 2
+    assert "jobs run to their end" in capsys.readouterr().err
 
 
 def test_prompts_that_cannot_tell_and_a_folder_in_use_are_refused_too(files, capsys):

@@ -19,6 +19,7 @@ def losses(folder: Path) -> list[float]:
 
 
 EIGHT_BIT = "adamw8bit" if find_spec("bitsandbytes") else "adafactor"  # an extra that slows every import of peft
+PACKED = {"base_quant": "nf4" if find_spec("bitsandbytes") else "int8", "mixed_precision": "bf16"}
 EVERYTHING = {"text_encoder_learning_rate": 1e-4, "snr_gamma": 5.0, "caption_dropout": 0.3, "shuffle_tags": True}
 
 
@@ -56,9 +57,12 @@ def the_average_is_the_result(run: Path) -> None:
             marks=pytest.mark.slow,
         ),
         ("sd3", {"lora_targets": "all", "gradient_checkpointing": True, "optimizer": "prodigy", "learning_rate": 1.0}),
-        ("flux", {"lora_targets": "attention_ff", "mixed_precision": "bf16", "optimizer": EIGHT_BIT, "loss": "huber"}),
+        ("flux", {"lora_targets": "attention_ff", "optimizer": EIGHT_BIT, "loss": "huber"} | PACKED),
+        ("zimage", {"lora_targets": "all", "batch_size": 2, "aspect_buckets": True, "caption_dropout": 0.3}),
+        ("tiny", {"optimizer": "schedulefree", "lr_scheduler": "constant_with_warmup", "validate_every": 3}),
+        pytest.param("sdxl", PACKED | {"gradient_checkpointing": True} | EVERYTHING, marks=pytest.mark.slow),
     ],
-    ids=["sd1", "sd2", "sdxl", "sdxl-bf16", "sd3", "flux"],
+    ids=["sd1", "sd2", "sdxl", "sdxl-bf16", "sd3", "flux", "zimage", "schedulefree", "sdxl-packed"],
 )
 def test_every_family_trains_resumes_and_exports(drawings, small_run, tmp_path, family, changes):
     from lora_mvp.models.miniatures import random_base
@@ -73,7 +77,7 @@ def test_every_family_trains_resumes_and_exports(drawings, small_run, tmp_path, 
     whole = train(config("whole"), drawings, progress=False)
     assert (tmp_path / "whole" / "lora_adapter" / "certificate.json").is_file()
     assert (tmp_path / "whole" / "whole.safetensors").is_file()
-    if "ema" in changes:
+    if "ema" in changes or changes.get("optimizer") == "schedulefree":
         the_average_is_the_result(tmp_path / "whole")
 
     def stop(report):

@@ -306,3 +306,5 @@ def add_service(commands) -> None:
     actions = jobs.add_subparsers(dest="action", required=True, metavar="ACTION")
     for add in (add_starting, add_looking, add_ending):
         add(actions)
+    for action in actions.choices.values():  # behind the action it is the same; SUPPRESS keeps what was said before it
+        action.add_argument("--url", default=argparse.SUPPRESS, help=argparse.SUPPRESS)

@@ -12,7 +12,9 @@ import math
 import tempfile
 import threading
 from collections import Counter
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from .families import Pipeline, denoiser, family_of, networks, text_parts
 from .headers import read_header
 from .keys import base_name
 from .layouts import check_file, check_index, check_whole, config_folder
+from .packed import pack_layers, packed_layers, read_packed, stored_tensors
 from .safety import ONLY_SAFE, PICKLES, check_code
 from .views import renamed, tidy
 
@@ -86,6 +89,7 @@ def stored_dtype(part: Path) -> torch.dtype:
 def read_folder(
     folder: Path,
     dtype: torch.dtype | None = None,  # None: as the denoiser is kept
+    bits: str = "none",  # int8 or nf4: the denoiser's large matrices are packed while they are read
 ) -> Pipeline:
     "A pipeline from a folder in diffusers' layout, read in the precision that is wanted."
     family = check_whole(folder)
@@ -94,6 +98,8 @@ def read_folder(
         how = {"dtype": {"default": dtype, "vae": family.vae_dtype or dtype}, **family.options}
         for part in (part for part in family.optional if not (seen / part).is_dir()):  # diffusers wants to be told
             how |= {part: None, part.replace("text_encoder", "tokenizer"): None}
+        if bits != "none":
+            how[family.denoiser] = read_packed(seen, family, dtype, bits)
         with no_bars():
             pipe = family.pipeline.from_pretrained(str(seen), use_safetensors=True, local_files_only=True, **how)
         for part, module in text_parts(pipe).items():  # transformers fills holes with random numbers and only warns
@@ -147,20 +153,21 @@ def read_pipeline(
     source: str,  # path of a folder or file, or a hub id
     revision: str | None = None,  # branch, tag or commit of a hub id
     dtype: torch.dtype | None = None,  # None: as it is kept; a file is read so in any case
+    bits: str = "none",  # of `read_folder`; a file is read in full
 ) -> Pipeline:
     "A pipeline from its folder, its file or the cache, else from the hub, which is asked once."
     if Path(source).is_file():
         return read_file(Path(source))
     if Path(source).is_dir():
-        return read_folder(Path(source), dtype)
+        return read_folder(Path(source), dtype, bits)
     try:
         with no_bars():
-            return read_folder(_snapshot(source, revision, here=True), dtype)
+            return read_folder(_snapshot(source, revision, here=True), dtype, bits)
     except LoraMvpError:
         raise
     except Exception:  # many types for one fact: it is not there in full
         HfApi().model_info(source, revision=revision, timeout=10)
-    return read_folder(_snapshot(source, revision, here=False), dtype)
+    return read_folder(_snapshot(source, revision, here=False), dtype, bits)
 
 # %% ../../nbs/2_models/05_base.ipynb #d4f4768a
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of `training.mixed_precision`
@@ -189,6 +196,9 @@ def _bad_numbers(pipe: Pipeline) -> str:
             if not value.isfinite().all():
                 bad = int((~value.isfinite()).sum())
                 return f"{bad} of the {value.numel():,} numbers of {name}.{key} are NaN or infinite"
+    for key, layer in packed_layers(denoiser(pipe)).items():
+        if layer.scales.view(torch.float32).isnan().any():
+            return f"numbers of {family_of(pipe).denoiser}.{key}.weight are NaN or infinite"
     return ""
 
 # %% ../../nbs/2_models/05_base.ipynb #8b45b2f4
@@ -271,18 +281,21 @@ def read_vae(
     return vae
 
 # %% ../../nbs/2_models/05_base.ipynb #6984acd3
-def _read_safely(name: str, dtype: torch.dtype | None, revision: str | None, vae: str | None) -> Pipeline:
+def _read_safely(name: str, dtype: torch.dtype | None, revision: str | None, vae: str | None, bits: str) -> Pipeline:
     "A base from wherever it is, settled; errors say what is the matter with it."
     source = find_base(name)
     try:
         with LOADING:
-            pipe = read_pipeline(source, revision, dtype)
+            pipe = read_pipeline(source, revision, dtype, bits)
             pipe.vae = read_vae(pipe, vae) if vae else pipe.vae
     except LoraMvpError:
         raise
     except Exception as e:  # diffusers, transformers and the hub client raise many types for one fact: it did not load
         raise _load_error(name, source, e) from e
     _settle(pipe, source, dtype)
+    if bits != "none":
+        pack_layers(denoiser(pipe), bits)
+        denoiser(pipe).packed_from = source if Path(source).is_file() else pipe.config["_name_or_path"]
     return pipe
 
 
@@ -301,11 +314,12 @@ def load_base(
     dtype: torch.dtype | None = torch.float32,  # None: as it is kept; the autoencoder has its own in some families
     revision: str | None = None,  # branch, tag or commit of a hub id
     vae: str | None = None,  # another autoencoder: a folder, a .safetensors file or a hub id
+    bits: str = "none",  # int8 or nf4: of the denoiser's large matrices
 ) -> Pipeline:
     "The base as a frozen pipeline; `LoraMvpError` (`base_unsafe`, `base_unsupported`, `base_unreachable`, `base_unreadable`)."
-    pipe = _read_safely(name, dtype, revision, vae)
+    pipe = _read_safely(name, dtype, revision, vae, bits)
     if bad := _bad_numbers(pipe):
-        pipe = pipe if dtype is None else _read_safely(name, None, revision, vae)
+        pipe = pipe if dtype is None else _read_safely(name, None, revision, vae, bits)
         _refuse_numbers(find_base(name), bad, dtype, _bad_numbers(pipe))
     pipe.set_progress_bar_config(disable=True)
     for part in networks(pipe).values():
@@ -335,24 +349,58 @@ def base_revision(
 def weights_hash(
     module: torch.nn.Module,
     dtype: torch.dtype | None = None,  # what the weights would be in; None: what they are in
+    read: Callable[[str], torch.Tensor] | None = None,  # gives matrices that are packed
 ) -> str:
     "sha256 over names, dtypes, shapes and bytes of a module's weights; an adapter in it does not count."
-    digest = hashlib.sha256()
+    digest, packed = hashlib.sha256(), packed_layers(module)
     state = {base_name(name): value for name, value in module.state_dict().items() if base_name(name)}
-    for name, value in sorted(state.items()):
+    own = {f"{name}.{last}" for name in packed for last in ("codes", "scales", "like")}
+    for name in sorted(state.keys() - own):
+        value = read(name) if state[name].is_meta else state[name]
         value = value.to(dtype) if dtype and value.is_floating_point() else value
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+# %% ../../nbs/2_models/05_base.ipynb #641520b9
+@contextmanager
+def originals(pipe: Pipeline) -> Iterator[Callable[[str], torch.Tensor] | None]:  # None: nothing is packed
+    "What gives the denoiser's weights as they were before they were packed, in its precision."
+    part, layers = denoiser(pipe), list(packed_layers(denoiser(pipe)).values())
+    if not layers:
+        yield None
+        return
+    source, dtype = Path(part.packed_from), layers[0].like.dtype
+    if source.is_file():
+        whole = denoiser(read_file(source)).state_dict()
+        yield lambda name: whole[name].to(dtype)
+    else:
+        with tidy(source) as seen, stored_tensors(seen / family_of(pipe).denoiser) as read:
+            yield lambda name: read(name).to(dtype)
+
+# %% ../../nbs/2_models/05_base.ipynb #edb775c3
+@contextmanager
+def unpacked(pipe: Pipeline):
+    "The denoiser computes as if it had not been packed, one layer at a time."
+    layers = packed_layers(denoiser(pipe))
+    with originals(pipe) as read:
+        try:
+            for name, layer in layers.items():
+                layer.original = partial(read, f"{name}.weight")
+            yield
+        finally:
+            for layer in layers.values():
+                layer.original = None
 
 # %% ../../nbs/2_models/05_base.ipynb #a75dae70
 def part_hashes(
     pipe: Pipeline,
     dtype: torch.dtype | None = None,  # of `load_base`, if it had been loaded in another precision
 ) -> dict[str, str]:  # by the name of the network
-    "The hash of each network's weights."
+    "The hash of each network's weights, packed ones as they were before."
     kinds = {"vae": family_of(pipe).vae_dtype or dtype}
-    return {name: weights_hash(part, kinds.get(name, dtype)) for name, part in networks(pipe).items()}
+    with originals(pipe) as read:
+        return {name: weights_hash(part, kinds.get(name, dtype), read) for name, part in networks(pipe).items()}
 
 # %% ../../nbs/2_models/05_base.ipynb #a1b4ddb6
 def joint_hash(parts: dict[str, str]) -> str:

@@ -64,7 +64,7 @@ def prompt_arguments(
         zeros = pipe.config.get("force_zeros_for_empty_prompt", False)  # of SDXL
         empty = {k: torch.zeros_like(v) for k, v in wanted.items()} if zeros else embed([""] * len(prompts))
     for prefix, embeds in (("", wanted), ("negative_", empty)):
-        found |= {f"{prefix}{'pooled_' * (k == 'pooled')}prompt_embeds": v for k, v in embeds.items()}
+        found |= {f"{prefix}{name}": value for name, value in workings(pipe).asked(embeds).items()} if embeds else {}
     return found
 
 # %% ../../nbs/2_models/06_drawing.ipynb #4eb68bcc
@@ -83,15 +83,15 @@ def draw_latents(
     size, found, bare = size or native_size(pipe), [], copy(pipe)
     for name in text_parts(pipe):  # the pipeline works where its denoiser is
         setattr(bare, name, None)
+    twice = guidance_scale > 1 or not workings(pipe).GUIDED_TWICE  # 0: some pipelines ask twice from there on
+    how = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale * twice}
+    how |= {"height": size, "width": size, "output_type": "latent"}
     for start in range(0, len(prompts), batch_size):
         sign_of_life()
         part = slice(start, start + batch_size)
         asked = prompt_arguments(pipe, prompts[part], guidance_scale, embed or (lambda some: encode_text(pipe, some)))
         generators = [torch.Generator().manual_seed(s) for s in seeds[part]]
-        how = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "generator": generators}
-        found.append(
-            workings(pipe).drawn(pipe, bare(height=size, width=size, output_type="latent", **asked, **how).images, size)
-        )
+        found.append(workings(pipe).drawn(pipe, bare(generator=generators, **asked, **how).images, size))
     return torch.cat(found)
 
 # %% ../../nbs/2_models/06_drawing.ipynb #83081a18

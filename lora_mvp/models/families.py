@@ -7,14 +7,22 @@ __all__ = []
 
 # %% ../../nbs/2_models/02_families.ipynb #266cb91f
 import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    ZImagePipeline,
+)
 
-from .flows import SD3, Flux
+from .flows import SD3, Flux, ZImage
 from .kinds import FAMILIES, Family
 from .unets import UNets
 
 # %% ../../nbs/2_models/02_families.ipynb #316f25e0
-Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline | StableDiffusion3Pipeline | FluxPipeline
+Pipeline = (
+    StableDiffusionPipeline | StableDiffusionXLPipeline | StableDiffusion3Pipeline | FluxPipeline | ZImagePipeline
+)
 
 # %% ../../nbs/2_models/02_families.ipynb #d327d4ce
 def family_of(pipe: Pipeline) -> Family:
@@ -48,9 +56,10 @@ def networks(pipe: Pipeline) -> dict[str, torch.nn.Module]:
     return {family_of(pipe).denoiser: denoiser(pipe), "vae": pipe.vae, **text_parts(pipe)}
 
 # %% ../../nbs/2_models/02_families.ipynb #6cfcd1e8
-def workings(pipe: Pipeline) -> type[UNets] | type[SD3] | type[Flux]:
+def workings(pipe: Pipeline) -> type[UNets] | type[SD3] | type[Flux] | type[ZImage]:
     "The object that knows what a base of this kind makes of texts, sizes and noise."
-    return {"StableDiffusion3Pipeline": SD3, "FluxPipeline": Flux}.get(type(pipe).__name__, UNets)
+    others = {"StableDiffusion3Pipeline": SD3, "FluxPipeline": Flux, "ZImagePipeline": ZImage}
+    return others.get(type(pipe).__name__, UNets)
 
 # %% ../../nbs/2_models/02_families.ipynb #40b5ba78
 def native_size(pipe: Pipeline) -> int:  # pixels

@@ -42,6 +42,8 @@ def _transformer(names: list[str]) -> str | None:
     if found:  # FLUX.1 has 19 double and 38 single blocks; FLUX.2, Chroma, Hunyuan and AuraFlow share their names
         many = any(int(match[1]) >= (19 if match[0].startswith("double") else 38) for match in found)
         return "transformer" if many or any(word in name for word in _COUSINS for name in names) else "flux"
+    if any(re.match(r"(?:layers|noise_refiner|context_refiner)_\d+_attention_to_", name) for name in names):
+        return "zimage"
     return "sd3" if any(name.startswith("joint_blocks_") for name in names) else None
 
 # %% ../../nbs/2_models/08_inspection.ipynb #635a722c

@@ -17,7 +17,7 @@ from .safety import check_classes, check_code, check_pickles, read_json
 from .views import plain_names
 
 # %% ../../nbs/2_models/04_layouts.ipynb #7535f839
-_SUPPORTED = "Supported are base models for text to image: SD 1.x, SD 2.x, SDXL, SD 3.x and FLUX.1 as folders in diffusers' layout, the first three also as one file, and `tiny`."
+_SUPPORTED = "Supported are base models for text to image: SD 1.x, SD 2.x, SDXL, SD 3.x, FLUX.1 and Z-Image as folders in diffusers' layout, the first three also as one file, and `tiny`."
 
 
 def check_index(

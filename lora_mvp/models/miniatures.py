@@ -12,7 +12,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
-from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5Tokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer, Qwen2Tokenizer, Qwen3Config, T5Config, T5Tokenizer
 
 from ..config import TrainingConfig, derive_seed
 from ..files import asset, no_bars
@@ -176,9 +176,36 @@ _FLUX = {
     "scheduler": {"shift": 3.0, "use_dynamic_shifting": True},
 }
 
+# %% ../../nbs/2_models/12_miniatures.ipynb #7c376ba6
+_ZIMAGE = {
+    "transformer": {
+        "dim": 32,
+        "n_layers": 2,
+        "n_refiner_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": 64,
+        "axes_dims": (4, 6, 6),
+        "axes_lens": (576, 64, 64),
+    },
+    "vae": {**_VAE16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "text_encoder": {
+        "vocab_size": 99,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+    },
+    "tokenizer": {},
+    "scheduler": {"shift": 3.0},
+}
+
 # %% ../../nbs/2_models/12_miniatures.ipynb #7acec781
 # family -> part of the pipeline -> config
-_PARTS = {"tiny": _TINY, "sd1": _SD1, "sd2": _SD2, "sdxl": _SDXL, "sd3": _SD3, "flux": _FLUX}
+_PARTS = {"tiny": _TINY, "sd1": _SD1, "sd2": _SD2, "sdxl": _SDXL, "sd3": _SD3, "flux": _FLUX, "zimage": _ZIMAGE}
 _SCHEDULERS = {"tiny": DDIMScheduler, "sd1": PNDMScheduler, "sd2": DDIMScheduler, "sdxl": EulerDiscreteScheduler}
 
 # %% ../../nbs/2_models/12_miniatures.ipynb #3c2a7814
@@ -189,17 +216,30 @@ def _letters(length: int) -> T5Tokenizer:
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=length)
 
 # %% ../../nbs/2_models/12_miniatures.ipynb #69baabaa
+def _chat(length: int) -> Qwen2Tokenizer:
+    "A tokenizer of a language model whose words are single characters."
+    letters = {chr(code): code - 33 for code in range(33, 127)} | {"\u0120": 94, "\u010a": 95}
+    tokenizer = Qwen2Tokenizer(vocab=letters, merges=[], model_max_length=length)
+    turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}<|im_start|>assistant\n"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return tokenizer
+
+# %% ../../nbs/2_models/12_miniatures.ipynb #7f923a87
+_MADE_OF = {"T5EncoderModel": (T5Config, _letters), "Qwen3Model": (Qwen3Config, _chat)}
+
+
 def _part(name: str, config: dict, family: str, length: int):
     "One part of a pipeline from its config; `length` in tokens is that of every prompt."
     if name == "scheduler":
         return _SCHEDULERS.get(family, FlowMatchEulerDiscreteScheduler)(**config)
     kind = FAMILIES[family].classes[name.replace("tokenizer", "text_encoder")]
     if name.startswith("tokenizer"):
-        if kind == "T5EncoderModel":
-            return _letters(length)
+        if kind in _MADE_OF:
+            return _MADE_OF[kind][1](length)
         return CLIPTokenizer.from_pretrained(asset("tiny", "tokenizer"), model_max_length=length, **config)
     if name.startswith("text_encoder"):
-        return getattr(transformers, kind)(T5Config(**config) if kind == "T5EncoderModel" else CLIPTextConfig(**config))
+        return getattr(transformers, kind)(_MADE_OF.get(kind, (CLIPTextConfig,))[0](**config))
     return getattr(diffusers, kind)(**config)
 
 # %% ../../nbs/2_models/12_miniatures.ipynb #1eb05f08

@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ from .. import __version__
 from ..errors import LoraMvpError
 from ..files import atomic_write
 from .adapters import adapter_layers, adapter_parameters, adapter_state, lifted, load_public, set_scale
+from .base import unpacked
 from .contents import WEIGHTS
 from lora_mvp.models.families import (
     Pipeline,
@@ -37,6 +39,7 @@ from .headers import read_header
 from .inspection import inspect_adapter
 from .keys import ADAPTER, public_name
 from .kohya import kohya_state
+from .packed import packed_layers
 from .reading import load_lora
 
 # %% ../../nbs/2_models/10_proof.ipynb #a0e6988e
@@ -105,22 +108,35 @@ def differences(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     "The largest absolute difference of each output."
     return {name: float((one[name] - other[name]).abs().max()) for name in one}
 
-# %% ../../nbs/2_models/10_proof.ipynb #9ed61bf5
+# %% ../../nbs/2_models/10_proof.ipynb #76bc98ac
+def bare_and_adapted(pipe: Pipeline) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    "The outputs without the adapter, and with it."
+    set_scale(pipe, 0)
+    bare = probe(pipe)
+    set_scale(pipe, 1)
+    return bare, probe(pipe)
+
+# %% ../../nbs/2_models/10_proof.ipynb #505ca5d1
 TOLERANCE = 0.01  # of what the adapter does
 ROUNDING = 3e-6  # of the size of the output; float32 keeps 6e-8 of each number
 
 
-def effect_of(pipe: Pipeline) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, float]]:
-    "The adapter's outputs, how far they are from the base's, and the tolerance that follows."
-    set_scale(pipe, 0)
-    base = probe(pipe)
-    set_scale(pipe, 1)
-    wanted = probe(pipe)
-    effect = differences(wanted, base)
+def judged(
+    pipe: Pipeline,
+    bare: dict[str, torch.Tensor],
+    wanted: dict[str, torch.Tensor],  # both of `bare_and_adapted`
+) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, float]]:
+    "What `effect_of` gives, from outputs that are known."
+    effect = differences(wanted, bare)
     if not any(effect.values()) and any(p.any() for n, p in adapter_parameters(pipe).items() if "lora_B" in n):
         raise LoraMvpError("export_unfaithful", "the adapter has weights that are not zero and yet changes no output.")
     sizes = {name: float(value.abs().max()) for name, value in wanted.items()}
     return wanted, effect, {name: TOLERANCE * effect[name] + ROUNDING * sizes[name] for name in effect}
+
+# %% ../../nbs/2_models/10_proof.ipynb #9ed61bf5
+def effect_of(pipe: Pipeline) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, float]]:
+    "The adapter's outputs, how far they are from the base's, and the tolerance that follows."
+    return judged(pipe, *bare_and_adapted(pipe))
 
 # %% ../../nbs/2_models/10_proof.ipynb #d9c8f6f7
 def demand(
@@ -172,6 +188,14 @@ class FormCheck(BaseModel, extra="forbid"):
     remark: str = ""
 
 # %% ../../nbs/2_models/10_proof.ipynb #c013b9f5
+class PackedBase(BaseModel, extra="forbid"):
+    "What the fewer bits of the base that was trained on do to the outputs; files are compared in the whole base."
+
+    bits: str
+    base: dict[str, float]  # output -> largest absolute difference that they make to the bare base's
+    effect: dict[str, float]  # output -> largest absolute difference between what the adapter does here and there
+
+# %% ../../nbs/2_models/10_proof.ipynb #2a344ea1
 class Certificate(BaseModel, extra="forbid"):
     "What was written, and that it does what was trained."
 
@@ -182,26 +206,33 @@ class Certificate(BaseModel, extra="forbid"):
     adapter_effect: dict[str, float]  # output -> largest absolute difference that the adapter makes
     tolerance: dict[str, float]  # output -> largest difference allowed
     forms: dict[str, FormCheck]
+    packed: PackedBase | None = None  # None: it was trained on the base as it is
 
 # %% ../../nbs/2_models/10_proof.ipynb #cc27c212
 @contextmanager
 def unrounded(pipe: Pipeline):
     "Stand-ins in float32, which take no memory, in place of half weights while an adapter is loaded."
     held = [(p, p.data) for part in adaptable_parts(pipe).values() for p in part.parameters() if p.dtype.itemsize < 4]
+    packed = [(layer, layer.original) for layer in packed_layers(denoiser(pipe)).values()]
     try:
         for parameter, data in held:
             parameter.data = torch.zeros((), device=data.device).expand(data.shape)
+        for layer, _ in packed:
+            shape = layer.out_features, layer.in_features
+            layer.original = partial(torch.Tensor.expand, torch.zeros((), device=layer.like.device), shape)
         yield
     finally:
         for parameter, data in held:
             parameter.data = data
+        for layer, original in packed:
+            layer.original = original
 
 # %% ../../nbs/2_models/10_proof.ipynb #e7c60782
 def own_reader(file: Path) -> bool:
     "Whether a file is read in full by this package only, as DoRA and several alphas in kohya's form are."
     return inspect_adapter(file).readers["diffusers"] is False
 
-
+# %% ../../nbs/2_models/10_proof.ipynb #91e687bd
 _REPORT = "The file holds what was written, and diffusers reads it otherwise; please report this with the versions of diffusers and peft."
 
 
@@ -214,7 +245,7 @@ def _as_written(pipe: Pipeline, file: Path) -> bool:
         for state in forms
     )
 
-
+# %% ../../nbs/2_models/10_proof.ipynb #9c066b1b
 def prove(
     pipe: Pipeline,  # the trained one
     file: Path,  # in the form of diffusers or kohya
@@ -261,6 +292,17 @@ def _checked(
         remark=_DORA_REMARK.format(comfyui_dora_error(pipe)) if own and variant_of(pipe) == "dora" else "",
     )
 
+# %% ../../nbs/2_models/10_proof.ipynb #ba50ea29
+def packing_effect(
+    pipe: Pipeline,
+    here: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],  # `bare_and_adapted` as it was trained
+    there: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],  # in the whole base
+) -> PackedBase:
+    "How far the bits of a base move its outputs, and what the adapter does to them."
+    bits = next(iter(packed_layers(denoiser(pipe)).values())).bits
+    does = [{name: adapted[name] - bare[name] for name in bare} for bare, adapted in (here, there)]
+    return PackedBase(bits=bits, base=differences(here[0], there[0]), effect=differences(*does))
+
 # %% ../../nbs/2_models/10_proof.ipynb #ffea6995
 def certify(
     pipe: Pipeline,  # the trained one, with the adapter in it
@@ -268,11 +310,14 @@ def certify(
     kohya: str | Path,  # file of `write_kohya`
 ) -> Certificate:
     "Load each written file in place of the trained adapter, compare, and write `certificate.json`; `LoraMvpError` (`export_unfaithful`)."
-    wanted, effect, tolerance = effect_of(pipe)
-    forms = {
-        form: _checked(pipe, folder, file, wanted, tolerance)
-        for form, file in (("diffusers", Path(folder) / WEIGHTS), ("kohya", Path(kohya)))
-    }
+    here = bare_and_adapted(pipe) if packed_layers(denoiser(pipe)) else None
+    with unpacked(pipe):
+        there = bare_and_adapted(pipe)
+        wanted, effect, tolerance = judged(pipe, *there)
+        forms = {
+            form: _checked(pipe, folder, file, wanted, tolerance)
+            for form, file in (("diffusers", Path(folder) / WEIGHTS), ("kohya", Path(kohya)))
+        }
     certificate = Certificate(
         family=family_of(pipe).name,
         variant=variant_of(pipe),
@@ -280,6 +325,16 @@ def certify(
         adapter_effect=effect,
         tolerance=tolerance,
         forms=forms,
+        packed=here and packing_effect(pipe, here, there),
     )
     atomic_write(Path(folder) / "certificate.json", certificate.model_dump_json(indent=2) + "\n")
     return certificate
+
+# %% ../../nbs/2_models/10_proof.ipynb #131da951
+def packing_text(certificate: Certificate) -> str:
+    "What training beside a packed base has changed; empty where the base was as it is."
+    if certificate.packed is None:
+        return ""
+    effect = {name: size for name, size in certificate.adapter_effect.items() if size}
+    share = max((certificate.packed.effect[name] / size for name, size in effect.items()), default=0.0)
+    return f"trained beside a base in {certificate.packed.bits}; in the whole base, what the adapter does is another by {share:.2g} of it at most"

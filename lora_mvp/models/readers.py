@@ -35,12 +35,14 @@ _ALGORITHMS = {  # under kohya's names: algorithm -> answers
     "IA3": "nnyn",
 }
 _DORA = {"rows": "nnnn", "columns": "nyyy"}
-WITHOUT_UNET = ("flux", "sd3", "transformer")  # families whose layers no table of UNets knows
+WITHOUT_UNET = ("flux", "sd3", "zimage", "transformer")  # families whose layers no table of UNets knows
 _TRANSFORMERS = {  # family, whose way of writing names -> answers
     ("flux", "diffusers"): "yyny",
     ("flux", "kohya"): "?yny",
     ("flux", "original"): "?yny",
     ("sd3", "diffusers"): "yy??",
+    ("zimage", "diffusers"): "yyn?",
+    ("zimage", "original"): "?yn?",
 }
 _NOWHERE = [style for style, letters in _STYLES.items() if letters == "nnnn"]
 

@@ -83,6 +83,11 @@ class UNets:
         return pipe.unet(noisy, times, **unet_arguments(pipe, embeds, sizes)).sample
 
     @staticmethod
+    def asked(embeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        "Embeddings as arguments of diffusers' pipeline."
+        return {f"{'pooled_' * (k == 'pooled')}prompt_embeds": v for k, v in embeds.items()}
+
+    @staticmethod
     def drawn(pipe, latents: torch.Tensor, size: int) -> torch.Tensor:
         "Latents as the pipeline of diffusers gives them, (n, channels, height, width)."
         return latents

@@ -8,6 +8,8 @@ __all__ = []
 # %% ../../nbs/3_train/10c_averages.ipynb #46c65ca0
 import torch
 
+from ..config import TrainingConfig
+
 # %% ../../nbs/3_train/10c_averages.ipynb #291eab72
 def kept_share(
     decay: float,  # `training.ema`
@@ -46,3 +48,52 @@ class Average:
         "Put back what `state` gave."
         for name, value in self.values.items():
             value.copy_(state[name])
+
+# %% ../../nbs/3_train/10c_averages.ipynb #fcc4c3c2
+class FreeAverage:
+    "The average that a schedule-free optimizer makes of its steps."
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer):
+        self.parameters, self.optimizer = parameters, optimizer
+        self.learning: dict[str, torch.Tensor] | None = None  # what learns, while the parameters are the average
+
+    def follow(self, step: int) -> None:
+        "The optimizer has done it."
+
+    @torch.no_grad()
+    def values(self) -> dict[str, torch.Tensor]:
+        "The average of each parameter; before the first step the parameter itself."
+        shares = {p: 1 - 1 / group["betas"][0] for group in self.optimizer.param_groups for p in group["params"]}
+        fast = {p: state.get("z", p) for p, state in self.optimizer.state.items()}
+        return {name: p.lerp(fast.get(p, p), shares[p]) for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        "Parameters and averages change places; the second time everything is as before, to the bit."
+        found = self.learning or self.values()
+        self.learning = None if self.learning else {name: p.clone() for name, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            parameter.copy_(found[name])
+
+    def state(self) -> dict[str, torch.Tensor]:
+        "A copy, on the CPU."
+        return {name: value.cpu().contiguous() for name, value in self.values().items()}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        "It follows from the parameters and the optimizer's state."
+
+# %% ../../nbs/3_train/10c_averages.ipynb #760e4db9
+def averages(t: TrainingConfig) -> bool:
+    "Whether the result of a run is an average, and not the weights that learn."
+    return t.ema is not None or t.optimizer == "schedulefree"
+
+# %% ../../nbs/3_train/10c_averages.ipynb #2ee11b57
+def average_of(
+    t: TrainingConfig,
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> Average | FreeAverage | None:  # None: the result is what learns
+    "The average that is the result of a run."
+    if t.optimizer == "schedulefree":
+        return FreeAverage(parameters, optimizer)
+    return Average(parameters, t.ema) if t.ema else None

@@ -35,10 +35,12 @@ from ..models.headers import broken_numbers, oddities, read_header
 from ..models.inspection import inspect_adapter, title_of
 from ..models.keys import beside_blocks
 from ..models.layouts import check_file, check_tokenizers, config_folder
+from ..models.packed import check_packing
 from ..models.views import tidy
 from .flow import objective_of
 from .foresight import amount, disk_need
 from .memory import MemoryEstimate, advice, largest, skeleton, waiting_text
+from .optimizers import check_optimizer
 from .pictures import photo_warning, picture_variants, regularization_sources, sources
 from .runs import RunFolder
 from ..words import count, first_few
@@ -480,7 +482,7 @@ def doctor(
 
     def look(topic: str, check, *arguments):
         try:
-            findings.extend(check(*arguments))
+            findings.extend(check(*arguments) or ())  # None: it only refuses
         except LoraMvpError as error:
             findings.append(Finding("error", topic, error.message))
 
@@ -489,6 +491,8 @@ def doctor(
     estimate = estimate_for(config, memory_of)
     look("data", manifest_findings, config, manifest_path, granularity(estimate.pipe(t)[0]) if estimate else MULTIPLE)
     look("settings", settings_findings, t)
+    look("settings", check_optimizer, t)
+    look("settings", check_packing, t, device)
     if estimate:
         look("settings", target_findings, estimate, t)
         look("memory", memory_findings, estimate, t, free_memory(memory_of) if memory is None else memory)

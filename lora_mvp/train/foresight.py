@@ -14,7 +14,9 @@ from ..config import TrainingConfig
 from ..errors import LoraMvpError
 from ..models.base import stored_dtype
 from ..models.families import Pipeline, family_of, networks
+from ..models.packed import weight_sizes
 from ..models.views import tidy
+from .averages import averages
 from .optimizers import state_bytes
 from .runs import RunFolder
 
@@ -31,8 +33,7 @@ def amount(
 # %% ../../nbs/3_train/12b_foresight.ipynb #7133c64c
 def full_bytes(pipe: Pipeline) -> int:
     "Bytes of the base in float32, without the adapter."
-    parts = networks(pipe).values()
-    return sum(p.numel() * 4 for part in parts for p in part.parameters() if not p.requires_grad)
+    return sum(4 * sum(weight_sizes(part)) for part in networks(pipe).values())
 
 # %% ../../nbs/3_train/12b_foresight.ipynb #114db215
 def fused_bytes(
@@ -49,8 +50,7 @@ def fused_bytes(
         kept = 4
     vae = family_of(pipe).vae_dtype
     sizes = {"vae": vae.itemsize if vae else kept}
-    parts = networks(pipe).items()
-    return sum(p.numel() * sizes.get(name, kept) for name, m in parts for p in m.parameters() if not p.requires_grad)
+    return sum(sizes.get(name, kept) * sum(weight_sizes(part)) for name, part in networks(pipe).items())
 
 # %% ../../nbs/3_train/12b_foresight.ipynb #18f87795
 class DiskNeed(NamedTuple):
@@ -76,7 +76,7 @@ def disk_need(
     kept = min(t.max_checkpoints, saves) + 2
     every = t.checkpointing_steps if t.sample_every is None else t.sample_every
     pictures = 2 * 3 * t.resolution**2 * prompts * (1 + -(-t.max_train_steps // every)) if every else 0
-    both = adapter * (2 if t.ema else 1)  # the average and what learns
+    both = adapter * (1 + averages(t))  # the average and what learns
     pipeline = fused_bytes(pipe, folder) if t.save_pipeline else 0
     return DiskNeed((both + state) * kept, 3 * adapter, pipeline, pictures)
 

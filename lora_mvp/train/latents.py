@@ -198,8 +198,10 @@ def warn_of_squares(
 ) -> None:
     "Say it when buckets are asked for and every picture is a square."
     if sizes and all(h == w for h, w in sizes):
-        hint = "to keep their shapes, run `lora-mvp prepare-data --no-copy`"
-        log.warning("training.aspect_buckets has no effect: all %d pictures are square; %s", len(sizes), hint)
+        hint = "if the originals are not, `lora-mvp prepare-data --no-copy` keeps their shapes"
+        log.warning(
+            "training.aspect_buckets has no effect: as prepared, all %d pictures are square; %s", len(sizes), hint
+        )
 
 # %% ../../nbs/3_train/04_latents.ipynb #6cae464c
 def encoded(

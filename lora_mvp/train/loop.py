@@ -26,7 +26,7 @@ from ..data.steps import refuse_large_batch
 from ..errors import LoraMvpError
 from ..files import atomic_write, save_png
 from ..models.base import find_base, usual_device, with_precision
-from ..models.families import text_parts
+from ..models.packed import check_packing
 from ..screen import Progress
 from .cache import known_files
 from .checkpoints import checkpoints, disk_trouble, find_resume, load_checkpoint, save_checkpoint, step_of
@@ -35,7 +35,8 @@ from .curves import StepReport, ValidationRow, append_row, best_step, table_csv,
 from .endings import finish_forms
 from .foresight import check_disk, check_names, disk_need, held_bytes
 from .marks import is_due, mark_losses, mark_pictures, marks_of
-from .network import Asked, Network, answer_losses, pose, start_accelerator, visit
+from .network import Asked, Network, answer_losses, pose, start_accelerator
+from .optimizers import check_optimizer
 from .owner import Claim, claimed
 from .results import RunState, finish_run, finished_run
 from lora_mvp.train.runs import (
@@ -65,6 +66,8 @@ def check_trainable(config: AppConfig, manifest: Manifest) -> None:
         raise LoraMvpError("output_is_base", text)
     refuse_large_batch(n, t.batch_size)
     check_trackers(t)
+    check_optimizer(t)
+    check_packing(t, usual_device())
     if t.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise LoraMvpError(
             "fp16_needs_gpu", "training.mixed_precision: fp16 needs a CUDA GPU; use no or bf16 on this machine."
@@ -233,8 +236,8 @@ class Trainer:
         self.config, self.manifest, self.folder = config, manifest, RunFolder(config.training.output_dir)
         self.accelerator = start_accelerator(config.training.mixed_precision)
         self.network = Network(config.training, self.accelerator, known_files(config.training, manifest))
-        with visit([self.network.pipe.vae, *text_parts(self.network.pipe).values()], self.network.device):
-            self.data = load_data(self.network.pipe, config, manifest, self.network.known, self.network.parts)
+        known, parts = self.network.known, self.network.parts
+        self.data = load_data(self.network.pipe, config, manifest, known, parts, self.network.device)
         self.network.known.save()
         self.network.park(self.data.texts)
         self.marks = marks_of(self.network, self.data, config, manifest)

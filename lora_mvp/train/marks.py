@@ -76,6 +76,7 @@ def kept_first(
     facts |= {
         "base": network.base_hash,
         "precision": t.mixed_precision,
+        "bits": t.base_quant,
         "layout": channels_last(t, network.device.type),
     }
     facts |= {"share": [marks.share.start, marks.share.step], **surroundings(network)}

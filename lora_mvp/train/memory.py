@@ -37,7 +37,9 @@ from lora_mvp.models.families import (
 from ..models.kernels import lean
 from ..models.kinds import Family
 from ..models.layouts import check_folder
+from ..models.packed import pack_layers, weight_sizes
 from ..models.proof import exact
+from .averages import averages
 from .counting import LiveBytes, OnDevice
 from .foresight import amount, fused_bytes
 from .objectives import image_losses
@@ -52,7 +54,12 @@ class _Tokenizer:
 
     def __call__(self, prompts: list[str], padding: str, max_length: int = 1, **_) -> SimpleNamespace:
         shape = len(prompts), max_length  # 1: diffusers looks whether something was cut off
-        return SimpleNamespace(input_ids=torch.zeros(shape, dtype=torch.long, device="meta"))
+        tokens = torch.zeros(shape, dtype=torch.long, device="meta")
+        return SimpleNamespace(input_ids=tokens, attention_mask=tokens)
+
+    def apply_chat_template(self, chat: list[dict[str, str]], **_) -> str:
+        "No word is read."
+        return ""
 
     def tokenize(self, prompt: str) -> list[str]:
         "No word that stands for several."
@@ -108,6 +115,8 @@ def skeleton(
     for part in networks(pipe).values():
         torch.nn.Module.to(part, family_of(pipe).vae_dtype or dtype if part is pipe.vae else dtype)
         part.requires_grad_(False).eval()
+    if training.base_quant != "none":
+        pack_layers(denoiser(pipe), training.base_quant)
     return pipe
 
 # %% ../../nbs/3_train/14_memory.ipynb #7e6ab0d2
@@ -192,7 +201,7 @@ GRID = 8  # timesteps at which `fixed_noise_losses` asks
 class Phase:
     "What a part of the run holds in memory, in bytes."
 
-    name: str  # encode, train, validate, sample, decode, certify or pipeline
+    name: str  # encode, captions, train, validate, sample, decode, certify or pipeline
     weights: float  # of the base
     adapter: float  # its weights, gradients and the optimizer's state
     working: float  # all that comes and goes, mostly activations
@@ -204,8 +213,8 @@ class Phase:
 
 # %% ../../nbs/3_train/14_memory.ipynb #fd1c755e
 def frozen_bytes(*modules: torch.nn.Module) -> int:
-    "Bytes of the weights that do not learn, and of tables such as SD 3's of places, which are half a gigabyte."
-    tables = [b for m in modules for b in m.buffers() if b.is_floating_point()]
+    "Bytes of the weights that do not learn, packed ones with their scales, and of tables such as SD 3's of places, which are half a gigabyte."
+    tables = [b for m in modules for b in m.buffers()]
     return sum(x.nbytes for x in [*tables, *(p for m in modules for p in m.parameters() if not p.requires_grad)])
 
 # %% ../../nbs/3_train/14_memory.ipynb #45a0ef51
@@ -218,6 +227,7 @@ def adapter_bytes(
 # %% ../../nbs/3_train/14_memory.ipynb #16913070
 COPIES = {  # of the adapter's numbers, beside the optimizer's state and what comes and goes
     "encode": 0,
+    "captions": 0,
     "train": 2,  # weights and gradients
     "validate": 1,
     "sample": 1,
@@ -270,11 +280,11 @@ def encoding_bytes(
     size: int,
     variants: int,  # of a picture
 ) -> int:
-    "The most that the autoencoder holds over as many variants as go through it at a time, or the text encoders over a caption."
+    "The most that the autoencoder holds over as many variants as go through it at a time."
     some = min(variants, together(size, VAE_PIXELS))
     with counted(pipe) as live:
         pipe.vae.encode(torch.zeros(some, 3, size, size, dtype=pipe.vae.dtype))
-    return max(live.peak, wording_bytes(pipe, 1))
+    return live.peak
 
 # %% ../../nbs/3_train/14_memory.ipynb #49776c39
 @torch.no_grad()
@@ -293,7 +303,7 @@ def checking_bytes(
     written: int,  # bytes of all its weights, as they are written
 ) -> int:
     "The most that is held while a written pipeline is checked: its largest tensor, the absolute values and two masks."
-    sizes = [p.numel() for part in networks(pipe).values() for p in part.parameters()]
+    sizes = [n for part in networks(pipe).values() for n in weight_sizes(part)]
     return round((2 * written / sum(sizes) + 2) * max(sizes))
 
 # %% ../../nbs/3_train/14_memory.ipynb #b67199e2
@@ -306,14 +316,14 @@ def parts_on_device(
     encoders = list(text_parts(pipe).values())
     learning = [denoiser(pipe), *(encoders if len(adapters) > 1 else ())]
     found = dict.fromkeys(("train", "validate", "sample", "certify"), learning)
-    found |= {"encode": [pipe.vae, *encoders], "decode": [pipe.vae, *learning[1:]]}
+    found |= {"encode": [pipe.vae], "captions": encoders, "decode": [pipe.vae, *learning[1:]]}
     return found if cuda else dict.fromkeys(found, list(networks(pipe).values()))
 
 # %% ../../nbs/3_train/14_memory.ipynb #8574a0e1
 class MemoryEstimate:
     "The memory that runs on one base need."
 
-    MODEL = "mixed_precision lora_rank lora_variant lora_targets lora_dropout text_encoder_learning_rate"  # what it depends on
+    MODEL = "mixed_precision base_quant lora_rank lora_variant lora_targets lora_dropout text_encoder_learning_rate"  # what it depends on
 
     def __init__(
         self,
@@ -348,7 +358,10 @@ class MemoryEstimate:
         weights = self._fused(t) if name == "pipeline" else frozen_bytes(*parts[name])
         program = PROGRAM[self.device] + WASTE[self.device] * working
         learning = [p for part in adapters.values() for p in part]
-        copies = COPIES[name] + (COPIES[name] > 0 and t.ema is not None)  # the average of the adapter
+        beside = averages(t) and (
+            name != "train" or t.ema is not None
+        )  # schedulefree makes its average when it is needed
+        copies = COPIES[name] + (COPIES[name] > 0 and beside)
         held = copies * adapter_bytes(adapters) + (state_bytes(t, learning) if COPIES[name] else 0)
         return Phase(name, weights, held, working, program)
 
@@ -371,8 +384,10 @@ class MemoryEstimate:
         more = f"{self.MODEL} resolution batch_size gradient_checkpointing loss"
         precision, drawing = "mixed_precision resolution", f"{self.MODEL} resolution"
         room = together(size, UNET_PIXELS)
-        found = {
-            "encode": once("encode", keys=precision, make=lambda: encoding_bytes(pipe, size, self.variants)),
+        found = {"encode": once("encode", keys=precision, make=lambda: encoding_bytes(pipe, size, self.variants))}
+        if t.text_encoder_learning_rate is None:
+            found["captions"] = once("captions", keys="mixed_precision", make=lambda: wording_bytes(pipe, 1))
+        found |= {
             "train": once("train", keys=more, make=lambda: step_bytes(pipe, t, self.cuda)[1]),
             "validate": once(
                 "validate", keys=drawing, make=lambda: answering_bytes(pipe, t, min(GRID, room), size, self.cuda)
@@ -445,6 +460,8 @@ def milder(
     if t.mixed_precision == "no" and estimate.cuda:
         half = "bf16" if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(False) else "fp16"
         yield {"mixed_precision": half}
+    if estimate.cuda and t.lora_variant != "dora" and not t.compile and t.base_quant != "nf4":
+        yield {"base_quant": "int8" if t.base_quant == "none" else "nf4"}
     if need.name not in ("encode", "pipeline") and t.text_encoder_learning_rate is not None:
         yield {"text_encoder_learning_rate": None}
     if t.lora_rank > 8:

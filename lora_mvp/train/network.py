@@ -10,7 +10,6 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -30,6 +29,7 @@ from .flow import objective_of
 from .known import KnownFiles, state_of
 from .latents import Batch, LatentSet
 from .objectives import draw_noise, image_losses, sampling_scheduler
+from .streams import visit
 from .texts import TextTable
 
 # %% ../../nbs/3_train/10_network.ipynb #a7c23daf
@@ -38,18 +38,6 @@ def start_accelerator(mixed_precision: str) -> Accelerator:
     AcceleratorState._reset_state()  # a second run in one notebook may want another precision
     on_cpus = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
     return Accelerator(mixed_precision=mixed_precision, cpu=on_cpus)
-
-# %% ../../nbs/3_train/10_network.ipynb #86ab7a8b
-@contextmanager
-def visit(modules: list[torch.nn.Module], device: torch.device, home: str | torch.device = "cpu"):
-    "Bring modules from where they are at home to a device, for a while."
-    try:
-        for module in modules:
-            module.to(device)
-        yield
-    finally:
-        for module in modules:
-            module.to(home)
 
 # %% ../../nbs/3_train/10_network.ipynb #b1eb6b86
 def known_base(
@@ -115,6 +103,7 @@ class Network:
         self.settings, self.accelerator = t, accelerator
         self.device, self.dtype = accelerator.device, DTYPES[t.mixed_precision]
         self.known, how = known or KnownFiles(), {"dtype": self.dtype, "revision": t.revision, "vae": t.vae}
+        how["bits"] = t.base_quant
         self.pipe, self.parts = known_base(self.known, t, lambda: load_base(t.pretrained_model, **how))  # on the CPU
         self.base_hash = joint_hash(self.parts)
         self.objective = objective_of(self.pipe.scheduler, t)
@@ -152,7 +141,8 @@ class Network:
         "Caption embeddings on the device: from the table, or from the text encoders while these are trained."
         with self.accelerator.autocast():
             embeds = self.texts[captions] if self.texts else encode_text(self.pipe, captions)
-        return {name: sent(value, self.device, self.dtype) for name, value in embeds.items()}
+        counts = {name: value for name, value in embeds.items() if not value.is_floating_point()}  # read by the program
+        return {k: sent(v, self.device, self.dtype) for k, v in embeds.items() if k not in counts} | counts
 
     def predict(
         self,

@@ -9,6 +9,7 @@ __all__ = []
 import torch
 
 from ..config import TrainingConfig
+from ..errors import LoraMvpError
 from ..extras import need
 
 # %% ../../nbs/3_train/10b_optimizers.ipynb #e0df6f2a
@@ -28,9 +29,33 @@ def make_optimizer(
         from prodigyopt import Prodigy
 
         return Prodigy(groups, use_bias_correction=True, safeguard_warmup=t.lr_warmup_steps > 0, **moments)
+    if t.optimizer == "schedulefree":
+        need("schedulefree")
+        from schedulefree import AdamWScheduleFree
+
+        optimizer = AdamWScheduleFree(groups, **moments)
+        optimizer.train()
+        return optimizer
     if t.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, weight_decay=t.weight_decay)
     return torch.optim.AdamW(groups, fused=True, **moments)
+
+# %% ../../nbs/3_train/10b_optimizers.ipynb #585965f8
+def check_optimizer(t: TrainingConfig) -> None:
+    "Raise `LoraMvpError` (`optimizer_unfit`, `extra_missing`) where `schedulefree` does not go with the other settings."
+    if t.optimizer != "schedulefree":
+        return
+    need("schedulefree")
+    does = "training.optimizer: schedulefree"
+    if t.lr_scheduler not in ("constant", "constant_with_warmup"):
+        text = (
+            f"training.lr_scheduler: {does} averages instead of lowering the rate. Use constant or constant_with_warmup"
+        )
+        raise LoraMvpError("optimizer_unfit", f"{text}, not {t.lr_scheduler}.")
+    if t.ema is not None:
+        raise LoraMvpError("optimizer_unfit", f"training.ema: {does} makes an average of its own. Set ema to null.")
+    if t.adam_beta1 == 0:
+        raise LoraMvpError("optimizer_unfit", f"training.adam_beta1: {does} needs more than 0, such as 0.9.")
 
 # %% ../../nbs/3_train/10b_optimizers.ipynb #6278d2df
 def flat(state: dict, start: str = "") -> dict:
@@ -90,6 +115,7 @@ def state_bytes(
             "adamw": 8 * n,
             "adamw8bit": 2 * n + 8 * -(-n // 256) if quarter else 8 * n,
             "prodigy": 16 * n,
+            "schedulefree": 8 * n,
             "adafactor": 4 * (n // rows + n // columns) if p.ndim > 1 else 4 * n,
         }[t.optimizer]
     return total

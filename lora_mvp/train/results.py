@@ -31,7 +31,7 @@ from ..models.adapters import WEIGHTS, save_adapter
 from ..models.base import base_revision, joint_hash, load_base
 from ..models.exports import export_fused
 from ..models.kohya import write_kohya
-from ..models.proof import Certificate, certify
+from ..models.proof import Certificate, certify, packing_text
 from .checkpoints import load_checkpoint
 from lora_mvp.train.curves import (
     ImageLosses,
@@ -196,13 +196,17 @@ def training_facts(ending: FinishedRun) -> dict:
     }
 
 # %% ../../nbs/3_train/12_results.ipynb #6f73fda9
+log = logging.getLogger("lora_mvp")
+
+
 def save_exchange(ending: FinishedRun) -> None:
     "The adapter's other form, and the certificate that says what public loaders make of both; the network is let go."
     network, folder = ending.network(), ending.folder
     network.set_mode(False)
     dtype = getattr(torch, ending.config.training.save_dtype)
     write_kohya(network.pipe, folder.kohya, training_facts(ending), dtype)
-    certify(network.pipe, folder.adapter, folder.kohya)
+    if said := packing_text(certify(network.pipe, folder.adapter, folder.kohya)):
+        log.info("%s", said)
     network.release()
 
 # %% ../../nbs/3_train/12_results.ipynb #e1424b7e
@@ -263,9 +267,6 @@ def missing_forms(folder: RunFolder, t: TrainingConfig) -> list[str]:
     return [form for form in FORMS if not there[form]]
 
 # %% ../../nbs/3_train/12_results.ipynb #bf03f4f7
-log = logging.getLogger("lora_mvp")
-
-
 def write_forms(ending: FinishedRun, forms: list[str]) -> None:
     "Write these forms; what goes wrong leaves the run as it is, and how to go on is said."
     try:

@@ -7,13 +7,16 @@ __all__ = []
 
 # %% ../../nbs/3_train/05_streams.ipynb #ae251a85
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from diffusers import DiffusionPipeline
 
 from ..config import AppConfig, TrainingConfig, derive_seed
 from ..data.manifest import Manifest
 from ..data.steps import Plan
+from ..models.families import text_parts
 from .cache import cache_folder
 from .known import KnownFiles
 from .latents import LatentSet, encode_images
@@ -53,16 +56,29 @@ def asked_texts(drawn: list[Source], validated: list[Source], t: TrainingConfig)
     shown = [*t.sample_prompts, ""] if t.sample_every != 0 else []
     return [*captions, *(s.caption for s in validated), *shown]
 
+# %% ../../nbs/3_train/05_streams.ipynb #43a40801
+@contextmanager
+def visit(modules: list[torch.nn.Module], device: torch.device, home: str | torch.device = "cpu"):
+    "Bring modules from where they are at home to a device, for a while."
+    try:
+        for module in modules:
+            module.to(device)
+        yield
+    finally:
+        for module in modules:
+            module.to(home)
+
 # %% ../../nbs/3_train/05_streams.ipynb #6db447bf
 log = logging.getLogger("lora_mvp")
 
-
+# %% ../../nbs/3_train/05_streams.ipynb #481511f0
 def load_data(
     pipe: DiffusionPipeline,
     config: AppConfig,
     manifest: Manifest,
     known: KnownFiles | None = None,  # gets what is found out on the way
     parts: dict[str, str] | None = None,  # `part_hashes` of the base, where they are known
+    device: str | torch.device = "cpu",  # where autoencoder and text encoders compute, one after the other
 ) -> TrainingData:
     "Encode the images of all streams and of validation, every caption that may be drawn, and the sample prompts."
     t, known = config.training, known or KnownFiles()
@@ -70,13 +86,14 @@ def load_data(
     train, val = (with_masks(sources(manifest, split), manifest) for split in ("train", "val"))
     if photos := photo_warning(train, t.pretrained_model, known):
         log.warning("%s", photos)
-    folder, prompt = t.regularization_dir, t.regularization_prompt
-    prior = regularization_sources(folder, prompt, known) if folder else []
-    train_set = encode_images(pipe, train, t, config.data.augmentations, *how)
-    plan = Plan(train_set.shapes, t.batch_size, t.seed, [s.repeats for s in train])
-    streams = [Stream(train_set, plan, 1.0, t.seed)]
-    streams += [prior_stream(encode_images(pipe, prior, t, [], *how), t)] if prior else []
-    val_set, texts = encode_images(pipe, val, t, [], *how) if val else None, None
+    prior = regularization_sources(t.regularization_dir, t.regularization_prompt, known) if t.regularization_dir else []
+    with visit([pipe.vae], device):
+        train_set = encode_images(pipe, train, t, config.data.augmentations, *how)
+        plan = Plan(train_set.shapes, t.batch_size, t.seed, [s.repeats for s in train])
+        streams = [Stream(train_set, plan, 1.0, t.seed)]
+        streams += [prior_stream(encode_images(pipe, prior, t, [], *how), t)] if prior else []
+        val_set, texts = encode_images(pipe, val, t, [], *how) if val else None, None
     if t.text_encoder_learning_rate is None:
-        texts = TextTable(pipe, asked_texts(train + prior, val, t), *how)
+        with visit(list(text_parts(pipe).values()), device):
+            texts = TextTable(pipe, asked_texts(train + prior, val, t), *how)
     return TrainingData(streams, val_set, texts, [[s.sha256, s.caption] for s in prior])

@@ -81,6 +81,7 @@ def tokenizer_hash(tokenizer) -> str:
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     del rules["padding"], rules["truncation"]  # of its latest call, not of the tokenizer
     facts = [tokenizer.model_max_length, tokenizer.pad_token_id, rules]
+    facts += [tokenizer.chat_template] if tokenizer.chat_template else []
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 # %% ../../nbs/3_train/03_texts.ipynb #2c06961f

@@ -19,7 +19,7 @@ from ..errors import LoraMvpError
 from ..models.adapters import adapter_parameters, adapter_state, add_lora, restore_adapter
 from ..models.families import family_of
 from ..models.starting import start_from
-from .averages import Average
+from .averages import average_of
 from .checkpoints import checkpoints
 from .network import Network
 from .optimizers import make_optimizer, optimizer_numbers, optimizer_tensors, restore_optimizer
@@ -94,9 +94,9 @@ class Updates:
         if t.init_adapter is not None:
             log.info("%s", start_from(network.pipe, t.init_adapter))
         self.params = [p for group in groups.values() for p in group]
-        self.average = Average(adapter_parameters(network.pipe), t.ema) if t.ema else None
         groups = [{"params": ps, "lr": rates.get(name, t.text_encoder_learning_rate)} for name, ps in groups.items()]
         optimizer = make_optimizer(t, groups)
+        self.average = average_of(t, adapter_parameters(network.pipe), optimizer)
         self.schedule = rate_schedule(t, optimizer)
         self.optimizer = self.accelerator.prepare(optimizer)
         network.economize()
