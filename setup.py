@@ -12,7 +12,7 @@ parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 package = cfg["lib_name"]
 site = f"{cfg['doc_host']}{cfg['doc_baseurl']}/"
-EXTRAS = ("service", "notebook", "postgres", "heic", "optimizers", "tensorboard", "wandb", "eval-offline")
+EXTRAS = ("service", "notebook", "postgres", "ray", "heic", "optimizers", "tensorboard", "wandb", "eval-offline")
 extras = {name: cfg[f"{name.replace('-', '_')}_requirements"].split() for name in EXTRAS}
 
 

@@ -306,7 +306,13 @@ class _PlaceKeys(_Section):
 class ApiConfig(_PlaceKeys):
     "The job service."
 
-    max_workers: Count = Field(2, description="jobs that run at the same time")
+    engine: Literal["local", "ray"] = Field(
+        "local", description="where jobs run: local: this machine; ray: a Ray cluster"
+    )
+    ray_address: str | None = Field(
+        None, description="HOST:PORT of the cluster's head; null: that of this machine's node"
+    )
+    max_workers: Count = Field(2, description="jobs that run at the same time on this machine (engine local)")
     poll_interval: float = Field(2.0, gt=0, description="seconds between two looks at a running job")
     max_attempts: Count = Field(3, description="starts of a job whose process was lost, before it fails")
     max_queued: Count = Field(1000, description="waiting jobs, beyond which new ones are refused")

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lora_mvp.api.jobs import Job, JobIds, JobSpec, Store, now, transition
+from lora_mvp.api.places import Node, Room
 from lora_mvp.api.stores import open_store
 from lora_mvp.config import ApiConfig
 
@@ -125,10 +126,12 @@ def bench_store(args: argparse.Namespace) -> dict:
 class Resting:
     """An engine without room: what is measured is the service, not trainings."""
 
-    def capacity(self):
-        return 0
+    lease = 30.0
 
-    def start(self, job, folder):
+    def nodes(self):
+        return [Node("here", Room(1, 0, 1), Room(0, 0, 0))]
+
+    def start(self, job, folder, node):
         raise AssertionError("there is no room")
 
     def poll(self, refs):

@@ -15,15 +15,18 @@ from types import SimpleNamespace
 from browser import process, wait_for
 
 from lora_mvp.api import edge, main
+from lora_mvp.api.places import Node, Room
 
 
 class Resting:
     """An engine without room."""
 
-    def capacity(self):
-        return 0
+    lease = 30.0
 
-    def start(self, job, folder):
+    def nodes(self):
+        return [Node("here", Room(1, 0, 1), Room(0, 0, 0))]
+
+    def start(self, job, folder, node):
         raise AssertionError("there is no room")
 
     def running(self):

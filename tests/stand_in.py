@@ -150,12 +150,16 @@ def do(folder: JobFolder, job: Job, attempt: int) -> None:
 
 
 def engine_of(config: AppConfig, gpus=()):
-    """This machine, with cards that are names; TEST_DIES ends the server between a start and the note of it."""
+    """This machine, with cards that are names, or a cluster; TEST_DIES ends the server between a start and the note of it."""
     from lora_mvp.api.engines import Gpu, LocalEngine
+    from lora_mvp.api.ray_engine import RayEngine
+
+    if config.api.engine == "ray":
+        return RayEngine(config.api, [*HERE, "runner"])
 
     class Mortal(LocalEngine):
-        def start(self, job, folder):
-            ref = super().start(job, folder)
+        def start(self, job, folder, node):
+            ref = super().start(job, folder, node)
             os.kill(os.getpid(), signal.SIGKILL if "TEST_DIES" in os.environ else 0)
             return ref
 

@@ -508,7 +508,7 @@ def test_nothing_is_opened_to_other_origins(client):
 def test_the_app_is_light_and_opens_nothing_before_it_starts(tmp_path):
     code = "import sys, lora_mvp.api.main; print(*sorted({n.split('.')[0] for n in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert not {"torch", "diffusers", "transformers", "peft", "accelerate", "cv2", "matplotlib"} & set(
+    assert not {"ray", "torch", "diffusers", "transformers", "peft", "accelerate", "cv2", "matplotlib"} & set(
         done.stdout.split()
     )
     assert not list(tmp_path.iterdir())
@@ -777,7 +777,7 @@ def over(client, job):
         ("service", "Service", {"submit", "cancel", "retry", "delete", "tick", "start", "drain", "ready"}),
         ("client", "Client", {"train", "evaluate", "status", "events", "logs", "wait", "download"}),
         ("runner", "Runner", {"run", "start", "beat", "look", "press", "conclude"}),
-        ("engines", "LocalEngine", {"capacity", "start", "poll", "stop", "describe"}),
+        ("engines", "LocalEngine", {"nodes", "start", "poll", "why", "stop", "forget", "describe"}),
     ],
 )
 def test_an_editor_completes_the_methods(module, name, methods):

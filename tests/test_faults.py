@@ -223,7 +223,7 @@ def test_every_way_to_fail_has_its_code_and_frees_its_place(desk):  # rows 11 an
         job = desk.service.get(id)
         assert (job.status, job.attempt, job.error.code) == ("failed", 1, codes[order])
         assert "/srv" not in job.error.message and "secret" not in job.error.message
-    wait_for(lambda: desk.service.engine.capacity() == 1, "free place")
+    wait_for(lambda: desk.service.engine.nodes()[0].free.slots == 1, "free place")
 
 
 def test_what_hangs_is_stopped_whenever_it_does_and_what_is_at_work_is_not(desk):  # row 30
@@ -234,7 +234,7 @@ def test_what_hangs_is_stopped_whenever_it_does_and_what_is_at_work_is_not(desk)
         job = desk.until(id)
         assert (job.status, job.error.code) == ("failed", "stalled"), desk.folder(id).log()
     assert desk.until(busy).status == "succeeded"
-    wait_for(lambda: desk.service.engine.capacity() == 4, "free places")
+    wait_for(lambda: desk.service.engine.nodes()[0].free.slots == 4, "free places")
 
 
 def test_a_training_that_takes_too_long_is_stopped_and_has_saved_itself(desk):  # row 30
@@ -576,6 +576,20 @@ def test_a_killed_runner_takes_all_processes_of_torchrun_along(desk):  # row 2
     wait_for(lambda: all(gone(process) for process in both), "end of both")
     assert desk.until(id).error.code == "worker_lost"
     wait_for(lambda: not marked(f"{id}:"), "end of everything")
+
+
+def test_a_job_that_must_wait_for_cards_is_passed_by_one_that_wants_none(desk):
+    desk = desk(max_workers=3)
+    desk.service.engine.gpus = [Gpu(f"GPU-{name}-{os.getpid()}", "a card") for name in "ab"]
+    first, large, small = desk.submit("hold@3", gpus=1), desk.submit(gpus=2), desk.submit(gpus=0)
+    desk.until_step(first, 2)
+    assert desk.until(small).attempt == 1
+    assert desk.service.get(large).status == "queued"
+    desk.service.cancel(large)
+    desk.go(first)
+    desk.until(first)
+    with pytest.raises(LoraMvpError, match="3 GPUs on one node are asked for, and the largest has 2 GPUs"):
+        desk.submit(gpus=3)
 
 
 def kill_something(desk: Desk, server: Server, chance: random.Random) -> str:

@@ -72,7 +72,7 @@ def declared(key: str = "requirements") -> set[str]:
     return {normal(re.match(r"[\w.-]+", text)[0]) for text in settings["DEFAULT"][key].split()}
 
 
-EXTRAS = [f"{name}_requirements" for name in ("service", "notebook", "heic", "optimizers", "eval_offline")]
+EXTRAS = [f"{name}_requirements" for name in ("service", "notebook", "ray", "heic", "optimizers", "eval_offline")]
 
 
 def modules_after(code: str) -> set[str]:
@@ -176,7 +176,7 @@ def test_every_requirement_is_pinned_in_constraints():
     assert declared() | declared("service_requirements") | declared("notebook_requirements") <= pinned
 
 
-HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "cv2", "matplotlib"}
+HEAVY = {"ray", "torch", "diffusers", "transformers", "peft", "accelerate", "cv2", "matplotlib"}
 
 
 def test_config_is_light():

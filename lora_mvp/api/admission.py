@@ -26,6 +26,7 @@ from lora_mvp.api.job_settings import (
     write_settings,
 )
 from .jobs import TERMINAL, Job, JobSpec, Kind, is_job
+from .places import impossible
 from .records import Records
 from ..config import ApiConfig, AppConfig, load_config
 from ..errors import LoraMvpError
@@ -190,9 +191,9 @@ class Admission:
 
     def settings(self, kind: Kind, spec: JobSpec) -> AppConfig:
         "The settings of a job that can be done; raises `LoraMvpError` for one that cannot."
-        config, gpus = settings_for(self.config, spec.config), len(self.engine.describe()["gpus"])
-        if (spec.gpus or 0) > gpus:
-            raise LoraMvpError("invalid_request", f"{spec.gpus} GPUs are asked for, and there are {gpus}.")
+        config = settings_for(self.config, spec.config)
+        if never := impossible(spec, self.engine.nodes()):
+            raise LoraMvpError("invalid_request", never)
         if kind == "evaluate":
             self.check_evaluation(spec, config)
         elif spec.manifest is None:

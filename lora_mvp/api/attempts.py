@@ -9,13 +9,15 @@ __all__ = []
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 from .admission import Admission, disk_low
 from .engines import Engine, Life
 from .folders import Heartbeat, JobFolder, Result
 from .jobs import ACTIVE, RETRIED, Job, JobError
+from .places import Turns, find_place, keep_place
 from .records import Records
 from ..config import ApiConfig
 from ..errors import LoraMvpError
@@ -81,6 +83,10 @@ class Backoff:
         return set(self.until)
 
 # %% ../../nbs/6_api/24_attempts.ipynb #7bb1b0ea
+NO_SIGN = "The process that watches over the job gave no sign of life for too long (api.stall_seconds)."
+NO_PLACE = "The job was not begun where it had its place for too long (api.stall_seconds)."
+
+
 class Attempts:
     "What runs, and what became of it."
 
@@ -91,10 +97,11 @@ class Attempts:
         api: ApiConfig,
         clock: Callable[[], float] = time.monotonic,  # seconds; for durations
         backoff: float = 10.0,  # seconds before the second attempt; doubled for each after it, up to ten minutes
-        lease: float = 30.0,  # seconds without a sign of life after which an attempt nobody knows about is given up
+        lease: float | None = None,  # seconds as `Engine.lease`; None: the engine's
     ):
         self.records, self.engine, self.api = records, engine, api
-        self.silence, self.backoff = Silence(lease, clock), Backoff(backoff, clock)
+        lease = engine.lease if lease is None else lease
+        self.clock, self.silence, self.backoff = clock, Silence(lease, clock), Backoff(backoff, clock)
         self.hangs = Silence(max(lease, api.stall_seconds), clock)  # of attempts that the engine knows
         self.stopping: set[str] = set()  # refs that the engine was told to stop
         self.lost = Counter()  # by error code, since the start
@@ -132,18 +139,17 @@ class Attempts:
         beat = beat if beat and beat.attempt == job.attempt else None
         if result and result.attempt == job.attempt:
             self.settle(job, result)
-        elif life == "alive":
+        elif life in ("placing", "alive"):
             self.silence.end(job)
             if job.status == "starting" and beat:
                 self.records.move(job, "running")
             elif job.status == "cancelling":
                 self.stop(job)
             elif self.hangs.too_long(job, last_sign(folder, beat)):
-                self.lose(
-                    job, "The process that watches over the job gave no sign of life for too long (api.stall_seconds)."
-                )
+                self.lose(job, NO_PLACE if life == "placing" else NO_SIGN)
         elif life in ("exited", "gone"):
-            self.lose(job, "The process that watched over the job was lost.")
+            why = self.engine.why(job.engine_ref) if job.engine_ref else None
+            self.give_up(job, why) if why else self.lose(job, "The process that watched over the job was lost.")
         elif self.silence.too_long(job, beat and beat.time):
             self.lose(job, "There was no sign of life of the job for too long.")
 
@@ -156,8 +162,14 @@ class Attempts:
             self.give_up(job, result.error or JobError(code="worker_lost", message="The attempt was lost."))
         else:
             self.records.move(job, result.outcome, error=result.error)
+            self.forget(job)
+
+    def forget(self, job: Job) -> None:
+        "Let go of an attempt: what became of it is in the record."
         self.silence.end(job)
         self.hangs.end(job)
+        if job.engine_ref:
+            self.engine.forget(job.engine_ref)
 
     def lose(self, job: Job, why: str) -> None:
         "Give up an attempt whose process is lost."
@@ -178,11 +190,10 @@ class Attempts:
 
     def fence(self, job: Job) -> None:
         "End an attempt for good: it may write nothing, and nothing of it is left."
-        self.silence.end(job)
-        self.hangs.end(job)
         self.records.folder(job).claim_attempt(job.attempt + 1)
         if job.engine_ref:
             self.engine.stop(job.engine_ref, 0)
+        self.forget(job)
 
     def again(self, job: Job, **changes: Any) -> None:
         "Put a job back into the queue, unless it was about to be cancelled."
@@ -201,28 +212,37 @@ class Attempts:
 
 # %% ../../nbs/6_api/24_attempts.ipynb #3c8c94f1
 _logger = logging.getLogger("lora_mvp.api")
+AHEAD = 1000  # jobs of the queue, from its head, that are looked at in one turn
 
 
 class Starts:
     "Starts the next attempts at jobs."
 
     def __init__(self, attempts: Attempts, admission: Admission):
-        self.attempts, self.admission = attempts, admission
+        self.attempts, self.admission, self.turns = attempts, admission, Turns(attempts.clock)
         self.records, self.engine, self.api = attempts.records, attempts.engine, attempts.api
 
-    def due(self) -> list[Job]:
-        "The oldest jobs that wait and are not to wait longer."
-        waiting = self.attempts.backoff.waiting()
-        limit = len(waiting) + self.api.max_workers + 1
-        queued = self.records.page(status={"queued"}, oldest_first=True, limit=limit)
-        return [job for job in queued if job.id not in waiting]
+    def due(self) -> Iterator[tuple[Job, str]]:  # and the machine
+        "The jobs that can start now, each asked for when the one before has started."
+        nodes, waiting, kept, seen = self.engine.nodes(), self.attempts.backoff.waiting(), {}, set()
+        if not any(node.free.slots > 0 for node in nodes) or disk_low(self.api):
+            return
+        for job in islice(self.records.all({"queued"}), AHEAD):
+            seen.add(job.id)
+            if job.id in waiting:
+                continue
+            if node := find_place(job.spec, nodes, kept):
+                yield job, node.name
+                nodes = self.engine.nodes()
+                if not any(node.free.slots > 0 for node in nodes):
+                    return
+            elif self.turns.has_come(job):
+                for name, what in keep_place(job.spec, nodes).items():
+                    kept[name] = kept.get(name, set()) | what
+        self.turns.only(seen)
 
-    def has_room(self, job: Job) -> bool:
-        "Whether a job could start now."
-        return max(1, job.spec.gpus or 1) <= self.engine.capacity() and not disk_low(self.api)
-
-    def launch(self, job: Job) -> None:
-        "Start the next attempt at a job."
+    def launch(self, job: Job, node: str) -> None:
+        "Start the next attempt at a job on a machine."
         new, folder = self.records.move(job, "starting", error=None), self.records.folder(job)
         if new is None:
             return  # cancelled this moment
@@ -230,10 +250,11 @@ class Starts:
             if not folder.job_file.exists():
                 self.admission.fill(job, self.admission.settings(job.kind, job.spec))
             folder.claim_attempt(new.attempt)
-            ref = self.engine.start(new, folder)
+            ref = self.engine.start(new, folder, node)
         except LoraMvpError as error:
             _logger.warning("job %s was not started: %s", job.id, error)
-            text = "The job could not be started on this machine."
+            why = f": {error}" if error.code == "engine_unavailable" else "."
+            text = f"The job could not be started{why}"
             return self.attempts.give_up(new, JobError(code="engine_unavailable", message=text))
         while new.attempt == job.attempt + 1 and new.status in ACTIVE:
             if self.records.note(new, engine_ref=ref):

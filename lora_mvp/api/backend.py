@@ -21,7 +21,7 @@ from .jobs import Kind, Status
 from .ownership import open_jobs
 from .service import Service
 from .tokens import Tokens, first_token, tokens_place
-from ..config import AppConfig
+from ..config import ApiConfig, AppConfig
 
 # %% ../../nbs/6_api/29_backend.ipynb #98823bd9
 def gauge(
@@ -84,7 +84,11 @@ class ServiceMetrics:
         yield counter("lora_job_transitions", "Jobs that came into a state, since the start.", "status", moves)
         yield counter("lora_attempts_lost", "Attempts that were lost, since the start.", "reason", lost)
         yield gauge("lora_ready", "1 where a part of the service works.", ("part",), ready)
-        yield GaugeMetricFamily("lora_slots_free", "Jobs that could start now.", value=self.backend.engine.capacity())
+        yield GaugeMetricFamily(
+            "lora_slots_free",
+            "Jobs that could start now.",
+            value=sum(node.free.slots for node in self.backend.engine.nodes()),
+        )
         free = free_disk(self.backend.config.api)
         yield GaugeMetricFamily("lora_disk_free_bytes", "Free space for jobs.", value=free)
 
@@ -93,6 +97,15 @@ class ServiceMetrics:
         return generate_latest(self.registry)
 
 # %% ../../nbs/6_api/29_backend.ipynb #3a5532e9
+def engine_of(api: ApiConfig) -> Engine:
+    "The engine of `api.engine`; raises `LoraMvpError` where it cannot be had."
+    if api.engine == "local":
+        return LocalEngine(api)
+    from lora_mvp.api.ray_engine import RayEngine
+
+    return RayEngine(api)
+
+# %% ../../nbs/6_api/29_backend.ipynb #6d589047
 class Backend:
     "Store, engine and service of a running app."
 
@@ -112,7 +125,7 @@ class Backend:
         self.stop_jobs = False  # when it is closed
         self.store = open_jobs(config.api)
         try:
-            self.engine = engine or LocalEngine(config.api)
+            self.engine = engine or engine_of(config.api)
             self.service = Service(config, self.store, self.engine)
             self.metrics = ServiceMetrics(self)
             if named:

@@ -198,9 +198,13 @@ class Client:
         config: dict[str, Any] | None = None,  # settings to change, as "section.key": value
         gpus: int | None = None,  # None: one where there is one
         key: str | None = None,
+        memory_gb: float | None = None,  # kept for it on its node; None: none is
+        node_label: str | None = None,  # key=value of the nodes that will do; None: any
     ) -> dict[str, Any]:  # with job_id and status
         "Submit a training."
-        return self.submit("/train", {"manifest": manifest, "config": config or {}, "gpus": gpus}, key)
+        asked = {"memory_gb": memory_gb, "node_label": node_label}
+        body = {"manifest": manifest, "config": config or {}, "gpus": gpus}
+        return self.submit("/train", body | {name: value for name, value in asked.items() if value is not None}, key)
 
     def evaluate(
         self,

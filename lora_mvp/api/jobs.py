@@ -92,6 +92,9 @@ class JobError(FrozenRecord):
     signal: str | None = None  # "SIGKILL"
 
 # %% ../../nbs/6_api/01_jobs.ipynb #5fec28ad
+NODE_LABEL = r"^[\w./-]+=[\w./-]+$"  # as `ray start --labels` takes them
+
+
 class JobSpec(FrozenRecord):
     "What is to be done, as a client asked for it; checked when it came."
 
@@ -102,6 +105,10 @@ class JobSpec(FrozenRecord):
         default={}, description='settings to change, as "section.key": value; at most 64 KiB of JSON'
     )
     gpus: int | None = Field(None, ge=0, le=64, description="null: one where there is one")
+    memory_gb: float | None = Field(None, gt=0, le=100_000, description="kept for the job; null: none is")
+    node_label: str | None = Field(
+        None, pattern=NODE_LABEL, max_length=128, description="key=value of the nodes that will do; null: any"
+    )
 
 # %% ../../nbs/6_api/01_jobs.ipynb #79ffec15
 class Job(FrozenRecord):

@@ -391,9 +391,12 @@ def run_attempt(
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
     parser.add_argument("--attempt", type=int, required=True)
+    parser.add_argument("--parent", type=int, help="process without which it ends, too")
     args = parser.parse_args(argv)
     folder = JobFolder(os.path.abspath(args.folder))
-    if folder.current_attempt() != args.attempt:
+    if args.parent:
+        die_with_parent()
+    if folder.current_attempt() != args.attempt or args.parent not in (None, os.getppid()):
         return FENCED
     os.umask(0o077)
     os.nice(5)

@@ -89,10 +89,10 @@ class Loop:
 
     def start_queued(self) -> None:
         "Start the oldest jobs that there is room for."
-        for job in [] if self.draining else self.starts.due():
-            if self.draining or not self.starts.has_room(job):
+        for job, node in () if self.draining else self.starts.due():
+            if self.draining:
                 return
-            self.troubles.guarded(self.starts.launch, job)
+            self.troubles.guarded(self.starts.launch, job, node)
 
     def run(self) -> None:
         "Tick until it is drained."
@@ -150,7 +150,7 @@ class Service:
         engine: Engine,
         clock: Callable[[], float] = time.monotonic,  # seconds; for durations
         backoff: float = 10.0,  # seconds before the second attempt; doubled for each after it, up to ten minutes
-        lease: float = 30.0,  # seconds without a sign of life after which an attempt nobody knows about is given up
+        lease: float | None = None,  # seconds as `Engine.lease`; None: the engine's
     ):
         self.config, self.api, self.store, self.engine = config, config.api, store, engine
         self.records = Records(store, make_folder(self.api.jobs_dir, "api.jobs_dir", mode=0o700))
@@ -306,7 +306,8 @@ class Service:
             "jobs_dir": self.place_trouble() or folder_trouble(self.api.jobs_dir, "api.jobs_dir"),
             "data_dir": folder_trouble(self.api.data_dir, "api.data_dir", write=False),
             "disk": "less than api.min_free_gb is free" if disk_low(self.api) else None,
-            "engine": "some jobs cannot be attended to; the log says why" if self.loop.troubles.now else None,
+            "engine": self.engine.describe().get("problem")
+            or ("some jobs cannot be attended to; the log says why" if self.loop.troubles.now else None),
             "reconciled": None if self.loop.reconciled else unseen,
             "draining": "the service is about to stop" if self.loop.draining else None,
         }

@@ -14,7 +14,7 @@ from fastapi import Header
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .artifacts import Artifact, ArtifactKind
-from .jobs import TERMINAL, Job, JobError, JobSpec, Kind, Status
+from .jobs import NODE_LABEL, TERMINAL, Job, JobError, JobSpec, Kind, Status
 from .outcomes import EvaluationResult
 from .plain import plain
 from .service import Service
@@ -41,6 +41,10 @@ class TrainRequest(_Asked):
         {}, description='settings to change, as "section.key"', examples=[{"training.max_train_steps": 20}]
     )
     gpus: int | None = Field(None, ge=0, le=64, description="null: one where there is one")
+    memory_gb: float | None = Field(None, gt=0, le=100_000, description="kept for the job; null: none is")
+    node_label: str | None = Field(
+        None, pattern=NODE_LABEL, max_length=128, description="key=value of the nodes that will do; null: any"
+    )
 
 # %% ../../nbs/6_api/28_views.ipynb #74d380e6
 class EvaluateRequest(_Asked):
