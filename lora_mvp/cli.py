@@ -20,7 +20,7 @@ from .lab import add_lab
 from .models.adapter_commands import add_adapters, add_base
 from .screen import set_up_output
 from .start import add_push, add_start, next_step, prompts_trouble, report_folder, settings_again
-from .terminal import SHELLS, Parser, completion, new_command, refusal
+from .terminal import SHELLS, Parser, completion, importing, new_command, refusal
 from .terminal import finite_number as _number
 from .terminal import positive_count as _count
 
@@ -142,7 +142,8 @@ def cmd_train(args: argparse.Namespace) -> None:
     if args.extend and not args.resume:
         raise LoraMvpError("extend_needs_resume", "--extend goes with --resume: it makes a run longer that is there.")
     read_manifest(manifest)
-    from lora_mvp.train.loop import train
+    with importing():
+        from lora_mvp.train.loop import train
 
     record = train(config, manifest, resume=args.resume, overwrite=args.overwrite, extend=args.extend)
     if os.environ.get("RANK", "0") != "0":  # one of several processes speaks for all
@@ -158,7 +159,8 @@ def cmd_train(args: argparse.Namespace) -> None:
 def cmd_doctor(args: argparse.Namespace) -> None:
     "Check environment, base, data and memory before training."
     config, manifest = _config(args), _manifest(args)
-    from lora_mvp.train.diagnosis import Finding, doctor, doctor_text
+    with importing():
+        from lora_mvp.train.diagnosis import Finding, doctor, doctor_text
 
     findings = doctor(config, manifest)
     if trouble := prompts_trouble(config, manifest):
@@ -206,7 +208,8 @@ def _add_training(commands) -> None:
 def cmd_generate(args: argparse.Namespace) -> None:
     "Draw pictures with a trained adapter."
     e, path = _config(args).evaluation, _model_path(args)
-    from lora_mvp.infer import check_request, generate, load_run
+    with importing():
+        from lora_mvp.infer import check_request, generate, load_run
 
     steps = args.steps or e.num_inference_steps
     check_request(args.prompt, args.seed, args.count, steps, args.size)

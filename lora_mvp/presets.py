@@ -116,6 +116,17 @@ def tight(
     "Whether a step needs `gradient_checkpointing` there."
     return any(memory < least for pixels, least in ROOM.items() if size >= pixels)
 
+# %% ../nbs/7_doors/02b_presets.ipynb #6135bcb7
+PACKED = {"flux": {30: "none", 18: "int8", 0: "nf4"}, "zimage": {18: "none", 0: "int8"}}  # GB from which it fits
+
+
+def packing(
+    base: str,  # a key of `SHORT`, or anything else
+    memory: float,  # GB of the card
+) -> str:
+    "The value of `base_quant` with which a base fits a card, where there is one."
+    return next(bits for least, bits in PACKED.get(base, {0: "none"}).items() if memory >= least)
+
 # %% ../nbs/7_doors/02b_presets.ipynb #f1ad6b3e
 PER_STEP = 4  # pictures in a step: batch_size 1, gradient_accumulation 4
 
@@ -173,6 +184,8 @@ def training_settings(
     settings |= {"max_train_steps": steps, "lr_warmup_steps": steps // 20}
     settings |= {"checkpointing_steps": max(10, steps // 50 * 10), "max_checkpoints": 5, "save_pipeline": False}
     settings |= {"gradient_checkpointing": True} if wish.base in GUIDANCE or tight(size, wish.memory) else {}
+    bits = packing(wish.base, wish.memory)
+    settings |= {"base_quant": bits} if bits != "none" else {}
     settings |= {"learning_rate": 1e-3, "lora_targets": "all"} if wish.base == "tiny" else {}
     return settings | {"sample_prompts": [prompt.format(subject=wish.name) for prompt in kind.samples]}
 
@@ -199,6 +212,7 @@ WHY = {
     "max_checkpoints": "all of them, to choose from",
     "save_pipeline": "the adapter is enough; true also writes the whole model with it fused in",
     "gradient_checkpointing": "less memory, about a third more time",
+    "base_quant": "the frozen base in fewer bits, to fit the card",
     "goal": "what `evaluate` and `choose` ask for",
     "prompt_file": "what they draw",
 }

@@ -9,6 +9,7 @@ __all__ = []
 import argparse
 import contextlib
 import errno
+import gc
 import math
 import os
 import re
@@ -138,3 +139,17 @@ def refusal(error: Exception) -> str | None:
     found = [os.strerror(c) for c in codes if c in known]
     where = getattr(error, "filename", None)
     return f"the system refused to write or read{f' {where}' if where else ''}: {found[0]}." if found else None
+
+# %% ../nbs/7_doors/02a_terminal.ipynb #900861a4
+@contextlib.contextmanager
+def importing():
+    "Import torch and what stands on it without looking for garbage among it, nor later."
+    if "torch" in sys.modules:  # as in a notebook, whose objects are others
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()

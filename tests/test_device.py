@@ -159,3 +159,21 @@ def test_drawing_makes_no_float64_on_the_device(tmp_path, family):
     with Operators() as operators:
         sample(pipe, ["a"], [0], num_inference_steps=2)
     assert torch.float64 not in operators.types
+
+
+@pytest.mark.parametrize("family, variant", [("tiny", "lora"), ("sdxl", "dora")])
+def test_the_certificate_makes_no_float64_on_the_device(tmp_path, family, variant):
+    """From the saved files to the last comparison, with text encoders; of a base in half precision, which is widened."""
+    from lora_mvp.models.adapters import save_adapter
+    from lora_mvp.models.base import load_base
+    from lora_mvp.models.kohya import write_kohya
+    from lora_mvp.models.miniatures import random_base, random_lora
+    from lora_mvp.models.proof import certify
+
+    pipe = load_base(str(random_base(family, tmp_path / "base")), dtype=torch.bfloat16)
+    random_lora(pipe, lora_targets="attention", lora_variant=variant)
+    with Operators() as operators:
+        save_adapter(pipe, tmp_path / "run", "a base")
+        certificate = certify(pipe, tmp_path / "run", write_kohya(pipe, tmp_path / "kohya.safetensors"))
+    assert torch.float64 not in operators.types and torch.float32 in operators.types
+    assert {"unet", "prompt_embeds"} <= certificate.adapter_effect.keys()

@@ -157,3 +157,19 @@ def test_the_commands_of_a_guide_do_their_work_in_their_order(last, tmp_path, mo
     assert done == everything[: everything.index(last) + 1]
     made = {"open": ["run.html", "zkr-teapot.safetensors"], "grid": ["best_adapter", "evaluation/grid/grid.png"]}
     assert all((tmp_path / "my-teapot" / "outputs" / "zkr-teapot" / name).exists() for name in made[last])
+
+
+def test_the_table_of_cards_is_what_was_counted():
+    """docs/guides/gpu_sizes.md against what the chapter on memory printed."""
+    chapter = json.loads((ROOT / "nbs" / "3_train" / "14_memory.ipynb").read_text(encoding="utf-8"))
+    said = "".join("".join(o.get("text", [])) for cell in chapter["cells"] for o in cell.get("outputs", []))
+    counted = re.findall(r"^ ?(\d+ GB) +(sd1|sd2|sdxl) +\d+ px +(\d+) +(\d+)", said, re.MULTILINE)
+    rows = re.findall(
+        r"^\| (\d+ GB) \| (\d+), (\d+) \| (\d+), (\d+) \| (\d+), (\d+) ", GUIDES["gpu_sizes"], re.MULTILINE
+    )
+    told = [
+        (card, family, *row[2 * k : 2 * k + 2])
+        for card, *row in rows
+        for k, family in enumerate(("sd1", "sd2", "sdxl"))
+    ]
+    assert len(told) == 12 and sorted(told) == sorted(counted)

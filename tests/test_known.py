@@ -12,6 +12,7 @@ import pytest
 from lora_mvp.config import LoraMvpError, load_config
 from lora_mvp.data import workers
 from lora_mvp.files import asset
+from lora_mvp.train.known import KnownFiles
 
 OPENED: list[str] | None = None  # paths, while somebody listens
 
@@ -113,6 +114,19 @@ def test_a_resumed_run_reads_and_hashes_nothing_that_has_not_changed(begun, hash
     assert hashed["models.base"] <= whole < hashed["models.base"] + 1000  # and yet hashed once
     assert hashed["train.pictures"] > 0
     assert (resumed.adapter_sha256, resumed.history_sha256) == (fresh.adapter_sha256, fresh.history_sha256)
+
+
+def test_a_resumed_run_hashes_its_checkpoint_once(begun, hashed, monkeypatch):
+    from lora_mvp.train import checkpoints
+
+    newest, *_ = reversed(checkpoints.checkpoints(begun.root / "run"))
+    monkeypatch.setattr(checkpoints, "_COMPARED", KnownFiles())  # as in another process
+    size = sum(path.stat().st_size for path in newest.iterdir() if path.name != "checkpoint.json")
+    read = []
+    begun(resume=True, on_step=lambda report: read.append(hashed["files"]))  # it is looked for, named, restored
+    assert read[0] == size
+    exchanged(newest / "adapter.safetensors", -1)  # and is believed no longer than it is the same
+    assert "adapter.safetensors has changed" in checkpoints.damage(newest)
 
 
 def test_what_has_changed_is_found(begun, hashed):

@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/3_train/07_checkpoints.ipynb #cf30dbd3
-import hashlib
 import json
 import logging
 import os
@@ -20,12 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from ..config import MOVED, TrainingConfig
 from ..errors import LoraMvpError
-from ..files import sync
+from ..files import file_sha256, sync
+from .known import KnownFiles
 
 # %% ../../nbs/3_train/07_checkpoints.ipynb #99756415
 def _digest(path: Path) -> dict:
     "Size and hash of a file, as the manifest keeps them."
-    return {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
 # %% ../../nbs/3_train/07_checkpoints.ipynb #6cc06ddd
 def _discard(folder: Path) -> None:
@@ -128,18 +128,27 @@ def checkpoints(output_dir: Path) -> list[Path]:  # oldest first
     return sorted(found, key=step_of)
 
 # %% ../../nbs/3_train/07_checkpoints.ipynb #cd1b4ea0
+_COMPARED = KnownFiles()  # by this process; no other is believed, for a disk can lose what was whole
+
+
+def _differs(folder: Path, files: dict[str, dict]) -> str | None:
+    "The first file that is not what `_digest` said of it."
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _digest(folder / name) != expected:
+            return f"{name} has changed since it was written"
+    return None
+
+
 def damage(folder: Path) -> str | None:  # what is wrong, or None
     "Compare a checkpoint's files with its manifest."
     try:
-        record = json.loads((folder / MANIFEST).read_text())
-        for name, expected in record["files"].items():
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-            if _digest(folder / name) != expected:
-                return f"{name} has changed since it was written"
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        all_of_it = [folder / name for name in (MANIFEST, *files)]
+        return _COMPARED.ask("damage", all_of_it, lambda: _differs(folder, files))
     except (OSError, ValueError, KeyError) as e:
         return f"{MANIFEST} cannot be read ({type(e).__name__})"
-    return None
 
 # %% ../../nbs/3_train/07_checkpoints.ipynb #98b3e086
 def load_checkpoint(
