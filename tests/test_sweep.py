@@ -198,6 +198,37 @@ def test_arms_are_trained_by_a_service_and_judged_here(files, drawings, small_ru
 
 
 @pytest.mark.slow
+def test_nine_arms_on_three_nodes(files, drawings, capsys):
+    """The nodes of a Ray cluster train the arms, which are judged here."""
+    pytest.importorskip("ray")
+    from ray_cluster import RayCluster
+
+    root, words = files
+    text = "values:\n  training.lora_rank: [2, 4, 8]\n  training.learning_rate: [0.0001, 0.0002, 0.0004]\n"
+    (root / "sweep.yaml").write_text(text)
+    more = [f"{thing} {k}" for thing in ("disc", "square", "a disc", "a square") for k in range(4)]
+    words += ["--set", f"evaluation.prompts={[*PROMPTS, *more]}"]
+    cluster = RayCluster()
+    try:
+        for name in ("one", "two", "three"):
+            cluster.add(name, "--num-cpus", "1")
+        cluster.up()
+        ray = {"engine": "ray", "ray_address": cluster.address, "max_workers": 3}
+        with serving(settings(root, drawings.parent.parent, {}, **ray)) as (_, url):
+            assert main([*words, "--url", url, "--data", f"{drawings.parent.name}/manifest.json"]) == 0, (
+                capsys.readouterr()
+            )
+    finally:
+        end_jobs(root / "jobs")
+        cluster.close()
+    found = read_record(Sweep, root / "out" / "sweep.json")
+    assert len({arm.job for arm in found.arms}) == 9 == len(found.result.scores) and not any(
+        a.failed for a in found.arms
+    )
+    print(found.result.why)
+
+
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_again_and_again_finds_the_same(files):
     root, words = files
     rng, kills = random.Random(4), 0
