@@ -109,7 +109,7 @@ class RayCluster:
         self.nodes[name] = RayNode(self, name, *where, *options, **more)
         return self.nodes[name]
 
-    def until(self, condition, what: str, limit: float = 120.0) -> None:
+    def until(self, condition, what: str, limit: float = 300.0) -> None:
         end = time.monotonic() + limit
         while not condition():
             assert time.monotonic() < end, f"no {what} within {limit} s"
