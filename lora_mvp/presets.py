@@ -120,6 +120,13 @@ def tight(
 PACKED = {"flux": {30: "none", 18: "int8", 0: "nf4"}, "zimage": {18: "none", 0: "int8"}}  # GB from which it fits
 
 
+LEAST = {
+    "sd35": (16, "or 8 without its text_encoder_3"),
+    "flux": (12, "with the base in nf4"),
+    "zimage": (12, "with the base in int8"),
+}
+
+
 def packing(
     base: str,  # a key of `SHORT`, or anything else
     memory: float,  # GB of the card

@@ -21,7 +21,7 @@ from pathlib import Path
 from .config import AppConfig, config_schema, load_config
 from .errors import LoraMvpError
 from .files import atomic_write, make_folder
-from .presets import KINDS, SHORT, Wish, base_id, preset, preset_yaml, prompts_yaml
+from .presets import KINDS, LEAST, SHORT, Wish, base_id, packing, preset, preset_yaml, prompts_yaml
 from .terminal import positive_number
 from .words import as_words, count
 
@@ -152,7 +152,12 @@ def wish_of(args: argparse.Namespace) -> tuple[Wish, str]:  # the wish, a senten
     def answer(flag: str | None, question: str, default: str, check: Callable[[str], str]) -> str:
         return ask(question, default, check) if flag is None and asked else check(flag or default)
 
-    kind = answer(args.kind, f"What do your pictures show: {', '.join(KINDS)}", "", kind_answer)
+    kind = answer(
+        args.kind,
+        f"What do your pictures show: {', '.join(f'{k} {name}' for k, name in enumerate(KINDS, 1))}",
+        "",
+        kind_answer,
+    )
     example = KINDS[kind].example
     name = answer(
         args.name,
@@ -301,6 +306,16 @@ def prompts_trouble(
     except LoraMvpError as error:
         return error.message if error.code in ("prompts_invalid", "no_subject") else None
 
+# %% ../nbs/7_doors/02d_start.ipynb #a5c563ce
+def card_notes(wish: Wish) -> list[str]:
+    "What to know before a large base is downloaded for a card."
+    least, how = LEAST.get(wish.base, (0, ""))
+    notes = [f"note: {wish.base} takes a card of {least} GB, {how}, as `lora-mvp doctor` counts it"]
+    notes = notes if wish.memory < least else []
+    if packing(wish.base, wish.memory) == "nf4":
+        notes.append("note: nf4 takes one more package: pip install 'lora-mvp[optimizers]'")
+    return notes
+
 # %% ../nbs/7_doors/02d_start.ipynb #83d58397
 def cmd_init(args: argparse.Namespace) -> None:
     "Ask four questions and write config.yaml, ready to train."
@@ -310,7 +325,7 @@ def cmd_init(args: argparse.Namespace) -> None:
     said = init_folder(folder, wish)
     steps = preset(wish)["training"]["max_train_steps"]
     n = wish.pictures or KINDS[wish.kind].pictures
-    print(*said, f"{steps} steps, for {count(n, 'picture')}; {gpu}", sep="\n")
+    print(*said, f"{steps} steps, for {count(n, 'picture')}; {gpu}", *card_notes(wish), sep="\n")
     here = "" if folder.absolute() == Path.cwd() else f"cd {typed(folder)}, then "
     put = (
         ""

@@ -11,7 +11,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_mvp.config import AppConfig, find_config, load_config, override_values
+from lora_mvp.config import AppConfig, TrainingConfig, find_config, load_config, override_values
 from lora_mvp.errors import LoraMvpError
 from lora_mvp.given import raise_mistakes
 from lora_mvp.plain_yaml import read_yaml
@@ -111,10 +111,12 @@ def not_for_an_arm(
     section, _, name = key.partition(".")
     if key == "data.augmentations":
         return None
+    if not name and key in TrainingConfig.model_fields:
+        return f"{key} is written without its section: did you mean training.{key}?"
     if section != "training":
-        return f"{key} is the same for all arms: a sweep changes training settings and data.augmentations"
+        return f"{key} must be the same for all arms: a sweep changes training settings and data.augmentations"
     if name in HELD:
-        return f"{key} is the same for all arms: it does not change how an adapter is trained on one base"
+        return f"{key} must be the same for all arms: it does not change how an adapter is trained on one base"
     return None
 
 # %% ../nbs/7_doors/02f_sweep_file.ipynb #61889174

@@ -184,6 +184,8 @@ def sweep_where(
         return run_sweep(file, manifest, *rest, stop_behind=stop_behind)
     if stop_behind:
         raise LoraMvpError("sweep_invalid", "--stop-behind is for arms that are trained here: jobs run to their end.")
+    with Client(url, patience=5) as client:
+        client.models()  # an address where nobody answers is a mistake now; later it may be a network that breaks
     with Client(url, patience=600) as client:
         there = data or f"{manifest.absolute().parent.name}/manifest.json"
         return run_sweep(file, manifest, *rest, trainer=partial(train_as_jobs, client, there))

@@ -77,6 +77,22 @@ def test_a_library_that_is_missing_is_named_with_its_command(monkeypatch):
             check_trackers(TrainingConfig(trackers=[name]))
 
 
+def test_captions_are_counted_as_the_base_reads_them(base):
+    """By data preparation, which loads no weights; of a language model 512 tokens are read."""
+    from lora_mvp.data.captions import caption_tokenizer, too_long
+
+    tokenizer = caption_tokenizer(str(base))
+    assert too_long(["a cat"], tokenizer) == [] and too_long(["x y " * 300], tokenizer)[0][0] == 0
+    assert tokenizer.model_max_length == (512 if "zimage" in str(base) else 77)
+
+
+def test_prodigy_is_told_its_rate():
+    from lora_mvp.train.optimizers import check_optimizer
+
+    with pytest.raises(LoraMvpError, match="prodigy finds the rate by itself and multiplies it by this, and 0.0001"):
+        check_optimizer(TrainingConfig(optimizer="prodigy"))
+
+
 def test_a_base_without_t5(tmp_path):
     pipe = load_base(str(random_base("sd3", tmp_path, text_encoder_3=None, tokenizer_3=None)))
     assert "text_encoder_3" not in networks(pipe)

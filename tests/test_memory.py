@@ -100,7 +100,7 @@ SLOW_ROWS = [
     ("sdxl", 64, {"text_encoder_learning_rate": 1e-4, "lora_targets": "all"}, {}),
     ("sd3", 128, {"batch_size": 2, "lora_rank": 16, "lora_targets": "all"}, {}),
     ("flux", 128, {"batch_size": 4, "gradient_checkpointing": True}, {"transformer": {"num_attention_heads": 8}}),
-    ("flux", 128, {"lora_rank": 64, "optimizer": "prodigy"}, {}),
+    ("flux", 128, {"lora_rank": 64, "optimizer": "prodigy", "learning_rate": 1.0}, {}),
     ("sdxl", 64, {"lora_rank": 64, "optimizer": "schedulefree", "lr_scheduler": "constant"}, {}),
     ("flux", 128, {"base_quant": "int8"}, {"transformer": {"num_attention_heads": 8}}),
 ]

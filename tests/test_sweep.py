@@ -260,7 +260,7 @@ def test_a_sweep_that_is_killed_again_and_again_finds_the_same(files):
         ("values:\n  training.lora_rnak: [4, 8]\n", "did you mean lora_rank"),
         ("values:\n  training.learning_rate: [0.001, -1]\n", "training.learning_rate: -1 is not allowed"),
         ("values:\n  training.lora_targets: [attention, nothing_is_called_so]\n", "nothing_is_called_so: "),
-        ("values:\n  evaluation.seed: [1, 2]\n", "is the same for all arms"),
+        ("values:\n  evaluation.seed: [1, 2]\n", "must be the same for all arms"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_the_first_arm(files, text, said, capsys, monkeypatch):

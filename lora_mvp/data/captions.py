@@ -184,6 +184,9 @@ def words_and_marks(
     return len(CLIP_WORDS.findall(unicodedata.normalize("NFC", caption).lower()))
 
 # %% ../../nbs/1_data/04_captions.ipynb #e72ed949
+LANGUAGE_MODEL = 512  # tokens of a caption that a base reads whose text goes through one; its own limit is far above
+
+
 def caption_tokenizer(
     base: str = "",  # training.pretrained_model: `tiny`, a folder, a hub id or a file
 ) -> Any | None:  # a tokenizer of transformers; None when it is not on this machine
@@ -198,9 +201,12 @@ def caption_tokenizer(
             folder = Path(cached).parent if isinstance(cached, str) else folder
         if not (folder / "tokenizer_config.json").is_file():
             return None
-        from transformers import CLIPTokenizer
+        from transformers import AutoTokenizer, CLIPTokenizer
 
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        kind = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class", "CLIP")
+        if kind.startswith("CLIP"):
+            return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=LANGUAGE_MODEL)
     except (OSError, ValueError):  # no name of the hub, or not the tokenizer of a base that we train
         return None
 

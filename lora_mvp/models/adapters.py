@@ -63,19 +63,25 @@ def lora_config(training: TrainingConfig, targets: list[str]) -> LoraConfig:
 # %% ../../nbs/2_models/07_adapters.ipynb #5c29fc54
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # the attention of a text encoder
 
-# %% ../../nbs/2_models/07_adapters.ipynb #b8595adf
-def add_lora(
-    pipe: Pipeline,  # changed in place
-    training: TrainingConfig,
-) -> dict[str, list[torch.nn.Parameter]]:  # part -> its adapter's parameters, float32, trainable
-    "Freeze denoiser and text encoders and add an adapter that changes nothing yet; `LoraMvpError` (`targets_unknown`, `text_frozen`, `variant_unknown`)."
-    family, parts = family_of(pipe), {}
+# %% ../../nbs/2_models/07_adapters.ipynb #b29ea695
+def check_adapter(pipe: Pipeline, training: TrainingConfig) -> None:
+    "Raise `LoraMvpError` (`text_frozen`, `variant_unknown`) for what an adapter of a family cannot be."
+    family = family_of(pipe)
     if training.text_encoder_learning_rate is not None and not family.text_learns:
         text = f"training.text_encoder_learning_rate: the text encoders of {family.title} are not trained here. Set it to null."
         raise LoraMvpError("text_frozen", text)
     if training.lora_variant not in family.variants:
         text = f"training.lora_variant: {training.lora_variant} is not made for {family.title}. Use {' or '.join(family.variants)}."
         raise LoraMvpError("variant_unknown", text)
+
+# %% ../../nbs/2_models/07_adapters.ipynb #b8595adf
+def add_lora(
+    pipe: Pipeline,  # changed in place
+    training: TrainingConfig,
+) -> dict[str, list[torch.nn.Parameter]]:  # part -> its adapter's parameters, float32, trainable
+    "Freeze denoiser and text encoders and add an adapter that changes nothing yet; `LoraMvpError` (`targets_unknown`, `text_frozen`, `variant_unknown`)."
+    check_adapter(pipe, training)
+    family, parts = family_of(pipe), {}
     parts[family.denoiser] = (denoiser(pipe), find_targets(pipe, training.lora_targets))
     for name, encoder in text_parts(pipe).items():
         encoder.requires_grad_(False)

@@ -21,6 +21,7 @@ from PIL import Image
 
 from .. import __version__
 from ..config import EvaluationConfig, TrainingConfig, derive_seed
+from ..models.adapters import check_adapter
 from ..models.base import DTYPES, base_files, joint_hash, load_base, part_hashes, with_precision
 from ..models.drawing import UNET_PIXELS, decode_latents, draw_latents, together
 from ..models.families import Pipeline, denoise, denoiser, encode_text, text_parts
@@ -107,6 +108,7 @@ class Network:
         self.pipe, self.parts = known_base(self.known, t, lambda: load_base(t.pretrained_model, **how))  # on the CPU
         self.base_hash = joint_hash(self.parts)
         self.objective = objective_of(self.pipe.scheduler, t)
+        check_adapter(self.pipe, t)
         self.pipe.scheduler = sampling_scheduler(self.pipe.scheduler, t.zero_terminal_snr)
         self.texts: TextTable | None = None  # None: captions are encoded each time
         self.by_turns = False  # whether the UNet leaves the device while pictures are decoded

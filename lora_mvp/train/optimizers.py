@@ -42,11 +42,16 @@ def make_optimizer(
 
 # %% ../../nbs/3_train/10b_optimizers.ipynb #585965f8
 def check_optimizer(t: TrainingConfig) -> None:
-    "Raise `LoraMvpError` (`optimizer_unfit`, `extra_missing`) where `schedulefree` does not go with the other settings."
+    "Raise `LoraMvpError` (`extra_missing`) where a library is not there, `optimizer_unfit` for settings that it cannot work with."
+    libraries = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedulefree": "schedulefree"}
+    if t.optimizer in libraries:
+        need(libraries[t.optimizer])
+    if t.optimizer == "prodigy" and t.learning_rate < 0.01:
+        text = f"training.learning_rate: prodigy finds the rate by itself and multiplies it by this, and {t.learning_rate:g} leaves nothing of it"
+        raise LoraMvpError("optimizer_unfit", f"{text}. Set it to 1.")
     if t.optimizer != "schedulefree":
         return
-    need("schedulefree")
-    does = "training.optimizer: schedulefree"
+    does = "the optimizer schedulefree"
     if t.lr_scheduler not in ("constant", "constant_with_warmup"):
         text = (
             f"training.lr_scheduler: {does} averages instead of lowering the rate. Use constant or constant_with_warmup"
