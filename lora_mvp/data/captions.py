@@ -201,12 +201,12 @@ def caption_tokenizer(
             folder = Path(cached).parent if isinstance(cached, str) else folder
         if not (folder / "tokenizer_config.json").is_file():
             return None
-        from transformers import AutoTokenizer, CLIPTokenizer
+        from transformers import CLIPTokenizer, Qwen2Tokenizer
 
         kind = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class", "CLIP")
-        if kind.startswith("CLIP"):
+        if not kind.startswith("Qwen2"):
             return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=LANGUAGE_MODEL)
+        return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True, model_max_length=LANGUAGE_MODEL)
     except (OSError, ValueError):  # no name of the hub, or not the tokenizer of a base that we train
         return None
 
