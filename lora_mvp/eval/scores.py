@@ -32,6 +32,7 @@ from .samples import own_prompts
 from .verdicts import MAX_COPIED, Comparison, Fault, Goal, Margin, compare_scores, judge_scores
 from ..sheets import Tile, contact_sheet
 from ..stats import MIN_PAIRS, group_means, group_members, mean_interval, paired_test
+from ..words import count
 
 # %% ../../nbs/5_eval/09_scores.ipynb #1685d18f
 MATCH = "100 x cosine of picture and prompt"
@@ -208,7 +209,7 @@ def find_warnings(
     these = (
         f"{n_prompts} prompts: the intervals speak about these prompts only, not about others; use {MIN_PAIRS} or more."
     )
-    long = f"CLIP reads only the beginning of {len(cut)} prompts, the first: {cut[0][:60]!r}." if cut else ""
+    long = f"CLIP reads only the beginning of {count(len(cut), 'prompt')}, the first: {cut[0][:60]!r}." if cut else ""
     no = f"no interval for the change of {', '.join(unsure)}: too few prompts."
     noise = f"{', '.join(random)} has random weights: its numbers show that the program runs, and nothing else."
     found = {

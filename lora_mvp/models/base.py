@@ -223,7 +223,7 @@ def _load_error(name: str, source: str, error: Exception) -> LoraMvpError:
     first = (str(error).strip().splitlines() or [""])[0]
     reason = f"{type(error).__name__}: {first}"
     if Path(source).exists():
-        text = f"{source} could not be loaded as a Stable Diffusion pipeline with safetensors weights ({reason})."
+        text = f"{source} could not be loaded as a pipeline with safetensors weights ({reason})."
         return LoraMvpError("base_unreadable", text)
     return LoraMvpError(
         "base_unreachable",

@@ -143,8 +143,8 @@ def style_of(names: Iterable[str], pieces: Iterable[Piece]) -> str:
 
 # %% ../../nbs/2_models/01c_names.ipynb #06aa2704
 _GROUPS = {
-    "attention": r"attn",
-    "feed-forward": r"[._]ff[._]|mlp|proj_in|proj_out",
+    "attention": r"attn|attention[._]to_",
+    "feed-forward": r"[._]ff[._]|feed_forward|mlp|proj_in|proj_out",
     "convolution": r"conv|in_layers|out_layers|skip_connection|[._]op$",
 }
 

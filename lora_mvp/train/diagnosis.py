@@ -117,8 +117,7 @@ def environment_findings(training: TrainingConfig, device: str) -> Iterator[Find
     "Versions, device and precision."
     topic = "environment"
     if not _declared():
-        text = "lora-mvp runs from its source; install it (`pip install -e .`) to have versions checked."
-        yield Finding("warn", topic, text)
+        yield Finding("warn", topic, "lora-mvp runs from its source; `pip install -e .` has its versions checked.")
     yield _versions()
     if device == "cuda":
         for i in range(torch.cuda.device_count()):
@@ -127,7 +126,8 @@ def environment_findings(training: TrainingConfig, device: str) -> Iterator[Find
     elif device == "mps":
         yield Finding("ok", topic, "Apple's GPU, whose memory is the machine's.")
     else:
-        yield Finding("ok", topic, f"no GPU; training runs on {os.cpu_count()} CPU cores.")
+        level, how = ("warn", ", slowly at this resolution") if training.resolution >= 512 else ("ok", "")
+        yield Finding(level, topic, f"no GPU; training runs on {os.cpu_count()} CPU cores{how}.")
     yield from precision_findings(training.mixed_precision, device)
 
 # %% ../../nbs/3_train/15_diagnosis.ipynb #95dbf336
