@@ -73,7 +73,9 @@ def test_the_settings_of_a_guide_are_those_of_init_and_the_doctor_takes_them(kin
     found = doctor(config, root / f"{kind}.json", device="cpu", memory=64e9)
     assert not [f for f in found if f.level == "error"], found
     told = [f.text for f in found if f.level == "warn"]
-    assert all("made for 64" in text or "no GPU" in text for text in told), told  # the small base is for smaller pictures
+    assert all("made for 64" in text or "no GPU" in text for text in told), (
+        told
+    )  # the small base is for smaller pictures
     both = {name: dict(section) for name, section in read_yaml(block)[0].items()}
     for name, section in read_yaml(for_sdxl)[0].items():
         both[name] |= section
