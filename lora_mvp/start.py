@@ -250,6 +250,11 @@ def settings_again(args: argparse.Namespace) -> str:  # such as " --config my.ya
     return options + "".join(f" --set {shlex.quote(change)}" for change in args.set or [])
 
 # %% ../nbs/7_doors/02d_start.ipynb #5007f95d
+def meant_manifest(config: AppConfig, manifest: str | Path | None = None) -> Path:
+    "The manifest that is meant: the one that is named, else that of the prepared data."
+    return Path(manifest or Path(config.data.processed_dir) / "manifest.json")
+
+# %% ../nbs/7_doors/02d_start.ipynb #0bc6dc7d
 def report_folder(config: AppConfig) -> Path:
     "Where `prepare-data` puts its report: beside the data, so that globs over the data find no more than that."
     processed = Path(config.data.processed_dir)
@@ -265,7 +270,7 @@ def first_step(
     if not pictures_in(raw):
         labels = [*raw.glob("*/")]
         return f"put your pictures into {typed(labels[0] if len(labels) == 1 else raw)}, then {command}"
-    refused = not Path(config.data.processed_dir, "manifest.json").is_file() and (report / "report.html").is_file()
+    refused = not meant_manifest(config).is_file() and (report / "report.html").is_file()
     why = f"{typed(report / 'report.html')} says why no picture was taken; after a change, " if refused else ""
     return f"{why}{command}"
 
@@ -279,7 +284,7 @@ def next_step(
     from lora_mvp.train.checkpoints import checkpoints
     from lora_mvp.train.runs import RunFolder
 
-    manifest = Path(manifest or Path(config.data.processed_dir) / "manifest.json")
+    manifest = meant_manifest(config, manifest)
     run = RunFolder(config.training.output_dir)
     if not manifest.is_file():
         return first_step(config, options)
@@ -299,8 +304,8 @@ def prompts_trouble(
     from lora_mvp.eval.samples import read_prompts
 
     try:
-        if Path(manifest or Path(config.data.processed_dir) / "manifest.json").is_file():
-            plan_for(config, [read_manifest(manifest or Path(config.data.processed_dir) / "manifest.json")])
+        if meant_manifest(config, manifest).is_file():
+            plan_for(config, [read_manifest(meant_manifest(config, manifest))])
         elif config.evaluation.prompt_file:
             read_prompts(config.evaluation.prompt_file)
     except LoraMvpError as error:

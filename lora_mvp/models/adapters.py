@@ -33,10 +33,8 @@ def find_targets(
     "What gets an adapter; `LoraMvpError` (`targets_unknown`) when nothing matches, and those of `match_names`."
     known, names = family_of(pipe).targets, list(adaptable_modules(denoiser(pipe)))
     if targets in known:
-        ends, beside = (
-            tuple(f".{end}" for end in known[targets]),
-            {n for n, _ in denoiser(pipe).named_modules()} - {*names},
-        )
+        ends = tuple(f".{end}" for end in known[targets])
+        beside = {name for name, _ in denoiser(pipe).named_modules()} - {*names}
         if not set(known[targets]) & {*names} and not any(name.endswith(ends) for name in beside):
             return list(known[targets])
         return [name for name in names if name.endswith(ends)]  # FLUX ends in a `proj_out`, Z-Image has other `.0`

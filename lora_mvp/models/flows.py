@@ -9,6 +9,8 @@ __all__ = []
 import torch
 from diffusers import FluxPipeline
 
+from ..data.captions import LANGUAGE_MODEL
+
 # %% ../../nbs/2_models/01h_flows.ipynb #2041e00e
 class Patches:
     "What bases share whose transformer reads patches of two by two latents."
@@ -123,7 +125,7 @@ class ZImage(Patches):
     "What Z-Image makes of texts and noise."
 
     GUIDED_TWICE = True
-    TOKENS = 512  # of a prompt at most, as in diffusers' pipeline
+    TOKENS = LANGUAGE_MODEL  # of a prompt at most, as in diffusers' pipeline
 
     @staticmethod
     def native_size(pipe) -> int:  # pixels

@@ -12,25 +12,32 @@ from ..config import TrainingConfig
 from ..errors import LoraMvpError
 from ..extras import need
 
+# %% ../../nbs/3_train/10b_optimizers.ipynb #eef946c6
+LIBRARIES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedulefree": "schedulefree"}
+
+
+def need_library(t: TrainingConfig) -> None:
+    "Raise `LoraMvpError` (`extra_missing`) where the library of an optimizer is not there."
+    if t.optimizer in LIBRARIES:
+        need(LIBRARIES[t.optimizer])
+
 # %% ../../nbs/3_train/10b_optimizers.ipynb #e0df6f2a
 def make_optimizer(
     t: TrainingConfig,
     groups: list[dict],  # with `params` and their peak rate, `lr`
 ) -> torch.optim.Optimizer:
     "The optimizer that `training.optimizer` names; `LoraMvpError` (`extra_missing`) where its library is not there."
+    need_library(t)
     moments = {"betas": (t.adam_beta1, t.adam_beta2), "weight_decay": t.weight_decay}
     if t.optimizer == "adamw8bit":
-        need("bitsandbytes")
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, **moments)
     if t.optimizer == "prodigy":
-        need("prodigyopt")
         from prodigyopt import Prodigy
 
         return Prodigy(groups, use_bias_correction=True, safeguard_warmup=t.lr_warmup_steps > 0, **moments)
     if t.optimizer == "schedulefree":
-        need("schedulefree")
         from schedulefree import AdamWScheduleFree
 
         optimizer = AdamWScheduleFree(groups, **moments)
@@ -43,11 +50,9 @@ def make_optimizer(
 # %% ../../nbs/3_train/10b_optimizers.ipynb #585965f8
 def check_optimizer(t: TrainingConfig) -> None:
     "Raise `LoraMvpError` (`extra_missing`) where a library is not there, `optimizer_unfit` for settings that it cannot work with."
-    libraries = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedulefree": "schedulefree"}
-    if t.optimizer in libraries:
-        need(libraries[t.optimizer])
+    need_library(t)
     if t.optimizer == "prodigy" and t.learning_rate < 0.01:
-        text = f"training.learning_rate: prodigy finds the rate by itself and multiplies it by this, and {t.learning_rate:g} leaves nothing of it"
+        text = f"training.learning_rate: prodigy finds the rate by itself and multiplies it by this, and {t.learning_rate:g} makes it far too small"
         raise LoraMvpError("optimizer_unfit", f"{text}. Set it to 1.")
     if t.optimizer != "schedulefree":
         return
