@@ -51,6 +51,9 @@ def job_error(
 ) -> JobError:
     "What to tell of an exception."
     names = {kind.__name__ for kind in type(error).__mro__}
+    if "DistError" in names or "gloo/transport" in str(error):
+        text = "One of the processes of the job ended or fell silent, and the others cannot go on without it."
+        return JobError(code="worker_lost", message=text)
     if names & {"MemoryError", "OutOfMemoryError"} or "can't allocate memory" in str(error):
         advice = "Lower training.batch_size or training.resolution, or switch on training.gradient_checkpointing."
         return JobError(code="out_of_memory", message=f"The memory did not suffice. {advice}")
