@@ -84,6 +84,9 @@ class Networks:
         """Pull the cable."""
         self.ip("link", "set", f"{self.tag}v{k + 2}", "down")
 
+    def mend(self, k: int) -> None:
+        self.ip("link", "set", f"{self.tag}v{k + 2}", "up")
+
     def close(self) -> None:
         for name in self.names:
             subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)

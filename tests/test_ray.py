@@ -207,9 +207,9 @@ class RealDesk:
 
 
 @pytest.fixture
-def two_nodes(cluster, drawings, small_run, tmp_path):
+def two_nodes(request, cluster, drawings, small_run, tmp_path):
     """A desk, and what a job on two nodes is to give: that of two processes on one machine, undisturbed."""
-    settings = small_run("none", max_train_steps=24, checkpointing_steps=4, save_pipeline=False)
+    settings = small_run("none", max_train_steps=getattr(request, "param", 24), checkpointing_steps=4)
     wanted = settings | {"training.output_dir": str(tmp_path / "wanted" / "run")}
     asked = [part for key, value in wanted.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     run = [
@@ -257,6 +257,50 @@ def test_one_job_trains_on_two_nodes_and_goes_on_when_a_part_dies(two_nodes, net
     wait_for(lambda: not marked(f"{id}:"), "end of everything")
     wait_for(lambda: sum(node.free.slots for node in desk.service.engine.nodes()) == 4, "places of both")
     assert desk.service.engine.running() == {}
+
+
+PARTS = ["keeper", "runner", "trainer"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("two_nodes", [200], indirect=True)
+def test_a_job_on_two_nodes_survives_the_loss_of_every_part(two_nodes, networks, cluster):
+    desk, id, wanted = two_nodes
+    folder = desk.service.folder(desk.service.get(id))
+
+    def lose(what: str, rank: int) -> None:
+        if what == "node":
+            cluster.nodes["two"].kill()
+        elif what == "cable":
+            networks.cut(1)
+        elif what == "keeper":
+            runner = desk.parts(id, "lora_mvp.api.runner")[mark(rank)]
+            runner.parent().kill()
+        else:
+            word = {"runner": "lora_mvp.api.runner", "trainer": "lora_mvp.api.work"}[what]
+            desk.parts(id, word)[mark(rank)].kill()
+
+    def mark(rank: int) -> str:
+        return f"{id}:{folder.current_attempt()}" + ("/1" if rank else "")
+
+    for what, rank in [*((part, rank) for part in PARTS for rank in (0, 1)), ("node", 1), ("cable", 1)]:
+        before, step = folder.current_attempt(), (folder.progress() or {"step": 0})["step"]
+        if what == "cable" and not networks:
+            continue
+        desk.until(id, lambda job: (folder.progress(job.attempt) or {"step": 0})["step"] > step)  # noqa: B023
+        begun = time.monotonic()
+        lose(what, rank)
+        lost = desk.until(id, lambda job: job.status == "queued" and job)
+        print(f"{what} of node {rank} gone at step {step}: {lost.error.message} ({time.monotonic() - begun:.1f} s)")
+        if what == "cable":
+            networks.mend(1)
+        if what in ("node", "cable"):
+            cluster.again("two")
+        assert folder.current_attempt() > before
+    job = desk.until(id, lambda job: job.status in TERMINAL and job)
+    assert job.status == "succeeded", job
+    assert same_adapter(folder.run, wanted)
+    wait_for(lambda: not marked(f"{id}:"), "end of everything")
 
 
 @pytest.mark.slow

@@ -43,10 +43,20 @@ def launcher(
     return ["--nnodes", str(member.count), "--node_rank", str(member.rank), *where, "--nproc_per_node", str(processes)]
 
 # %% ../../nbs/6_api/19a_members.ipynb #4f9b5b7a
+SILENT, ALONE = 120.0, 60.0  # seconds: without a sign; after the end of another in an error
+
+
+def wrong_with(rank: int, sign: Sign | None, age: float) -> str | None:
+    "Why an attempt cannot go on, as far as a member's newest sign, `age` seconds old, is the reason."
+    name = sign.node if sign else f"of rank {rank}"
+    if sign is None or sign.exit_code is None:
+        return f"The node {name} gave no sign of life for too long." if age >= SILENT else None
+    ended = sign.exit_code and age >= ALONE
+    return f"The part of the job on the node {name} ended with exit status {sign.exit_code}." if ended else None
+
+# %% ../../nbs/6_api/19a_members.ipynb #9a7e05ae
 class Members:
     "The members of an attempt, by the signs that they give in the job's folder."
-
-    SILENT, ALONE = 120.0, 60.0  # seconds: without a sign; after the end of another in an error
 
     def __init__(self, folder: JobFolder, attempt: int, member: Member, clock: Callable[[], float]):
         self.folder, self.attempt, self.member, self.clock = folder, attempt, member, clock
@@ -72,8 +82,4 @@ class Members:
         if sign != self.known.get(rank, (None, 0.0))[0]:
             self.known[rank] = sign, self.clock()
         sign, since = self.known.get(rank, (None, self.began))
-        age, name = self.clock() - since, sign.node if sign else f"of rank {rank}"
-        if sign is None or sign.exit_code is None:
-            return f"The node {name} gave no sign of life for too long." if age >= self.SILENT else None
-        ended = sign.exit_code and age >= self.ALONE
-        return f"The part of the job on the node {name} ended with exit status {sign.exit_code}." if ended else None
+        return wrong_with(rank, sign, self.clock() - since)

@@ -73,7 +73,8 @@ def impossible(
     if not fitting:
         return "no node is there to run jobs; try again when one is."
     if holding or spec.nodes > len(fitting):
-        return f"{spec.nodes} nodes with {room_text(need)} each are asked for, and there are {holding}."
+        there = "is 1" if holding == 1 else f"are {holding}"
+        return f"{spec.nodes} nodes with {room_text(need)} each are asked for, and there {there}."
     largest = max(fitting, key=lambda node: (node.total.gpus, node.total.memory_gb))
     return f"{room_text(need)} on one node are asked for, and the largest has {room_text(largest.total)}."
 

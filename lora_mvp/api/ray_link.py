@@ -165,7 +165,7 @@ def keepers_of(attempt: str) -> list[str]:
     return [attempt] if count == 1 else [f"{attempt}/{rank}" for rank in range(count)]
 
 # %% ../../nbs/6_api/21b_ray_link.ipynb #d0f912e0
-def group_of(ray: Any, name: str) -> Any:
+def placement_of(ray: Any, name: str) -> Any:
     "The placement group of an attempt; None where it has none."
     try:
         return ray.util.get_placement_group(name)
@@ -180,7 +180,7 @@ def keep_group(ray: Any, name: str, nodes: list[str], need: list) -> list[Any]:
     slots, gpus, memory = need
     part = {"CPU": slots} | ({"GPU": gpus} if gpus else {}) | ({"memory": int(memory * 1e9)} if memory else {})
     where = {"bundle_label_selector": [{"ray.io/node-id": node} for node in nodes]}
-    group = group_of(ray, name) or ray.util.placement_group(
+    group = placement_of(ray, name) or ray.util.placement_group(
         [part] * len(nodes), strategy="STRICT_SPREAD", name=name, lifetime="detached", **where
     )
     return [PlacementGroupSchedulingStrategy(group, rank) for rank in range(len(nodes))]
@@ -239,7 +239,7 @@ def drop_keepers(ray: Any, names: list[str]) -> None:
     ray.wait(ends, num_returns=len(ends), timeout=3.0) if ends else None
     for keeper in found:
         ray.kill(keeper)
-    for group in filter(None, (group_of(ray, name) for name in names if len(keepers_of(name)) > 1)):
+    for group in filter(None, (placement_of(ray, name) for name in names if len(keepers_of(name)) > 1)):
         ray.util.remove_placement_group(group)
 
 # %% ../../nbs/6_api/21b_ray_link.ipynb #ebd9e9bd

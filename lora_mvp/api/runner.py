@@ -296,10 +296,10 @@ class Runner:
         work: list[str],  # command of the trainer, without its arguments
         patience: float = 10.0,  # seconds between the last SIGTERM and SIGKILL
         clock: Callable[[], float] = time.monotonic,
-        member: Member = Member(),  # noqa: B008 (it does not change)
+        member: Member | None = None,  # None: the only one
     ):
         self.folder, self.attempt, self.work, self.patience, self.clock = folder, attempt, work, patience, clock
-        self.job, self.api = folder.read_job(), read_settings(folder).api
+        self.job, self.api, member = folder.read_job(), read_settings(folder).api, member or Member()
         self.first, self.members = member.rank == 0, Members(folder, attempt, member, clock)
         self.mark = member.mark(f"{self.job.id}:{attempt}")
         self.ref = ref_of(os.getpid(), self.mark)
