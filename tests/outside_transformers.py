@@ -104,20 +104,22 @@ def flux_facts(c) -> dict:
     return facts | {"guidance_embed": True}
 
 
+def write_own(networks: ModuleType, model, file: str) -> None:
+    """An adapter as sd-scripts makes it, with random numbers."""
+    torch.manual_seed(0)
+    tensors = {}
+    for lora in networks.create_network(1.0, 4, 3.0, None, [], model).unet_loras:
+        tensors[f"{lora.lora_name}.alpha"] = lora.alpha
+        for kind in ("lora_down", "lora_up"):
+            tensors[f"{lora.lora_name}.{kind}.weight"] = torch.randn(getattr(lora, kind).weight.shape) / 5
+    save_file(tensors, file)
+
+
 def sd_scripts(pipe, model, file: str) -> None:
     """As its merging does it."""
     networks = import_module(f"networks.lora_{family_of(pipe).name}")
-    if not Path(file).exists():  # one of its own
-        own = networks.create_network(1.0, 4, 3.0, None, [], model)
-        save_file(
-            {
-                f"{x.lora_name}.{name}": torch.randn(value.shape) / 5 if value.ndim else value.detach()
-                for x in own.unet_loras
-                for name, value in x.state_dict().items()
-                if name.startswith(("lora_", "alpha"))
-            },
-            file,
-        )
+    if not Path(file).exists():
+        write_own(networks, model, file)
     network, tensors = networks.create_network_from_weights(1.0, file, None, [], model, for_inference=True)
     there = {lora.lora_name for lora in network.unet_loras}
     assert there == {name.partition(".")[0] for name in tensors}, "it has no place for some of the file's layers"

@@ -22,20 +22,20 @@ from .matrices import CODE, Matrix, matrices
 # %% ../../nbs/2_models/09c_fused.ipynb #a70559a1
 def _up(layer: torch.nn.Module) -> torch.Tensor:
     "A layer's rows; without columns where it has no adapter."
-    return (
-        layer.lora_B[ADAPTER].weight if isinstance(layer, LoraLayer) else layer.weight.new_zeros(len(layer.weight), 0)
-    )
+    if not isinstance(layer, LoraLayer):
+        return torch.zeros(layer.out_features, 0)
+    return layer.lora_B[ADAPTER].weight.detach().cpu()
 
 
 def _joined(matrix: Matrix, own: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
     "alpha, down and up of a matrix, from the layers that have its rows."
     adapted = [layer for layer in own if isinstance(layer, LoraLayer)]
     strengths, rank = [kohya_alpha(layer) / layer.r[ADAPTER] for layer in adapted], sum(x.r[ADAPTER] for x in adapted)
-    ups, alpha = [_up(layer).float() for layer in own], sum(map(kohya_alpha, adapted))
+    ups, alpha = [_up(layer) for layer in own], sum(map(kohya_alpha, adapted))
     if len(set(strengths)) > 1:
         each, alpha = iter(strengths), float(rank)
         ups = [up * next(each) if up.shape[1] else up for up in ups]
-    down = torch.cat([layer.lora_A[ADAPTER].weight for layer in adapted])
+    down = torch.cat([layer.lora_A[ADAPTER].weight.detach().cpu() for layer in adapted])
     up = matrix.turned(ups[0]) if len(ups) == 1 else torch.block_diag(*ups)
     return {"alpha": torch.tensor(alpha), "lora_down.weight": down, "lora_up.weight": up}
 
@@ -61,7 +61,7 @@ def fused_state(pipe: Pipeline) -> dict[str, torch.Tensor]:
         if any(isinstance(layer, LoraLayer) for layer in own):
             key = f"lora_unet_{name.replace('.', '_')}"
             state |= {f"{key}.{kind}": tensor for kind, tensor in _joined(matrix, own).items()}
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    return {name: tensor.clone().contiguous() for name, tensor in state.items()}
 
 # %% ../../nbs/2_models/09c_fused.ipynb #56a526a4
 def _header(pipe: Pipeline, facts: dict, state: dict[str, torch.Tensor]) -> dict[str, str]:

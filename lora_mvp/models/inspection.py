@@ -290,6 +290,7 @@ def _question(contents: Contents, family: str | None) -> Question:
         alphas=len({alpha_of(contents, layer) for layer in _products(contents) if not _bad_alpha(contents, layer)}),
         text_attention_cut=bool(attention) and not any(name.endswith("out_proj") for name in attention),
         embeddings=any(map(is_embedding, contents.beside)),
+        beside_blocks=not all(re.search(r"blocks_\d", name) for part, name in contents.layers if part == "unet"),
         strange=family not in WITHOUT_UNET and bool(_strange(contents)) or unheard,
         diffusers_refuses=_refused(contents, family, style == "kohya"),
         broken=broken_layers(contents),

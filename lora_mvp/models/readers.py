@@ -76,6 +76,7 @@ class Question:
     strength_in_settings: bool = False  # one that is not 1, in the header's settings, which diffusers alone reads
     text_attention_cut: bool = False  # kohya's names, and a text encoder's attention without out_proj
     embeddings: bool = False  # textual inversions beside the layers
+    beside_blocks: bool = False  # layers of a transformer that are in none of its blocks
     strange: bool = False  # layers that the family does not have, or tensors that no table knows
     diffusers_refuses: bool = False  # settings that are none, tensors or names that it does not take
     broken: list[str] = field(default_factory=list)  # what no program can load
@@ -121,7 +122,9 @@ def answers(q: Question) -> tuple[dict[str, bool | None], list[str]]:  # program
         notes.append(_NOTES["nowhere"])
     if q.dora and kohya:
         notes.append(_NOTES[q.dora])
-    elif kohya and q.family in _NETWORKS and q.algorithms == ["LoRA"] and not (q.strange or q.broken):
+    elif (
+        kohya and q.family in _NETWORKS and q.algorithms == ["LoRA"] and not (q.beside_blocks or q.strange or q.broken)
+    ):
         notes.append(_NOTES["sd-scripts"])
     return {name: {"y": True, "n": False, "?": None}[letter] for name, letter in zip(PROGRAMS, letters)}, [
         *q.broken,

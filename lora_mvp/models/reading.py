@@ -225,14 +225,11 @@ def read_factors(
             if whole_numbers(contents, layer):
                 raise _Unfit("holds whole numbers, which this package does not read")
             t, matrix = {kind: tensors[name].float() for kind, name in kinds.items()}, names[layer]
-            sizes, (_, *inner) = (
-                [len(modules[name].weight) for name in matrix.layers],
-                modules[matrix.layers[0]].weight.shape,
-            )
-            f = factors_of(contents, layer, t, (sum(sizes), *inner))
+            weights = [modules[name].weight for name in matrix.layers]
+            f = factors_of(contents, layer, t, (sum(map(len, weights)), *weights[0].shape[1:]))
             if twice := set(matrix.layers) & set(found):
                 raise _Unfit(f"adds to {min(twice)}, which the file has under another name as well")
-            found |= shared_out(f, matrix, sizes)
+            found |= shared_out(f, matrix, list(map(len, weights)))
         except _Unfit as error:
             left[told] = str(error)
     return found, left
