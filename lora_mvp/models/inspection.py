@@ -91,12 +91,16 @@ def _widths(contents: Contents, pattern: str) -> set[int]:
     return {shape[1] for layer in layers if len(shape := contents.shape(layer, "down")) == 2}
 
 
+def _as_wide_as_flux(contents: Contents) -> bool:
+    return _widths(contents, r"\w+blocks_\d+_(?:(?:img|txt)_attn_qkv|linear1|attn_to_[qkv]$)") <= {3072}
+
+
 def _one_of_flux(contents: Contents) -> str:
     "FLUX.1, or only a diffusion transformer."
     said = contents.header.metadata.get("modelspec.architecture", "flux-1").lower()
     alike = said.startswith(("flux-1", "flux.1", "flux1")) and not any(".img_attn_qkv." in x for x in contents.pieces)
-    narrow = _widths(contents, r"\w+blocks_\d+_(?:(?:img|txt)_attn_qkv|linear1|attn_to_[qkv]$)") <= {3072}
-    return "flux" if alike and (narrow or _claimed(contents.header.metadata) == "flux") else "transformer"
+    own = _as_wide_as_flux(contents) or _claimed(contents.header.metadata) == "flux"
+    return "flux" if alike and own else "transformer"
 
 
 def _one_of_zimage(contents: Contents) -> str:
@@ -263,7 +267,8 @@ def _refused(contents: Contents, family: str | None, kohya: bool) -> bool:
     )
     left = [name for name in contents.beside if kohya or "lora" not in name]
     whole = any(whole_numbers(contents, layer) for layer in contents.layers)
-    return bool(contents.wrong or left or untrue_settings(contents)) or sgm or whole
+    small = kohya and family == "flux" and not _as_wide_as_flux(contents)  # it goes by the published sizes
+    return bool(contents.wrong or left or untrue_settings(contents)) or sgm or whole or small
 
 # %% ../../nbs/2_models/08_inspection.ipynb #e6c8395a
 _APART = re.compile(r"_(?:to|add)_[qkv](?:_proj)?$")  # layers that the original code has as one
@@ -290,7 +295,7 @@ def _question(contents: Contents, family: str | None) -> Question:
         alphas=len({alpha_of(contents, layer) for layer in _products(contents) if not _bad_alpha(contents, layer)}),
         text_attention_cut=bool(attention) and not any(name.endswith("out_proj") for name in attention),
         embeddings=any(map(is_embedding, contents.beside)),
-        beside_blocks=not all(re.search(r"blocks_\d", name) for part, name in contents.layers if part == "unet"),
+        beside_blocks=not all(part == "unet" and re.search(r"blocks_\d", name) for part, name in contents.layers),
         strange=family not in WITHOUT_UNET and bool(_strange(contents)) or unheard,
         diffusers_refuses=_refused(contents, family, style == "kohya"),
         broken=broken_layers(contents),

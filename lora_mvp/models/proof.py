@@ -233,7 +233,7 @@ def unrounded(pipe: Pipeline):
 
 # %% ../../nbs/2_models/10_proof.ipynb #e7c60782
 def own_reader(file: Path) -> bool:
-    "Whether diffusers cannot judge a file: DoRA and several alphas in kohya's form, and kohya's names for FLUX, where it goes by the published sizes."
+    "Whether a file is read in full by this package only, as DoRA and several alphas in kohya's form are; also where nothing is known of diffusers and kohya's names."
     facts = inspect_adapter(file)
     return facts.readers["diffusers"] is False or (facts.readers["diffusers"] is None and facts.form == "kohya")
 

@@ -38,7 +38,7 @@ _DORA = {"rows": "nnnn", "columns": "nyyy"}
 WITHOUT_UNET = ("flux", "sd3", "zimage", "transformer")  # families whose layers no table of UNets knows
 _TRANSFORMERS = {  # family, whose way of writing names -> answers
     ("flux", "diffusers"): "yyny",
-    ("flux", "kohya"): "?yny",
+    ("flux", "kohya"): "yyny",
     ("flux", "original"): "?yny",
     ("sd3", "diffusers"): "yy??",
     ("sd3", "kohya"): "ny??",
@@ -76,7 +76,7 @@ class Question:
     strength_in_settings: bool = False  # one that is not 1, in the header's settings, which diffusers alone reads
     text_attention_cut: bool = False  # kohya's names, and a text encoder's attention without out_proj
     embeddings: bool = False  # textual inversions beside the layers
-    beside_blocks: bool = False  # layers of a transformer that are in none of its blocks
+    beside_blocks: bool = False  # layers that are in no block of a transformer, and those of text encoders
     strange: bool = False  # layers that the family does not have, or tensors that no table knows
     diffusers_refuses: bool = False  # settings that are none, tensors or names that it does not take
     broken: list[str] = field(default_factory=list)  # what no program can load
@@ -94,7 +94,8 @@ def _by_form(q: Question) -> list[str]:
             return ["n???"]
         apart = "ynnn" if q.strength_in_settings else "yyyy"
         refused = "nyyy" if q.alpha_tensors and (q.family, q.style) == ("sd3", "diffusers") else "yyyy"
-        return [_TRANSFORMERS.get((q.family, q.style), "????"), apart, refused]
+        beside = "?yyy" if q.beside_blocks and (q.family, q.style) == ("flux", "kohya") else "yyyy"
+        return [_TRANSFORMERS.get((q.family, q.style), "????"), apart, refused, beside]
     if q.algorithms == ["LoRA"]:
         found = ["????" if q.strange else _STYLES.get(q.style, "????")]
     elif q.style == "kohya":
