@@ -280,23 +280,25 @@ def test_a_job_on_two_nodes_survives_the_loss_of_every_part(two_nodes, networks,
             word = {"runner": "lora_mvp.api.runner", "trainer": "lora_mvp.api.work"}[what]
             desk.parts(id, word)[mark(rank)].kill()
 
+    def lost() -> list[str]:
+        return [event["error"]["message"] for _, event in folder.events(limit=10**6) if event.get("error")]
+
     def mark(rank: int) -> str:
         return f"{id}:{folder.current_attempt()}" + ("/1" if rank else "")
 
     for what, rank in [*((part, rank) for part in PARTS for rank in (0, 1)), ("node", 1), ("cable", 1)]:
-        before, step = folder.current_attempt(), (folder.progress() or {"step": 0})["step"]
+        done, step = len(lost()), (folder.progress() or {"step": 0})["step"]
         if what == "cable" and not networks:
             continue
         desk.until(id, lambda job: (folder.progress(job.attempt) or {"step": 0})["step"] > step)  # noqa: B023
         begun = time.monotonic()
         lose(what, rank)
-        lost = desk.until(id, lambda job: job.status == "queued" and job)
-        print(f"{what} of node {rank} gone at step {step}: {lost.error.message} ({time.monotonic() - begun:.1f} s)")
+        said = desk.until(id, lambda job: lost()[done:])  # noqa: B023
+        print(f"{what} of node {rank} gone at step {step}: {said[0]} ({time.monotonic() - begun:.1f} s)", flush=True)
         if what == "cable":
             networks.mend(1)
         if what in ("node", "cable"):
             cluster.again("two")
-        assert folder.current_attempt() > before
     job = desk.until(id, lambda job: job.status in TERMINAL and job)
     assert job.status == "succeeded", job
     assert same_adapter(folder.run, wanted)
@@ -426,7 +428,7 @@ def test_a_head_that_is_gone_takes_no_server_and_no_job_along(tmp_path):
 def test_the_commands_of_scale_md_work_as_they_are_written(tmp_path):
     """The recipe for plain machines, two of which are this one; the port, folders and the number of steps are other ones."""
     text = (Path(__file__).resolve().parent.parent / "docs" / "SCALE.md").read_text(encoding="utf-8")
-    head, node, serve, submit = re.findall(r"```bash\n(.*?)\n```", text, re.DOTALL)
+    head, node, serve, submit, over_nodes = re.findall(r"```bash\n(.*?)\n```", text, re.DOTALL)
     assert head.startswith("ray start --head ") and serve == "lora-mvp serve --config /srv/lora/config.yaml"
     for k in range(12):
         (tmp_path / "cats" / "cat").mkdir(parents=True, exist_ok=True)
@@ -453,6 +455,8 @@ def test_the_commands_of_scale_md_work_as_they_are_written(tmp_path):
             few = ["max_train_steps=4", "lr_warmup_steps=1", "checkpointing_steps=2"]
             done = command(*asked, *[part for key in few for part in ("--set", f"training.{key}")], LORA_MVP_URL=url)
             assert done.returncode == 0, done.stderr
+            refused = command(*shlex.split(over_nodes.replace("--gpus=8", "--gpus=0"))[1:], LORA_MVP_URL=url)
+            assert "2 nodes with 0 GPUs each are asked for, and there is 1." in refused.stderr, refused
             shown = command("jobs", "status", done.stdout.split()[0], LORA_MVP_URL=url)
             assert "succeeded" in shown.stdout, shown
     finally:

@@ -21,19 +21,22 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from .engines import clean_environment, said_of_end
+from .engines import clean_environment, said_of_end, start_runner
 from .folders import JobFolder
 from .job_settings import read_settings
 from .jobs import JobError
 from .members import Member
-from .processes import MARK, RUNNER, end_all
+from .processes import MARK, end_all
 from ..errors import LoraMvpError
 from ..files import atomic_write
 
 # %% ../../nbs/6_api/21a_keeper.ipynb #8436d081
+SERVICE = ".service"  # the file with its name
+
+
 def service_id(jobs_dir: Path) -> str:
     "The name of the service whose job folders these are; made when it is first asked for."
-    file = jobs_dir / ".service"
+    file = jobs_dir / SERVICE
     if not file.exists():
         jobs_dir.mkdir(parents=True, exist_ok=True)
         atomic_write(file, secrets.token_hex(8))
@@ -60,7 +63,7 @@ def sees_folder(order: Order) -> bool:
     folder, limit = JobFolder(order.folder), time.monotonic() + order.patience
     while True:
         try:
-            name = (folder.root.parent / ".service").read_text().strip()
+            name = (folder.root.parent / SERVICE).read_text().strip()
         except OSError:
             name = ""
         if name == order.service and folder.current_attempt() >= order.attempt:
@@ -112,19 +115,16 @@ def node_environment(
     folder = JobFolder(order.folder)
     found = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # the cluster's guess
     env = network_of(order) | clean_environment(read_settings(folder).api, found)
-    env |= {MARK: mark_in(order), RUNNER: order.folder, "OMP_NUM_THREADS": str(thread_share(order))}
+    env |= {MARK: mark_in(order), "OMP_NUM_THREADS": str(thread_share(order))}
     return env | {"CUDA_VISIBLE_DEVICES": ",".join(cards)}
 
 # %% ../../nbs/6_api/21a_keeper.ipynb #688e3b31
 def begin_runner(order: Order, cards: list[str]) -> subprocess.Popen:
-    "Start the runner of an attempt; raises `OSError`."
+    "Start the runner of an attempt; raises `OSError` and `psutil.Error`."
     command = order.program or [sys.executable, "-m", "lora_mvp.api.runner"]
     command = [*command, order.folder, "--attempt", str(order.attempt), "--parent", str(os.getpid())]
     command += ["--member", json.dumps(order.member)] if order.member else []
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    with open(Path(order.folder) / "runner.log", "ab") as log:
-        how = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
-        return subprocess.Popen(command, cwd=order.folder, env=node_environment(order, cards), **how)
+    return start_runner(command, JobFolder(order.folder), node_environment(order, cards), held=[])[1]
 
 # %% ../../nbs/6_api/21a_keeper.ipynb #91ebf627
 def given_cards() -> list[str]:
