@@ -26,7 +26,7 @@ from lora_mvp.models.miniatures import random_base, random_lora
 from lora_mvp.models.names import taken_apart
 from lora_mvp.models.packed import weight_sizes
 from lora_mvp.models.proof import differences, probe
-from lora_mvp.models.reading import Factors, layer_names, put_factors, read_factors
+from lora_mvp.models.reading import Factors, layer_names, load_lora, put_factors, read_factors
 from lora_mvp.train.flow import objective_of
 from lora_mvp.train.memory import MemoryEstimate, skeleton
 
@@ -203,6 +203,17 @@ THEIR_NAMES = {  # blocks of a miniature, and its layers there, as sd-scripts' n
         ),
     ],
 }
+
+
+def test_a_layer_is_not_taken_for_all_whose_names_end_like_it(tmp_path):
+    """FLUX has a `proj_out` at its end, and one in each single block."""
+    pipe = random_lora(load_base(str(random_base("flux", tmp_path / "base"))), lora_targets="proj_out")
+    assert list(adapter_layers(pipe)) == ["transformer.proj_out"]
+    for file in (save_adapter(pipe, tmp_path / "run", "base"), write_kohya(pipe, tmp_path / "other.safetensors")):
+        again = load_base(str(tmp_path / "base"))
+        load_lora(again, file)
+        assert list(adapter_layers(again)) == ["transformer.proj_out"]
+        assert max(differences(probe(pipe), probe(again)).values()) < 1e-6
 
 
 def test_layers_are_named_as_other_programs_name_them(base):

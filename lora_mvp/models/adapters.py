@@ -7,6 +7,7 @@ __all__ = ['add_lora', 'save_adapter']
 
 # %% ../../nbs/2_models/07_adapters.ipynb #6fb8560a
 import json
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,11 +26,22 @@ from .families import Pipeline, adaptable_parts, denoiser, family_of, text_parts
 from .keys import ADAPTER, adaptable_modules, public_name, tensor_name
 from ..patterns import match_names
 
+# %% ../../nbs/2_models/07_adapters.ipynb #c7157c4c
+def exactly(
+    part: torch.nn.Module,
+    names: list[str],  # of layers
+) -> list[str] | str:
+    "The same layers and no other, as peft's `target_modules`."
+    ends = tuple(f".{name}" for name in names)
+    if any(name.endswith(ends) for name in {name for name, _ in part.named_modules()} - {*names}):
+        return "|".join(map(re.escape, sorted(names)))
+    return names
+
 # %% ../../nbs/2_models/07_adapters.ipynb #b7ec1fe1
 def find_targets(
     pipe: Pipeline,
     targets: str,  # attention, attention_ff, all, or a regular expression on module names
-) -> list[str]:  # ends of module names, for peft
+) -> list[str] | str:  # as peft's `target_modules`
     "What gets an adapter; `LoraMvpError` (`targets_unknown`) when nothing matches, and those of `match_names`."
     known, names = family_of(pipe).targets, list(adaptable_modules(denoiser(pipe)))
     if targets in known:
@@ -37,16 +49,18 @@ def find_targets(
         beside = {name for name, _ in denoiser(pipe).named_modules()} - {*names}
         if not set(known[targets]) & {*names} and not any(name.endswith(ends) for name in beside):
             return list(known[targets])
-        return [name for name in names if name.endswith(ends)]  # FLUX ends in a `proj_out`, Z-Image has other `.0`
+        return exactly(
+            denoiser(pipe), [name for name in names if name.endswith(ends)]
+        )  # FLUX ends in a `proj_out`, Z-Image has other `.0`
     if found := match_names(targets, names):
-        return found
+        return exactly(denoiser(pipe), found)
     some = "\n  ".join([n for n in names if n.endswith(("to_q", "to_k"))][:3] + names[:1] + names[-2:])
     presets = ", ".join(known)
     text = f"training.lora_targets: no layer's whole name matches {targets!r}. Use one of {presets}, or a regular expression for names such as\n  {some}"
     raise LoraMvpError("targets_unknown", text)
 
 # %% ../../nbs/2_models/07_adapters.ipynb #eb684293
-def lora_config(training: TrainingConfig, targets: list[str]) -> LoraConfig:
+def lora_config(training: TrainingConfig, targets: list[str] | str) -> LoraConfig:
     "The settings as peft knows them."
     return LoraConfig(
         r=training.lora_rank,
@@ -143,7 +157,9 @@ def restore_adapter(
 # %% ../../nbs/2_models/07_adapters.ipynb #53263188
 def adapter_facts(config: LoraConfig) -> dict:
     "What a reader must know to load an adapter at its strength."
-    facts = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+    targets = config.target_modules
+    facts = {"r": config.r, "lora_alpha": config.lora_alpha}
+    facts |= {"target_modules": targets if isinstance(targets, str) else sorted(targets)}
     switches = {"use_rslora": config.use_rslora, "use_dora": config.use_dora}
     patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
     return facts | {key: value for key, value in (switches | patterns).items() if value}

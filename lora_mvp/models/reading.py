@@ -18,7 +18,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from ..errors import LoraMvpError
-from .adapters import adapter_parameters, load_adapter, restore_adapter
+from .adapters import adapter_parameters, exactly, load_adapter, restore_adapter
 from .contents import Contents, Layer, alpha_of, open_adapter, rank_of, strength_of
 from .families import Pipeline, adaptable_parts, family_of
 from .headers import broken_numbers, oddities, shown
@@ -258,7 +258,7 @@ def holdable(pipe: Pipeline, factors: dict[str, Factors]) -> dict[str, Factors]:
     return done
 
 # %% ../../nbs/2_models/09a_reading.ipynb #2db14a12
-def _settings(factors: dict[str, Factors]) -> LoraConfig:
+def _settings(network: torch.nn.Module, factors: dict[str, Factors]) -> LoraConfig:
     "peft's settings for the layers of one part by module, each with its own rank and alpha."
     rank = Counter(f.rank for f in factors.values()).most_common(1)[0][0]
     alpha = Counter(f.alpha for f in factors.values()).most_common(1)[0][0]
@@ -266,7 +266,7 @@ def _settings(factors: dict[str, Factors]) -> LoraConfig:
         r=rank,
         lora_alpha=alpha,
         use_dora=all(f.magnitude is not None for f in factors.values()),
-        target_modules=list(factors),
+        target_modules=exactly(network, list(factors)),
         rank_pattern={re.escape(name): f.rank for name, f in factors.items() if f.rank != rank},
         alpha_pattern={re.escape(name): f.alpha for name, f in factors.items() if f.alpha != alpha},
     )
@@ -281,7 +281,7 @@ def put_factors(
     for part in dict.fromkeys(name.partition(".")[0] for name in factors):
         own = {name.partition(".")[2]: f for name, f in factors.items() if name.startswith(f"{part}.")}
         network = getattr(pipe, part)
-        network.add_adapter(_settings(own), ADAPTER)
+        network.add_adapter(_settings(network, own), ADAPTER)
         network.train(network.training)
     for parameter in adapter_parameters(pipe).values():
         parameter.data = parameter.data.float()  # as they are in the file, also in a base of half precision
