@@ -266,9 +266,12 @@ def first_step(
     options: str,  # of `next_step`
 ) -> str:
     "What comes next where no data is prepared."
+    from lora_mvp.data.layouts import is_apart
+    from lora_mvp.data.raw import is_hidden
+
     command, raw, report = f"lora-mvp prepare-data{options}", Path(config.data.raw_data_dir), report_folder(config)
     if not pictures_in(raw):
-        labels = [*raw.glob("*/")]
+        labels = [folder for folder in raw.glob("*/") if not is_hidden(folder.name) and not is_apart(folder.name)]
         return f"put your pictures into {typed(labels[0] if len(labels) == 1 else raw)}, then {command}"
     refused = not meant_manifest(config).is_file() and (report / "report.html").is_file()
     why = f"{typed(report / 'report.html')} says why no picture was taken; after a change, " if refused else ""

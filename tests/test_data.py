@@ -1142,7 +1142,7 @@ def test_pictures_are_stored_again_when_they_are_read_in_another_way(tmp_path):
 
 
 def test_labels_in_numbers_and_with_odd_names(tmp_path):
-    "3,000 labels are a table of twenty, empty label folders are named, and no file has the name of a device."
+    "3,000 labels are a table of twenty, empty folders are named, and no file has the name of a device."
     raw = fill(tmp_path / "raw", **{f"label{k:02}": 1 for k in range(30)}, con=1)
     (raw / "dog").mkdir()
     picture(77).save(raw / "con" / "aux.png")
@@ -1152,4 +1152,4 @@ def test_labels_in_numbers_and_with_odd_names(tmp_path):
     assert any(line.startswith("and 11 more") for line in lines) and any(line.startswith("con ") for line in lines)
     assert {row.file.split("/")[1] for row in manifest.images if row.label == "con"} == {"_con"}
     assert "_aux.png" in {Path(row.file).name for row in manifest.images}
-    assert "folder: label folders without a file: dog" in lines
+    assert "folder: folders without a file: dog" in lines
