@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/7_doors/02d_start.ipynb #b92fd88f
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -277,6 +278,19 @@ def first_step(
     why = f"{typed(report / 'report.html')} says why no picture was taken; after a change, " if refused else ""
     return f"{why}{command}"
 
+# %% ../nbs/7_doors/02d_start.ipynb #fe52d5e4
+def begun_otherwise(
+    config: AppConfig,
+    manifest: Path,
+) -> bool:
+    "Whether a checkpoint in the output folder is of other settings or other data, so that `--resume` would be refused."
+    from lora_mvp.data.manifest import read_manifest
+    from lora_mvp.models.base import usual_device, with_precision
+    from lora_mvp.train.runs import RunFolder, run_identity, strangers
+
+    here = config.model_copy(update={"training": with_precision(config.training, usual_device())})
+    return bool(strangers(RunFolder(config.training.output_dir), run_identity(here, read_manifest(manifest))))
+
 # %% ../nbs/7_doors/02d_start.ipynb #524a11af
 def next_step(
     config: AppConfig,
@@ -293,8 +307,21 @@ def next_step(
         return first_step(config, options)
     if run.record.is_file():
         return f"lora-mvp open {typed(run.root)}"
-    resume = " --resume" if checkpoints(run.root) else ""
-    return f"lora-mvp train{options} --manifest {typed(manifest)}{resume}"
+    train = f"lora-mvp train{options} --manifest {typed(manifest)}"
+    if not checkpoints(run.root):
+        return train
+    if begun_otherwise(config, manifest):
+        free = next(f for k in itertools.count(2) if not (f := run.root.with_name(f"{run.root.name}-{k}")).exists())
+        return f"{train} --set training.output_dir={typed(free)}"
+    return f"{train} --resume"
+
+# %% ../nbs/7_doors/02d_start.ipynb #246d8480
+def doctor_step(
+    config: AppConfig,
+    options: str,  # of `next_step`
+) -> str:
+    "The command that looks at data that has just been prepared."
+    return f"lora-mvp doctor{options} --manifest {typed(meant_manifest(config))}"
 
 # %% ../nbs/7_doors/02d_start.ipynb #188fb18d
 def prompts_trouble(

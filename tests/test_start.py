@@ -199,6 +199,8 @@ def test_from_nothing_to_a_lora_by_doing_what_is_said(home, capsys, no_memory, f
         command = next_command(capsys.readouterr().out)
         assert command[0] == expected and command[1:7] == short
         assert main(command) == 0
+        after = next_command(capsys.readouterr().out)  # that which the command itself names
+        assert after[0] == {"prepare-data": "doctor", "train": "open"}[expected] and main(after) == 0
         capsys.readouterr()
         if expected == far:
             break
