@@ -45,7 +45,7 @@ def holds_one_adapter(folder: Path) -> bool:
     return not (folder / "model_index.json").is_file() and len(list(folder.glob("*.safetensors"))) == 1
 
 # %% ../nbs/4_infer/01_infer.ipynb #d8c937ac
-def trained_on(record: RunRecord) -> str:
+def meant_base(record: RunRecord) -> str:
     "The base that a run was trained on; `LoraMvpError` (`base_ambiguous`) where it was one of the hub, and a folder here has its name."
     if record.base_revision and Path(record.base).expanduser().exists():
         text = f"the base of this run is {record.base} of the hub, at {record.base_revision[:8]}, and there is a folder {record.base} here. "
@@ -58,7 +58,7 @@ def find_run(path: str | Path, base: str | None = None) -> tuple[str, Path | Non
     "Which base and which adapter a path stands for; `LoraMvpError` `model_not_found` when neither."
     folder = RunFolder(path)
     if folder.record.is_file():
-        return base or trained_on(read_run(path)), folder.adapter
+        return base or meant_base(read_run(path)), folder.adapter
     if folder.root.is_file() or (folder.root / WEIGHTS).is_file() or holds_one_adapter(folder.root):
         return base_for(path, base), folder.root
     if path == "tiny" or (folder.root / "model_index.json").is_file():

@@ -356,7 +356,10 @@ def cmd_init(args: argparse.Namespace) -> None:
     "Ask four questions and write config.yaml, ready to train."
     folder = Path(args.folder)
     refuse_settings(folder)
-    wish, gpu = wish_of(args)
+    try:
+        wish, gpu = wish_of(args)
+    except KeyboardInterrupt:
+        raise LoraMvpError("interrupted", "stopped; nothing was written.") from None
     said = init_folder(folder, wish)
     steps = preset(wish)["training"]["max_train_steps"]
     n = wish.pictures or KINDS[wish.kind].pictures
