@@ -28,6 +28,7 @@ from PIL import Image, ImageCms, ImageFilter
 
 from lora_mvp.config import DataConfig, LoraMvpError, load_config
 from lora_mvp.data import prepare
+from lora_mvp.data.advice import suggestions
 from lora_mvp.data.arrays import as_array
 from lora_mvp.data.assess import deal, group_images
 from lora_mvp.data.images import REASONS, decode, open_rgb
@@ -803,6 +804,10 @@ def test_buckets(tmp_path):
     manifest = prepare_data(settings(tmp_path, aspect_buckets=True, image_size=256))
     assert [(r.width, r.height) for r in manifest.images] == [(320, 192), (192, 320), (256, 256), (128, 128)]
     assert all(open_rgb(manifest.path_of(r)).size == (r.width, r.height) for r in manifest.images)
+    assert "no effect" not in summary(manifest)
+    small = prepare_data(settings(tmp_path, aspect_buckets=True, image_size=64))
+    text = "data.aspect_buckets has no effect: at data.image_size 64 the bucket of all 4 pictures is a square"
+    assert f"shapes: {text}" in summary(small) and any(text in sentence for sentence in suggestions(small))
 
 
 def test_check_data_writes_nothing(tmp_path):

@@ -15,8 +15,8 @@ from diffusers import DiffusionPipeline
 
 from ..config import AppConfig, TrainingConfig, derive_seed
 from ..data.manifest import Manifest
-from ..data.steps import Plan
-from ..models.families import text_parts
+from ..data.steps import Plan, squares_note
+from ..models.families import granularity, text_parts
 from .cache import cache_folder
 from .known import KnownFiles
 from .latents import LatentSet, encode_images
@@ -87,6 +87,9 @@ def load_data(
     if photos := photo_warning(train, t.pretrained_model, known):
         log.warning("%s", photos)
     prior = regularization_sources(t.regularization_dir, t.regularization_prompt, known) if t.regularization_dir else []
+    sizes = [(row.width, row.height) for row in manifest.rows("train")]
+    if squares := squares_note(sizes, t, granularity(pipe)):
+        log.warning("%s", squares)
     with visit([pipe.vae], device):
         train_set = encode_images(pipe, train, t, config.data.augmentations, *how)
         plan = Plan(train_set.shapes, t.batch_size, t.seed, [s.repeats for s in train])
