@@ -42,12 +42,13 @@ def is_enlarged(
 
 # %% ../../nbs/1_data/18_steps.ipynb #01904396
 def squares_note(
-    sizes: list[tuple[int, int]],  # width and height of the pictures to train on, pixels
+    rows: list[ManifestImage],  # those to train on
     training: TrainingConfig,
     multiple: int,  # `granularity` of the base
 ) -> str | None:  # None: nothing to say
     "Why buckets that are asked for are all one square."
-    frames = {frame_of(*size, training, multiple) for size in sizes} if training.aspect_buckets else set()
+    sizes = [(row.width, row.height) for row in rows] if training.aspect_buckets else []
+    frames = {frame_of(*size, training, multiple) for size in sizes}
     if not frames or any(h != w for h, w in frames):
         return None
     if all(w == h for w, h in sizes):

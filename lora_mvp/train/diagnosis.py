@@ -304,7 +304,7 @@ def data_findings(config: AppConfig, manifest: Manifest, multiple: int) -> Itera
     yield from size_findings(t, rows, multiple)
     if photos := photo_warning(sources(manifest, "train"), t.pretrained_model):
         yield Finding("warn", "data", photos)
-    squares = squares_note([(row.width, row.height) for row in rows], t, multiple)
+    squares = squares_note(rows, t, multiple)
     for note in filter(None, (trigger_note(manifest), squares)):
         yield Finding("warn", "data", f"{note}.")
     if masks := sum(bool(row.mask) for row in manifest.images) if t.masked_loss is None else 0:

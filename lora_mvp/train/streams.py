@@ -81,15 +81,14 @@ def load_data(
     device: str | torch.device = "cpu",  # where autoencoder and text encoders compute, one after the other
 ) -> TrainingData:
     "Encode the images of all streams and of validation, every caption that may be drawn, and the sample prompts."
-    t, known = config.training, known or KnownFiles()
+    t, rows, known = config.training, manifest.rows("train"), known or KnownFiles()
     how = (cache_folder(t, manifest), known, parts)
     train, val = (with_masks(sources(manifest, split), manifest) for split in ("train", "val"))
-    if photos := photo_warning(train, t.pretrained_model, known):
-        log.warning("%s", photos)
     prior = regularization_sources(t.regularization_dir, t.regularization_prompt, known) if t.regularization_dir else []
-    sizes = [(row.width, row.height) for row in manifest.rows("train")]
-    if squares := squares_note(sizes, t, granularity(pipe)):
-        log.warning("%s", squares)
+    for note in filter(
+        None, (photo_warning(train, t.pretrained_model, known), squares_note(rows, t, granularity(pipe)))
+    ):
+        log.warning("%s", note)
     with visit([pipe.vae], device):
         train_set = encode_images(pipe, train, t, config.data.augmentations, *how)
         plan = Plan(train_set.shapes, t.batch_size, t.seed, [s.repeats for s in train])
