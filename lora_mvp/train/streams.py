@@ -85,14 +85,14 @@ def load_data(
     how = (cache_folder(t, manifest), known, parts)
     train, val = (with_masks(sources(manifest, split), manifest) for split in ("train", "val"))
     prior = regularization_sources(t.regularization_dir, t.regularization_prompt, known) if t.regularization_dir else []
-    for note in filter(
-        None, (photo_warning(train, t.pretrained_model, known), squares_note(rows, t, granularity(pipe)))
-    ):
+    notes = photo_warning(train, t.pretrained_model, known), squares_note(rows, t, granularity(pipe))
+    for note in filter(None, notes):
         log.warning("%s", note)
     with visit([pipe.vae], device):
         train_set = encode_images(pipe, train, t, config.data.augmentations, *how)
-        plan = Plan(train_set.shapes, t.batch_size, t.seed, [s.repeats for s in train])
-        streams = [Stream(train_set, plan, 1.0, t.seed)]
+        streams = [
+            Stream(train_set, Plan(train_set.shapes, t.batch_size, t.seed, [s.repeats for s in train]), 1.0, t.seed)
+        ]
         streams += [prior_stream(encode_images(pipe, prior, t, [], *how), t)] if prior else []
         val_set, texts = encode_images(pipe, val, t, [], *how) if val else None, None
     if t.text_encoder_learning_rate is None:
