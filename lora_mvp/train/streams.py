@@ -71,6 +71,12 @@ def visit(modules: list[torch.nn.Module], device: torch.device, home: str | torc
 # %% ../../nbs/3_train/05_streams.ipynb #6db447bf
 log = logging.getLogger("lora_mvp")
 
+
+def warn(*notes: str | None) -> None:  # None: nothing to say
+    "Say what a person should know of the data before it is learnt."
+    for note in filter(None, notes):
+        log.warning("%s", note)
+
 # %% ../../nbs/3_train/05_streams.ipynb #481511f0
 def load_data(
     pipe: DiffusionPipeline,
@@ -81,18 +87,15 @@ def load_data(
     device: str | torch.device = "cpu",  # where autoencoder and text encoders compute, one after the other
 ) -> TrainingData:
     "Encode the images of all streams and of validation, every caption that may be drawn, and the sample prompts."
-    t, rows, known = config.training, manifest.rows("train"), known or KnownFiles()
+    t, known = config.training, known or KnownFiles()
     how = (cache_folder(t, manifest), known, parts)
     train, val = (with_masks(sources(manifest, split), manifest) for split in ("train", "val"))
     prior = regularization_sources(t.regularization_dir, t.regularization_prompt, known) if t.regularization_dir else []
-    notes = photo_warning(train, t.pretrained_model, known), squares_note(rows, t, granularity(pipe))
-    for note in filter(None, notes):
-        log.warning("%s", note)
+    warn(photo_warning(train, t.pretrained_model, known), squares_note(manifest.rows("train"), t, granularity(pipe)))
     with visit([pipe.vae], device):
         train_set = encode_images(pipe, train, t, config.data.augmentations, *how)
-        streams = [
-            Stream(train_set, Plan(train_set.shapes, t.batch_size, t.seed, [s.repeats for s in train]), 1.0, t.seed)
-        ]
+        plan = Plan(train_set.shapes, t.batch_size, t.seed, [s.repeats for s in train])
+        streams = [Stream(train_set, plan, 1.0, t.seed)]
         streams += [prior_stream(encode_images(pipe, prior, t, [], *how), t)] if prior else []
         val_set, texts = encode_images(pipe, val, t, [], *how) if val else None, None
     if t.text_encoder_learning_rate is None:
