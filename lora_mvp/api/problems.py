@@ -66,7 +66,7 @@ _CODES = {
     401: "token_missing",
     403: "uploads_off scope_missing not_yours token_required origin_forbidden path_forbidden model_forbidden unsafe_weights",
     404: "job_not_found artifact_not_found page_not_found dataset_not_found",
-    409: "job_not_terminal job_not_succeeded dataset_exists",
+    409: "job_not_terminal job_not_succeeded dataset_exists dataset_in_use",
     410: "artifact_gone",
     413: "archive_too_large",
     416: "range_not_satisfiable",
