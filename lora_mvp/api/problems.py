@@ -138,7 +138,7 @@ _PROBLEMS = {
     403: "not with this token, not from this address, or a path or model that is not for jobs",
     404: "there is none",
     408: "the body did not arrive in time",
-    409: "not in the state that the job is in, or there is something of that name",
+    409: "not in the state that the job is in, there is something of that name, or a job needs it",
     410: "the file is gone",
     413: "the body is too large",
     415: "the body is not JSON",
