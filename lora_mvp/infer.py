@@ -47,7 +47,10 @@ def holds_one_adapter(folder: Path) -> bool:
 # %% ../nbs/4_infer/01_infer.ipynb #d8c937ac
 def meant_base(record: RunRecord) -> str:
     "The base that a run was trained on; `LoraMvpError` (`base_ambiguous`) where it was one of the hub, and a folder here has its name."
-    if record.base_revision and Path(record.base).expanduser().exists():
+    base = Path(record.base).expanduser()
+    if (
+        record.base_revision not in (None, base.name) and base.exists()
+    ):  # a folder of the hub's cache has its commit's name
         text = f"the base of this run is {record.base} of the hub, at {record.base_revision[:8]}, and there is a folder {record.base} here. "
         text += f"Go to another folder to draw with the first, or name the second with --base ./{record.base}."
         raise LoraMvpError("base_ambiguous", text)
@@ -183,14 +186,15 @@ def keep_picture(picture: Image.Image, folder: str | Path, facts: dict) -> Path:
 log = logging.getLogger("lora_mvp")
 
 
-def drawing_note(run: LoadedRun, size: int | None) -> str:
-    "With which base it is drawn, and at which size and why."
-    source, own = find_base(run.base), native_size(run.pipe)
-    local = run.base != "tiny" and Path(source).exists()
-    note = f"base {Path(source).absolute() if local else run.base}, {size or own} px, {'as asked' if size else 'its own size'}"
+def drawing_notes(run: LoadedRun, size: int | None) -> list[str]:
+    "What may not be expected: a base that is found from the current folder, another size than that of the training."
+    place, own, found = Path(find_base(run.base)), native_size(run.pipe), []
+    if place.exists() and not place.is_absolute():
+        found.append(f"the base is {place.absolute()}")
     if size is None and run.trained not in (None, own):
-        note += f"; the run was trained at {run.trained} px, which can be asked for as the size"
-    return note
+        why = f"the run was trained at {run.trained} px, which can be asked for as the size"
+        found.append(f"drawn at {own} px, the base's own size; {why}")
+    return found
 
 # %% ../nbs/4_infer/01_infer.ipynb #fa05d8e3
 def generate(
@@ -208,7 +212,8 @@ def generate(
     check_request(prompts, seed, count, num_inference_steps, size)
     for prompt, tokens in cut_prompts(run.pipe, prompts).items():
         log.warning("the base reads %d tokens of a prompt and no more; this one is cut: %r", tokens, prompt)
-    log.info("%s", drawing_note(run, size))
+    for note in drawing_notes(run, size):
+        log.info("%s", note)
     pairs = [(prompt, seed + k) for prompt in prompts for k in range(count)]
     make_folder(out, "the output folder", code="output_not_writable")
     options = (lora_scale, num_inference_steps, guidance_scale, size)

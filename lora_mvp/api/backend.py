@@ -125,8 +125,8 @@ class Backend:
         self.buckets, self.stopping = Buckets(config.api.requests_per_minute), False
         self.stop_jobs = False  # when it is closed
         self.store = open_jobs(config.api)
-        clear_uploads(config.api)
         try:
+            clear_uploads(config.api)
             self.engine = engine or engine_of(config.api)
             self.service = Service(config, self.store, self.engine)
             self.metrics = ServiceMetrics(self)

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -289,7 +290,8 @@ def new_upload(api: ApiConfig) -> tuple[Path, FileLock]:  # the lock is held unt
     lock = FileLock(folder / HELD_BY, thread_local=False)
     try:
         folder.mkdir(parents=True, mode=0o700)
-        lock.acquire()
+        with suppress(NotImplementedError):  # a disk that knows no locks: what breaks off there stays
+            lock.acquire()
         check_space(api, folder)
     except OSError as error:
         text = f"The upload cannot be kept: the data folder of the service cannot be written ({error.strerror})."
@@ -369,7 +371,8 @@ def pictures_of(job: Job, api: ApiConfig) -> list[Path]:
     "The places of the pictures that a job reads."
     spec, manifest = job.spec, job.spec.manifest
     if manifest is None and is_job(spec.model):
-        manifest = JobFolder(api.jobs_dir / spec.model).read_job().spec.manifest
+        with suppress(LoraMvpError):  # a training that was deleted: the evaluation will say so
+            manifest = JobFolder(api.jobs_dir / spec.model).read_job().spec.manifest
     places = manifest, spec.config.get("training.regularization_dir")
     return [Path(api.data_dir, place).resolve() for place in places if place]
 

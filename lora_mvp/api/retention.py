@@ -159,7 +159,7 @@ def clear_uploads(
             if folder.stat().st_mtime < time.time() - age:
                 with FileLock(folder / HELD_BY, timeout=0):
                     shutil.rmtree(folder, ignore_errors=True)
-        except (OSError, Timeout):  # it is at work, or gone by now
+        except (OSError, Timeout, NotImplementedError):  # it is at work or gone by now, or the disk knows no locks
             continue
 
 # %% ../../nbs/6_api/22a_retention.ipynb #2641df4e
