@@ -364,5 +364,5 @@ def assess(
     ]
     others = [record for _, record in files if record.status != "accepted"]
     record = automatic.captioner.record if automatic else None
-    used = [printable(taken.mask.relative_to(data.raw_data_dir)) for taken in taken if taken.mask]
+    used = [printable(one.mask.relative_to(data.raw_data_dir)) for one in taken if one.mask]
     return Assessment(taken, others, history, record, layout.notes + mask_note(used))
