@@ -21,7 +21,7 @@ from ray_cluster import RayCluster
 from test_ray import RayDesk
 
 from lora_mvp.api.jobs import Job
-from lora_mvp.api.places import Node, find_place
+from lora_mvp.api.places import Node, find_places
 
 
 class Idle:
@@ -33,7 +33,7 @@ class Idle:
     def look(self, nodes: list[Node], waiting: list[Job]) -> None:
         """After a turn: what is free now was free since the turn before."""
         now, kinds = time.monotonic(), {job.spec.gpus: job.spec for job in waiting}.values()
-        could = {node.name for node in nodes for spec in kinds if find_place(spec, [node], {})}
+        could = {node.name for node in nodes for spec in kinds if find_places(spec, [node], {})}
         self.since = {name: self.since.get(name, self.last) for name in could}
         for name in could:
             self.took[name] += now - self.last

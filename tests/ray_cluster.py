@@ -40,6 +40,59 @@ def kill_all(processes: list[psutil.Process]) -> None:
             continue
 
 
+class Networks:
+    """A network of namespaces, each a machine of its own to whoever runs there: nothing of it is reached by its loopback."""
+
+    def __init__(self, count: int):
+        self.tag, self.net = f"lm{os.getpid() % 10**6}", f"10.{50 + os.getpid() % 200}.7"
+        self.names = [f"{self.tag}-{k}" for k in range(2, 2 + count)]
+        self.home = f"{self.net}.1"  # of this one
+        try:
+            self.ip("link", "add", self.tag, "type", "bridge")
+            self.ip("addr", "add", f"{self.home}/24", "dev", self.tag)
+            self.ip("link", "set", self.tag, "up")
+            for k, name in enumerate(self.names, 2):
+                self.join(f"{self.tag}v{k}", name, f"{self.net}.{k}")
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def can() -> bool:
+        return (
+            os.geteuid() == 0
+            and subprocess.run(["sh", "-c", "command -v ip && unshare -n true"], stdout=-3).returncode == 0
+        )
+
+    @staticmethod
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True)
+
+    def join(self, cable: str, name: str, address: str) -> None:
+        self.ip("netns", "add", name)
+        self.ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", name)
+        self.ip("link", "set", cable, "master", self.tag, "up")
+        self.ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+        for device in ("eth0", "lo"):
+            self.ip("-n", name, "link", "set", device, "up")
+
+    def inside(self, k: int) -> dict:
+        """Options of a node that is on the k-th machine."""
+        return {"before": ["ip", "netns", "exec", self.names[k]], "address": f"{self.net}.{k + 2}"}
+
+    def cut(self, k: int) -> None:
+        """Pull the cable."""
+        self.ip("link", "set", f"{self.tag}v{k + 2}", "down")
+
+    def mend(self, k: int) -> None:
+        self.ip("link", "set", f"{self.tag}v{k + 2}", "up")
+
+    def close(self) -> None:
+        for name in self.names:
+            subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
+        subprocess.run(["ip", "link", "del", self.tag], stderr=subprocess.DEVNULL)
+
+
 class RayNode:
     """A `ray start` process with everything that belongs to the node."""
 
@@ -80,11 +133,12 @@ class RayNode:
 class RayCluster:
     """A head without slots, and nodes."""
 
-    def __init__(self):
+    def __init__(self, home: str | None = None):
         self.root = Path(tempfile.mkdtemp(prefix="lray-", dir="/tmp"))  # a socket's path is short
         self.port, self.nodes = free_port(), {}
         head = ["--head", "--port", str(self.port), "--num-cpus", "0", "--include-dashboard=false"]
         head += ["--temp-dir", str(self.root / "r"), "--system-config", json.dumps(QUICK)]
+        head += ["--node-ip-address", home] if home else []
         ports = ["--dashboard-port", str(free_port())]
         self.address = None
         self.head = RayNode(self, "head", *head, *ports)
@@ -98,8 +152,9 @@ class RayCluster:
         self.address = text.partition("ray start --address='")[2].partition("'")[0]
         return True
 
-    def add(self, name: str, *options: str, **more) -> RayNode:
+    def add(self, name: str, *options: str, address: str | None = None, **more) -> RayNode:
         """Start another node; `up` waits for it."""
+        options = [*options, "--node-ip-address", address] if address else options
         where = [
             "--address",
             self.address,

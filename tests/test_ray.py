@@ -4,11 +4,13 @@ The cluster is real: `ray start` processes, a node each, on this machine. The tr
 runner, the keeper, the link and the store are the real ones. Started once for the file, since that takes 20 seconds.
 """
 
+import json
 import os
 import random
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,11 +27,13 @@ from test_faults import Desk, Server, end_all, gone, kill, marked, progressed, w
 from lora_mvp.api.job_settings import read_settings
 from lora_mvp.api.jobs import TERMINAL, JobSpec
 from lora_mvp.api.processes import mark_of
-from lora_mvp.api.ray_engine import link_to
+from lora_mvp.api.ray_engine import RayEngine, link_to
+from lora_mvp.api.service import Service
+from lora_mvp.api.stores import open_store
 from lora_mvp.config import ApiConfig, LoraMvpError, load_config
 
 pytest.importorskip("ray")
-from ray_cluster import RayCluster, RayNode, free_port, tree  # noqa: E402
+from ray_cluster import Networks, RayCluster, RayNode, free_port, tree  # noqa: E402
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs signals on a parent's death")
 BLIND = 'mount -t tmpfs none {0} && exec "$@"'  # a node that has an empty folder where the jobs are
@@ -41,11 +45,21 @@ def jobs_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    found = RayCluster()
+def networks():
+    """Where that can be had, each node of the cluster has a network of its own; else all are on this machine's."""
+    found = Networks(2) if Networks.can() else None
+    yield found
+    if found:
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def cluster(networks):
+    found = RayCluster(networks and networks.home)
     try:
-        for name in ("one", "two"):
-            found.add(name, "--num-cpus", "2", "--num-gpus", "2", "--memory", "4000000000", "--labels", "role=good")
+        for k, name in enumerate(("one", "two")):
+            has = ["--num-cpus", "2", "--num-gpus", "2", "--memory", "4000000000", "--labels", "role=good"]
+            found.add(name, *has, **(networks.inside(k) if networks else {}))
         found.up()
         yield found
     finally:
@@ -121,6 +135,7 @@ def test_a_job_gets_the_cards_of_one_node_and_gives_its_place_back(desk, cluster
         ({"gpus": 3}, "3 GPUs on one node are asked for, and the largest has 2 GPUs and 4 GB of memory"),
         ({"memory_gb": 5}, "0 GPUs and 5 GB of memory on one node are asked for, and the largest has 2 GPUs and 4 GB"),
         ({"node_label": "role=none"}, "no node has the label role=none; there are role=good"),
+        ({"nodes": 3}, "3 nodes with 0 GPUs each are asked for, and there are 2"),
     ],
 )
 def test_a_job_that_no_node_can_ever_hold_is_refused(desk, spec, why):
@@ -155,6 +170,138 @@ def test_a_cancel_saves_first_and_leaves_nothing(desk):
     assert desk.until(id).status == "cancelled"
     saved = max(int(path.name.rpartition("-")[2]) for path in desk.folder(id).run.glob("checkpoint-*"))
     assert saved == desk.folder(id).progress()["step"] >= 7
+    wait_for(lambda: not marked(f"{id}:"), "end of everything")
+
+
+class RealDesk:
+    """The service as it is, with the real trainer, on the cluster."""
+
+    def __init__(self, root: Path, cluster: RayCluster, data_dir: Path):
+        api = {
+            "engine": "ray",
+            "ray_address": cluster.address,
+            "db_path": root / "jobs.json",
+            "jobs_dir": root / "jobs",
+        }
+        api |= {"data_dir": data_dir, "models_dir": root, "poll_interval": 0.1, "min_free_gb": 0.0, "max_attempts": 99}
+        self.config = load_config(overrides={f"api.{key}": value for key, value in api.items()})
+        self.service = Service(self.config, open_store(self.config.api), RayEngine(self.config.api), backoff=0.0)
+
+    def until(self, id: str, condition):
+        """Turn until the job is so."""
+        end = time.monotonic() + 300
+        while not (found := condition(self.service.get(id))):
+            self.service.tick()
+            assert time.monotonic() < end, self.service.folder(self.service.get(id)).log().decode()
+            time.sleep(0.02)
+        return found
+
+    def parts(self, id: str, word: str) -> dict[str, psutil.Process]:
+        """The processes of a job that are of one kind, by their mark."""
+        found = {mark_of(process): process for process in psutil.process_iter() if word in words(process)}
+        return {mark: process for mark, process in found.items() if mark.startswith(f"{id}:")}
+
+    def close(self):
+        self.service.store.close()
+        self.service.engine.link.close()
+
+
+@pytest.fixture
+def two_nodes(request, cluster, drawings, small_run, tmp_path):
+    """A desk, and what a job on two nodes is to give: that of two processes on one machine, undisturbed."""
+    settings = small_run("none", max_train_steps=getattr(request, "param", 24), checkpointing_steps=4)
+    wanted = settings | {"training.output_dir": str(tmp_path / "wanted" / "run")}
+    asked = [part for key, value in wanted.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    run = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "lora_mvp.cli",
+        "train",
+        "--manifest",
+    ]
+    subprocess.run([sys.executable, *run, str(drawings), *asked], check=True, timeout=300)
+    del settings["training.output_dir"]
+    desk = RealDesk(tmp_path, cluster, drawings.parent)
+    job, _ = desk.service.submit("train", JobSpec(manifest=drawings.name, config=settings, gpus=0, nodes=2))
+    yield desk, job.id, tmp_path / "wanted" / "run"
+    desk.service.engine.stop(desk.service.get(job.id).engine_ref or "", 0)
+    desk.close()
+    end_all(f"{job.id}:")
+
+
+def same_adapter(run: Path, wanted: Path) -> bool:
+    (name,) = (path.name for path in wanted.glob("*.safetensors"))
+    return (run / name).read_bytes() == (wanted / name).read_bytes()
+
+
+def test_one_job_trains_on_two_nodes_and_goes_on_when_a_part_dies(two_nodes, networks):
+    desk, id, wanted = two_nodes
+    folder = desk.service.folder(desk.service.get(id))
+    desk.until(id, lambda job: (folder.progress() or {"step": 0})["step"] >= 6)
+    trainers = desk.parts(id, "lora_mvp.api.work")
+    assert sorted(trainers) == [f"{id}:1", f"{id}:1/1"]
+    if networks:
+        assert len({os.readlink(f"/proc/{process.pid}/ns/net") for process in trainers.values()}) == 2
+        assert {process.environ()["GLOO_SOCKET_IFNAME"] for process in trainers.values()} == {"eth0"}
+    assert [node.free.slots for node in desk.service.engine.nodes() if node.total.slots] == [1, 1]
+    trainers[f"{id}:1/1"].kill()
+    job = desk.until(id, lambda job: job.status in TERMINAL and job)
+    assert (job.status, job.attempt) == ("succeeded", 2), job
+    assert same_adapter(folder.run, wanted)
+    lost = [event["error"]["message"] for _, event in folder.events() if event.get("error")]
+    assert lost == ["One of the processes of the job ended or fell silent, and the others cannot go on without it."]
+    wait_for(lambda: not marked(f"{id}:"), "end of everything")
+    wait_for(lambda: sum(node.free.slots for node in desk.service.engine.nodes()) == 4, "places of both")
+    assert desk.service.engine.running() == {}
+
+
+PARTS = ["keeper", "runner", "trainer"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("two_nodes", [200], indirect=True)
+def test_a_job_on_two_nodes_survives_the_loss_of_every_part(two_nodes, networks, cluster):
+    desk, id, wanted = two_nodes
+    folder = desk.service.folder(desk.service.get(id))
+
+    def lose(what: str, rank: int) -> None:
+        if what == "node":
+            cluster.nodes["two"].kill()
+        elif what == "cable":
+            networks.cut(1)
+        elif what == "keeper":
+            runner = desk.parts(id, "lora_mvp.api.runner")[mark(rank)]
+            runner.parent().kill()
+        else:
+            word = {"runner": "lora_mvp.api.runner", "trainer": "lora_mvp.api.work"}[what]
+            desk.parts(id, word)[mark(rank)].kill()
+
+    def lost() -> list[str]:
+        return [event["error"]["message"] for _, event in folder.events(limit=10**6) if event.get("error")]
+
+    def mark(rank: int) -> str:
+        return f"{id}:{folder.current_attempt()}" + ("/1" if rank else "")
+
+    for what, rank in [*((part, rank) for part in PARTS for rank in (0, 1)), ("node", 1), ("cable", 1)]:
+        done, step = len(lost()), (folder.progress() or {"step": 0})["step"]
+        if what == "cable" and not networks:
+            continue
+        desk.until(id, lambda job: (folder.progress(job.attempt) or {"step": 0})["step"] > step)  # noqa: B023
+        begun = time.monotonic()
+        lose(what, rank)
+        said = desk.until(id, lambda job: lost()[done:])  # noqa: B023
+        print(f"{what} of node {rank} gone at step {step}: {said[0]} ({time.monotonic() - begun:.1f} s)", flush=True)
+        if what == "cable":
+            networks.mend(1)
+        if what in ("node", "cable"):
+            cluster.again("two")
+    job = desk.until(id, lambda job: job.status in TERMINAL and job)
+    assert job.status == "succeeded", job
+    assert same_adapter(folder.run, wanted)
     wait_for(lambda: not marked(f"{id}:"), "end of everything")
 
 

@@ -206,6 +206,8 @@ class Admission:
 
     def check_evaluation(self, spec: JobSpec, config: AppConfig) -> None:
         "Refuse an evaluation that cannot be done; `LoraMvpError`."
+        if spec.nodes > 1:
+            raise LoraMvpError("invalid_request", f"an evaluation is done on one node, and {spec.nodes} are asked for.")
         if is_job(spec.model):
             check_trained(trained := self.records.get(spec.model))
             folder = self.records.folder(trained)

@@ -17,7 +17,7 @@ from .admission import Admission, disk_low
 from .engines import Engine, Life
 from .folders import Heartbeat, JobFolder, Result
 from .jobs import ACTIVE, RETRIED, Job, JobError
-from .places import Turns, find_place, keep_place
+from .places import NOTHING, Room, Turns, find_places, keep_places
 from .records import Records
 from ..config import ApiConfig
 from ..errors import LoraMvpError
@@ -222,7 +222,7 @@ class Starts:
         self.attempts, self.admission, self.turns = attempts, admission, Turns(attempts.clock)
         self.records, self.engine, self.api = attempts.records, attempts.engine, attempts.api
 
-    def due(self) -> Iterator[tuple[Job, str]]:  # and the machine
+    def due(self) -> Iterator[tuple[Job, list[str]]]:  # and the machines
         "The jobs that can start now, each asked for when the one before has started."
         nodes, waiting, kept, seen = self.engine.nodes(), self.attempts.backoff.waiting(), {}, set()
         if not any(node.free.slots > 0 for node in nodes) or disk_low(self.api):
@@ -231,18 +231,18 @@ class Starts:
             seen.add(job.id)
             if job.id in waiting:
                 continue
-            if node := find_place(job.spec, nodes, kept):
-                yield job, node.name
+            if found := find_places(job.spec, nodes, kept):
+                yield job, [node.name for node in found]
                 nodes = self.engine.nodes()
                 if not any(node.free.slots > 0 for node in nodes):
                     return
             elif self.turns.has_come(job):
-                for name, what in keep_place(job.spec, nodes).items():
-                    kept[name] = kept.get(name, set()) | what
+                for name, room in keep_places(job.spec, nodes).items():
+                    kept[name] = Room(*map(sum, zip(kept.get(name, NOTHING), room)))
         self.turns.only(seen)
 
-    def launch(self, job: Job, node: str) -> None:
-        "Start the next attempt at a job on a machine."
+    def launch(self, job: Job, nodes: list[str]) -> None:
+        "Start the next attempt at a job on these machines."
         new, folder = self.records.move(job, "starting", error=None), self.records.folder(job)
         if new is None:
             return  # cancelled this moment
@@ -250,7 +250,7 @@ class Starts:
             if not folder.job_file.exists():
                 self.admission.fill(job, self.admission.settings(job.kind, job.spec))
             folder.claim_attempt(new.attempt)
-            ref = self.engine.start(new, folder, node)
+            ref = self.engine.start(new, folder, nodes)
         except LoraMvpError as error:
             _logger.warning("job %s was not started: %s", job.id, error)
             why = f": {error}" if error.code == "engine_unavailable" else "."

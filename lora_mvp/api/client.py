@@ -196,13 +196,14 @@ class Client:
         self,
         manifest: str,  # of the training data, as the service's machine has it, below its data folder
         config: dict[str, Any] | None = None,  # settings to change, as "section.key": value
-        gpus: int | None = None,  # None: one where there is one
+        gpus: int | None = None,  # on each of its nodes; None: one where there is one
         key: str | None = None,
-        memory_gb: float | None = None,  # kept for it on its node; None: none is
+        memory_gb: float | None = None,  # kept for it on each of its nodes; None: none is
         node_label: str | None = None,  # key=value of the nodes that will do; None: any
+        nodes: int | None = None,  # machines that train together; None: one
     ) -> dict[str, Any]:  # with job_id and status
         "Submit a training."
-        asked = {"memory_gb": memory_gb, "node_label": node_label}
+        asked = {"memory_gb": memory_gb, "node_label": node_label, "nodes": nodes}
         body = {"manifest": manifest, "config": config or {}, "gpus": gpus}
         return self.submit("/train", body | {name: value for name, value in asked.items() if value is not None}, key)
 

@@ -137,7 +137,7 @@ def jobs_submit(args: argparse.Namespace) -> None:
     with client_for(args) as client:
         config = override_values(args.set or [])
         manifest = sent_first(client, args) if Path(args.manifest).is_dir() else args.manifest
-        place = {"memory_gb": args.memory_gb, "node_label": args.node_label}
+        place = {"memory_gb": args.memory_gb, "node_label": args.node_label, "nodes": args.nodes}
         announce_job(client, args, client.train(manifest, config, args.gpus, args.key, **place))
 
 # %% ../../nbs/6_api/37_commands.ipynb #aa3d3d42
@@ -244,8 +244,9 @@ def add_starting(actions) -> None:
     evaluate, retry = add_command(actions, "evaluate", jobs_evaluate), add_command(actions, "retry", jobs_retry)
     which = "manifest.json of prepared data, below the service's data folder; or a folder of pictures of this machine"
     submit.add_argument("manifest", metavar="MANIFEST|FOLDER", help=which)
-    submit.add_argument("--gpus", type=int, help="how many (default: one where there is one)")
-    submit.add_argument("--memory-gb", type=float, help="memory to keep for it on its node (default: none is)")
+    submit.add_argument("--gpus", type=int, help="how many on each node (default: one where there is one)")
+    submit.add_argument("--nodes", type=int, help="machines that train together (default: 1)")
+    submit.add_argument("--memory-gb", type=float, help="memory to keep for it on each node (default: none is)")
     submit.add_argument("--node-label", metavar="KEY=VALUE", help="of the nodes that will do (default: any)")
     pictures = {"choices": ["val", "train"], "default": "val"}
     evaluate.add_argument("--real-split", **pictures, help="pictures to compare with (default: val)")

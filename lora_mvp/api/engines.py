@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -44,8 +45,8 @@ class Engine(Protocol):
     def nodes(self) -> list[Node]:
         "The machines, and what is free on them."
 
-    def start(self, job: Job, folder: JobFolder, node: str = "") -> str:
-        "Start the newest attempt on a machine; by what name the other calls know it. Raises `LoraMvpError`: `engine_unavailable`."
+    def start(self, job: Job, folder: JobFolder, nodes: Sequence[str] = ()) -> str:
+        "Start the newest attempt on machines; by what name the other calls know it. Raises `LoraMvpError`: `engine_unavailable`."
 
     def poll(self, refs: list[str]) -> dict[str, Life]:
         "What became of attempts."
@@ -121,6 +122,7 @@ def hold_free_cards(
 KEPT = {"PATH", "HOME", "USER", "TZ", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SYSTEMROOT"}
 KEPT |= {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "PYTHONDONTWRITEBYTECODE"}
 KEPT |= {"CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"}
+KEPT_BEGIN = ("LC_", "LANG", "NVIDIA_", "NCCL_", "GLOO_")
 KEPT_ONLINE = {"HF_TOKEN", "HF_TOKEN_PATH", "HF_ENDPOINT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"}
 KEPT_ONLINE |= {"http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"}
 
@@ -131,7 +133,7 @@ def clean_environment(
 ) -> dict[str, str]:
     "What of an environment a job may see."
     kept = KEPT | (KEPT_ONLINE if api.allow_downloads else set())
-    found = {k: v for k, v in env.items() if k in kept or k.startswith(("LC_", "LANG", "NVIDIA_"))}
+    found = {k: v for k, v in env.items() if k in kept or k.startswith(KEPT_BEGIN)}
     threads = max(1, (os.cpu_count() or 1) // api.max_workers)
     offline = {} if api.allow_downloads else {"HF_HUB_OFFLINE": "1"}
     paths = [os.path.abspath(part) for part in found.get("PYTHONPATH", "").split(os.pathsep) if part]
@@ -258,7 +260,7 @@ class LocalEngine:
             free = Room(max(0, slots), len(self.free_gpus()), memory - taken)
             return [Node("this machine", Room(self.api.max_workers, len(self.gpus), memory), free)]
 
-    def start(self, job: Job, folder: JobFolder, node: str = "") -> str:
+    def start(self, job: Job, folder: JobFolder, nodes: Sequence[str] = ()) -> str:
         "Start a runner for the newest attempt; raises `LoraMvpError`: `engine_unavailable`."
         mark, wanted = f"{job.id}:{job.attempt}", min(1, len(self.gpus)) if job.spec.gpus is None else job.spec.gpus
         with self.lock, ExitStack() as closing:

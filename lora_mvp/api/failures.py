@@ -36,13 +36,10 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         error = error.__cause__
 
 # %% ../../nbs/6_api/16_failures.ipynb #66a57bc8
+PARTED = "One of the processes of the job ended or fell silent, and the others cannot go on without it."
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-SAME = {
-    "gradient_not_finite": "loss_not_finite",
-    "not_writable": "disk_full",
-    "output_not_writable": "disk_full",
-    "disk_too_small": "disk_full",
-}
+SAME = {"gradient_not_finite": "loss_not_finite"}
+SAME |= dict.fromkeys(("not_writable", "output_not_writable", "disk_too_small"), "disk_full")
 
 
 def job_error(
@@ -51,6 +48,8 @@ def job_error(
 ) -> JobError:
     "What to tell of an exception."
     names = {kind.__name__ for kind in type(error).__mro__}
+    if "DistError" in names or "gloo/transport" in str(error):
+        return JobError(code="worker_lost", message=PARTED)
     if names & {"MemoryError", "OutOfMemoryError"} or "can't allocate memory" in str(error):
         advice = "Lower training.batch_size or training.resolution, or switch on training.gradient_checkpointing."
         return JobError(code="out_of_memory", message=f"The memory did not suffice. {advice}")

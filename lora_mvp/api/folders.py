@@ -38,6 +38,15 @@ class Heartbeat(FrozenRecord):
     status: Literal["starting", "running", "stopping"]
     time: datetime  # for people; nothing is decided by it
 
+# %% ../../nbs/6_api/09_folders.ipynb #af0ebf10
+class Sign(FrozenRecord):
+    "The part of an attempt on one of its nodes lives, or has ended."
+
+    attempt: int
+    number: int  # another one in each sign
+    node: str
+    exit_code: int | None = None  # of its part, once that has ended
+
 # %% ../../nbs/6_api/09_folders.ipynb #44839ed6
 Note = TypeVar("Note", bound=BaseModel)
 
@@ -76,6 +85,10 @@ class JobFiles:
         self.cancel_file = self.root / "cancel"
         self.outcome_file = self.root / "outcome.json"
         self.result_file = self.root / "result.json"
+
+    def node_file(self, rank: int, kind: str) -> Path:
+        "A file of one of several nodes."
+        return self.root / f"node-{rank}.{kind}"
 
 # %% ../../nbs/6_api/09_folders.ipynb #a91345d3
 class JobFolder(JobFiles):
@@ -121,6 +134,14 @@ class JobFolder(JobFiles):
     def heartbeat(self) -> Heartbeat | None:
         "When it last said so."
         return _read(Heartbeat, self.heartbeat_file)
+
+    def give_sign(self, rank: int, sign: Sign) -> None:
+        "The part of an attempt on one of its nodes lives, or has ended."
+        atomic_write(self.node_file(rank, "json"), sign.model_dump_json())
+
+    def sign(self, rank: int) -> Sign | None:
+        "The newest sign of a node."
+        return _read(Sign, self.node_file(rank, "json"))
 
     def write_outcome(self, outcome: Result) -> None:
         "The trainer's own word on its end."

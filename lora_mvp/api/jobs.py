@@ -104,8 +104,9 @@ class JobSpec(FrozenRecord):
     config: dict[str, Any] = Field(
         default={}, description='settings to change, as "section.key": value; at most 64 KiB of JSON'
     )
-    gpus: int | None = Field(None, ge=0, le=64, description="null: one where there is one")
-    memory_gb: float | None = Field(None, gt=0, le=100_000, description="kept for the job; null: none is")
+    gpus: int | None = Field(None, ge=0, le=64, description="on each of its nodes; null: one where there is one")
+    memory_gb: float | None = Field(None, gt=0, le=100_000, description="kept for the job on each; null: none is")
+    nodes: int = Field(1, ge=1, le=64, description="machines that train together")
     node_label: str | None = Field(
         None, pattern=NODE_LABEL, max_length=128, description="key=value of the nodes that will do; null: any"
     )

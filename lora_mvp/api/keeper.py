@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/6_api/21a_keeper.ipynb #b135e274
+import json
 import os
 import secrets
 import signal
@@ -14,21 +15,28 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .engines import clean_environment, said_of_end
+import psutil
+
+from .engines import clean_environment, said_of_end, start_runner
 from .folders import JobFolder
 from .job_settings import read_settings
 from .jobs import JobError
-from .processes import MARK, RUNNER, end_all
+from .members import Member
+from .processes import MARK, end_all
 from ..errors import LoraMvpError
 from ..files import atomic_write
 
 # %% ../../nbs/6_api/21a_keeper.ipynb #8436d081
+SERVICE = ".service"  # the file with its name
+
+
 def service_id(jobs_dir: Path) -> str:
     "The name of the service whose job folders these are; made when it is first asked for."
-    file = jobs_dir / ".service"
+    file = jobs_dir / SERVICE
     if not file.exists():
         jobs_dir.mkdir(parents=True, exist_ok=True)
         atomic_write(file, secrets.token_hex(8))
@@ -43,8 +51,10 @@ class Order(NamedTuple):
     attempt: int
     node: str  # by the name that people know
     program: list[str]  # of the runner; empty: that of the package
-    need: tuple = ()  # node, slots, cards, memory: for the next server
+    need: Sequence = ()  # of each node: which it is, slots, cards, memory; for the next server
     slots: int = 1  # of the node; each job gets its share of the cores
+    member: Sequence = ()  # `Member`: which of several nodes this is
+    address: str = ""  # of this node
     patience: float = 15.0  # seconds until a new folder is seen over a network
 
 # %% ../../nbs/6_api/21a_keeper.ipynb #983a5d60
@@ -53,7 +63,7 @@ def sees_folder(order: Order) -> bool:
     folder, limit = JobFolder(order.folder), time.monotonic() + order.patience
     while True:
         try:
-            name = (folder.root.parent / ".service").read_text().strip()
+            name = (folder.root.parent / SERVICE).read_text().strip()
         except OSError:
             name = ""
         if name == order.service and folder.current_attempt() >= order.attempt:
@@ -84,6 +94,19 @@ def thread_share(order: Order) -> int:
     return max(1, (os.cpu_count() or 1) // max(1, order.slots))
 
 # %% ../../nbs/6_api/21a_keeper.ipynb #2fe0ff68
+def mark_in(order: Order) -> str:
+    "The mark of what belongs to an attempt on this node."
+    return Member(*order.member).mark(f"{Path(order.folder).name}:{order.attempt}")
+
+# %% ../../nbs/6_api/21a_keeper.ipynb #682ab703
+def network_of(order: Order) -> dict[str, str]:
+    "By which interface the nodes of an attempt reach this one; nothing for a single node."
+    if Member(*order.member).count == 1:
+        return {}
+    found = (name for name, ends in psutil.net_if_addrs().items() if order.address in (end.address for end in ends))
+    return {f"{library}_SOCKET_IFNAME": name for name in list(found)[:1] for library in ("GLOO", "NCCL")}
+
+# %% ../../nbs/6_api/21a_keeper.ipynb #349d62ca
 def node_environment(
     order: Order,
     cards: list[str],  # as the cluster numbers them
@@ -91,19 +114,17 @@ def node_environment(
     "What a runner finds in its environment on a node."
     folder = JobFolder(order.folder)
     found = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # the cluster's guess
-    env = clean_environment(read_settings(folder).api, found) | {"OMP_NUM_THREADS": str(thread_share(order))}
-    env |= {MARK: f"{folder.root.name}:{order.attempt}", RUNNER: order.folder}
+    env = network_of(order) | clean_environment(read_settings(folder).api, found)
+    env |= {MARK: mark_in(order), "OMP_NUM_THREADS": str(thread_share(order))}
     return env | {"CUDA_VISIBLE_DEVICES": ",".join(cards)}
 
 # %% ../../nbs/6_api/21a_keeper.ipynb #688e3b31
 def begin_runner(order: Order, cards: list[str]) -> subprocess.Popen:
-    "Start the runner of an attempt; raises `OSError`."
+    "Start the runner of an attempt; raises `OSError` and `psutil.Error`."
     command = order.program or [sys.executable, "-m", "lora_mvp.api.runner"]
     command = [*command, order.folder, "--attempt", str(order.attempt), "--parent", str(os.getpid())]
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    with open(Path(order.folder) / "runner.log", "ab") as log:
-        how = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
-        return subprocess.Popen(command, cwd=order.folder, env=node_environment(order, cards), **how)
+    command += ["--member", json.dumps(order.member)] if order.member else []
+    return start_runner(command, JobFolder(order.folder), node_environment(order, cards), held=[])[1]
 
 # %% ../../nbs/6_api/21a_keeper.ipynb #91ebf627
 def given_cards() -> list[str]:
@@ -145,13 +166,13 @@ class Keeper:
         if trouble := storage_trouble(self.order):
             self.why = node_refusal(self.order, trouble)
             return
-        end_all(f"{folder.root.name}:")  # what is left here of an attempt before this one
+        end_all(f"{folder.root.name}:", before=self.order.attempt)  # what is left here of attempts
         with self.lock:
             if self.told:
                 return
             self.process = begin_runner(self.order, given_cards() if self.cards is None else self.cards)
         status = self.process.wait()
-        end_all(f"{folder.root.name}:{self.order.attempt}")  # what escaped a runner that was killed
+        end_all(mark_in(self.order))  # what escaped a runner that was killed
         self.why = said_of_end(folder, status)
 
     def state(self) -> dict[str, Any]:
@@ -170,4 +191,4 @@ class Keeper:
         "Kill the runner and all it has started."
         with self.lock:
             self.told = True
-        end_all(f"{Path(self.order.folder).name}:{self.order.attempt}")
+        end_all(mark_in(self.order))

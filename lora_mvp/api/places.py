@@ -14,10 +14,10 @@ from .jobs import Job, JobSpec
 
 # %% ../../nbs/6_api/20a_places.ipynb #8dc4a43a
 class Room(NamedTuple):
-    "What a machine has, or a job takes."
+    "What a machine has, or a job takes on one."
 
-    slots: int  # jobs
-    gpus: int
+    slots: float  # jobs
+    gpus: float
     memory_gb: float
 
 # %% ../../nbs/6_api/20a_places.ipynb #10cadf68
@@ -35,14 +35,14 @@ def need_of(
     spec: JobSpec,
     nodes: list[Node],
 ) -> Room:
-    "What a job takes: one card where there are some and it does not say."
+    "What a job takes on a machine: one card where there are some and it does not say."
     gpus = int(any(node.total.gpus for node in nodes)) if spec.gpus is None else spec.gpus
     return Room(1, gpus, spec.memory_gb or 0)
 
 # %% ../../nbs/6_api/20a_places.ipynb #30f72a89
 def lacking(need: Room, room: Room) -> set[str]:
     "Of what there is too little."
-    return {name for name, wanted, there in zip(Room._fields, need, room) if wanted > there}
+    return {name for name, wanted, there in zip(Room._fields, need, room) if wanted and wanted > there}
 
 # %% ../../nbs/6_api/20a_places.ipynb #990f68d1
 def with_label(spec: JobSpec, nodes: list[Node]) -> list[Node]:
@@ -61,42 +61,56 @@ def impossible(
     spec: JobSpec,
     nodes: list[Node],
 ) -> str | None:
-    "Why no machine can ever hold a job; None where one can."
+    "Why a job can never have a place; None where it can."
     nodes = [node for node in nodes if node.total.slots]
     need, fitting = need_of(spec, nodes), with_label(spec, nodes)
-    if any(not lacking(need, node.total) for node in fitting):
+    holding = sum(not lacking(need, node.total) for node in fitting)
+    if holding >= spec.nodes:
         return None
     if nodes and not fitting:
         known = sorted({f"{key}={value}" for node in nodes for key, value in node.labels.items()})
         return f"no node has the label {spec.node_label}; there are {', '.join(known) or 'no labels'}."
     if not fitting:
         return "no node is there to run jobs; try again when one is."
+    if holding or spec.nodes > len(fitting):
+        there = "is 1" if holding == 1 else f"are {holding}"
+        return f"{spec.nodes} nodes with {room_text(need)} each are asked for, and there {there}."
     largest = max(fitting, key=lambda node: (node.total.gpus, node.total.memory_gb))
     return f"{room_text(need)} on one node are asked for, and the largest has {room_text(largest.total)}."
 
 # %% ../../nbs/6_api/20a_places.ipynb #b13c409e
-def find_place(
+NOTHING = Room(0, 0, 0)
+
+
+def find_places(
     spec: JobSpec,
     nodes: list[Node],
-    kept: dict[str, set[str]],  # machine -> of what it has, that which is kept for an older job
-) -> Node | None:
-    "The machine on which a job can start now."
-    need = need_of(spec, nodes)
-    takes = {name for name, wanted in zip(Room._fields, need) if wanted}
-    found = [node for node in with_label(spec, nodes) if not lacking(need, node.free)]
-    found = [node for node in found if not takes & kept.get(node.name, set())]
-    return min(found, key=lambda node: (node.free.gpus, -node.free.slots, node.name), default=None)
+    kept: dict[str, Room],  # machine -> what is kept there for older jobs
+) -> list[Node]:
+    "The machines on which a job can start now, as many as it asks for; none where there are fewer."
+    need, found = need_of(spec, nodes), []
+    for node in with_label(spec, nodes):
+        free = Room(*(there - held for there, held in zip(node.free, kept.get(node.name, NOTHING))))
+        found += [] if lacking(need, free) else [node]
+    found.sort(key=lambda node: (node.free.gpus, -node.free.slots, node.name))
+    return found[: spec.nodes] if len(found) >= spec.nodes else []
 
 # %% ../../nbs/6_api/20a_places.ipynb #726ee6d3
-def keep_place(
+ALL = float("inf")
+
+
+def keep_places(
     spec: JobSpec,
     nodes: list[Node],
-) -> dict[str, set[str]]:  # machine -> what is kept there
+) -> dict[str, Room]:  # machine -> what is kept there; `ALL`: whatever is free or will be
     "What is kept for a job whose turn it is."
-    need = need_of(spec, nodes)
+    need, found = need_of(spec, nodes), {}
     fitting = [node for node in with_label(spec, nodes) if not lacking(need, node.total)]
-    node = min(fitting, key=lambda node: (-node.free.gpus, len(lacking(need, node.free)), node.name), default=None)
-    return {node.name: lacking(need, node.free)} if node else {}
+    fitting.sort(key=lambda node: (-node.free.gpus, len(lacking(need, node.free)), node.name))
+    for node in fitting[: spec.nodes] if len(fitting) >= spec.nodes else ():
+        short = lacking(need, node.free)
+        found[node.name] = Room(*(ALL if name in short else wanted for name, wanted in zip(Room._fields, need)))
+    return found
 
 # %% ../../nbs/6_api/20a_places.ipynb #03ec166b
 class Turns:

@@ -24,7 +24,7 @@ def started(pid: int) -> str:
         return repr(psutil.Process(pid).create_time())
 
 # %% ../../nbs/6_api/19_processes.ipynb #ac4f8b76
-MARK = "LORA_MVP_JOB"  # environment variable of all processes of an attempt: <job id>:<attempt>
+MARK = "LORA_MVP_JOB"  # environment variable of all processes of an attempt: <job id>:<attempt>[/<rank>]
 
 
 RUNNER = "LORA_MVP_RUNNER"  # of its runner alone: the job's folder
@@ -71,10 +71,13 @@ def is_alive(ref: str) -> bool:
 # %% ../../nbs/6_api/19_processes.ipynb #3b4f6689
 def marked(
     mark: str,  # <job id>:<attempt>; with nothing after the colon any attempt
+    before: int | None = None,  # only attempts before this one
 ) -> list[psutil.Process]:
     "The living processes with a mark, this one aside."
 
     def fits(found: str) -> bool:
+        if before is not None:
+            return found.startswith(mark) and int(found.partition(":")[2].partition("/")[0]) < before
         return found.startswith(mark) if mark.endswith(":") else found == mark
 
     return [p for p in psutil.process_iter() if p.pid != os.getpid() and fits(mark_of(p))]
@@ -96,11 +99,16 @@ def is_running(process: psutil.Process) -> bool:
         return False
 
 # %% ../../nbs/6_api/19_processes.ipynb #8641b86c
-def end_all(mark: str, descendants: bool = False, patience: float = 30.0) -> int:  # how many were killed
+def end_all(
+    mark: str,  # as for `marked`
+    descendants: bool = False,
+    patience: float = 30.0,  # seconds
+    before: int | None = None,  # as for `marked`
+) -> int:  # how many were killed
     "Kill until nothing with the mark is left; a process that even the kernel cannot end is waited for, some seconds."
     killed, limit, calm = set(), time.monotonic() + patience, 0
     while calm < 2 and time.monotonic() < limit:
-        found = {p.pid: p for p in marked(mark)}
+        found = {p.pid: p for p in marked(mark, before)}
         found |= {p.pid: p for p in psutil.Process().children(recursive=True)} if descendants else {}
         alive = [process for process in found.values() if is_running(process)]
         calm = 0 if alive else calm + 1  # one that is just being started can be overlooked once

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from .engines import LATE, Life
 from .folders import JobFolder
 from .jobs import Job, JobError
 from .keeper import Order, service_id
+from .members import Member
 from .places import Node, Room, need_of
 from .ray_link import Link, Unreachable, said_of_import, said_of_loss
 from ..config import ApiConfig
@@ -91,14 +93,15 @@ def link_to(api: ApiConfig) -> Link:
     return link
 
 # %% ../../nbs/6_api/21c_ray_engine.ipynb #752a272e
-def name_in(told: list[dict[str, Any]], node: str) -> str:
-    "The name of a node that people know."
-    return next((one["name"] for one in told if one["id"] == node), "that was chosen")
+def node_in(told: list[dict[str, Any]], node: str) -> dict[str, Any]:
+    "What the cluster says of a node; the least, where it is not there."
+    unknown = {"id": node, "name": "that was chosen", "address": "", "total": {}, "labels": {}}
+    return next((one for one in told if one["id"] == node), unknown)
 
 # %% ../../nbs/6_api/21c_ray_engine.ipynb #31c658e3
 def ref_in(service: str, job: Job) -> str:
     "The name of an attempt in the cluster."
-    return f"ray:{service}:{job.id}:{job.attempt}"
+    return f"ray:{service}:{job.id}:{job.attempt}" + (f":{job.spec.nodes}" if job.spec.nodes > 1 else "")
 
 # %% ../../nbs/6_api/21c_ray_engine.ipynb #fbbdfb39
 class RayEngine:
@@ -116,7 +119,7 @@ class RayEngine:
         self.api, self.program, self.service = api, program or [], service_id(api.jobs_dir)
         self.link = link or link_to(api)
         self.told, self.fresh = [], 0.0  # what the cluster said of its nodes, and when
-        self.taken: dict[str, tuple[str, Room]] = {}  # ref -> node, what the attempt takes there
+        self.taken: dict[str, list[tuple[str, Room]]] = {}  # ref -> nodes, and what the attempt takes there
         self.reasons: dict[str, JobError] = {}
         self.kill_at: dict[str, float] = {}  # ref -> monotonic
         self.doomed: set[str] = set()  # refs of keepers that are to end
@@ -143,7 +146,8 @@ class RayEngine:
                 told, reached = self.view(), True
             except Unreachable:
                 told, reached = self.told, False
-            nodes = [node_of(one, [room for at, room in self.taken.values() if at == one["id"]]) for one in told]
+            taken = [place for places in self.taken.values() for place in places]
+            nodes = [node_of(one, [room for at, room in taken if at == one["id"]]) for one in told]
             return nodes if reached else [replace(node, free=Room(0, 0, 0)) for node in nodes]
 
     def running(self) -> dict[str, str]:
@@ -152,25 +156,31 @@ class RayEngine:
             refs = [name for name in self.link.ask("names") if name.startswith(f"ray:{self.service}:")]
             for ref, told in self.link.ask("look", names=refs).items() if refs else ():
                 if told.get("need") and ref not in self.taken:
-                    node, *room = told["need"]
-                    self.taken[ref] = node, Room(*room)
-            return {ref.split(":", 2)[2]: ref for ref in refs}
+                    self.taken[ref] = [(node, Room(*room)) for node, *room in told["need"]]
+            return {":".join(ref.split(":")[2:4]): ref for ref in refs}
 
-    def start(self, job: Job, folder: JobFolder, node: str = "") -> str:
-        "Have an attempt kept on a node; raises `LoraMvpError`: `engine_unavailable`."
+    def start(self, job: Job, folder: JobFolder, nodes: Sequence[str] = ()) -> str:
+        "Have an attempt kept on nodes; raises `LoraMvpError`: `engine_unavailable`."
         with self.lock:
-            room, name = need_of(job.spec, self.nodes()), name_in(self.told, node)
-            slots = next((int(told["total"].get("CPU", 1)) for told in self.told if told["id"] == node), 1)
-            whose = Order(self.service, str(folder.root), job.attempt, name, self.program, (node, *room), slots)
-            order = whose._replace(patience=self.patience)
-            ref = ref_in(self.service, job)
+            room, ref = need_of(job.spec, self.nodes()), ref_in(self.service, job)
+            told = [node_in(self.told, node) for node in nodes]
+            orders = [list(self.order(job, folder, room, told, rank)) for rank in range(len(told))]
             try:
-                self.link.ask("begin", name=ref, node=node, need=list(room), order=list(order))
+                self.link.ask("begin", name=ref, nodes=list(nodes), need=list(room), orders=orders)
             except Unreachable:
                 self.doomed.add(ref)  # it may have begun all the same
                 raise
-            self.taken[ref] = node, room
+            self.taken[ref] = [(node, room) for node in nodes]
             return ref
+
+    def order(self, job: Job, folder: JobFolder, room: Room, told: list[dict[str, Any]], rank: int) -> Order:
+        "What the keeper on one of an attempt's nodes is told."
+        own = told[rank]
+        more = {"need": [[one["id"], *room] for one in told], "patience": self.patience, "address": own["address"]}
+        if len(told) > 1:
+            more["member"] = list(Member(rank, len(told), told[0]["address"], own["name"]))
+        whose = (self.service, str(folder.root), job.attempt, own["name"], self.program)
+        return Order(*whose, slots=int(own["total"].get("CPU", 1)), **more)
 
     def poll(self, refs: list[str]) -> dict[str, Life]:
         "What became of attempts; sees to it that what was to end does."
@@ -182,7 +192,8 @@ class RayEngine:
             except Unreachable:
                 return dict.fromkeys(refs, "unknown")
             for ref, answer in told.items():
-                node = name_in(self.told, self.taken[ref][0]) if ref in self.taken else "that was chosen"
+                places = self.taken.get(ref, [("", None)])
+                node = node_in(self.told, places[answer.get("rank", 0) % len(places)][0])["name"]
                 if reason := reason_of(answer, node):
                     self.reasons[ref] = reason
             lives = {ref: answer["life"] for ref, answer in told.items()}

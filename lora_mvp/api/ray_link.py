@@ -149,7 +149,8 @@ def nodes_now(ray: Any) -> list[dict[str, Any]]:
     "The living nodes, and what is free on them."
     from ray._private.state import available_resources_per_node
 
-    free, names = available_resources_per_node(), {"id": "NodeID", "total": "Resources", "labels": "Labels"}
+    free = available_resources_per_node()
+    names = {"id": "NodeID", "address": "NodeManagerAddress", "total": "Resources", "labels": "Labels"}
     return [
         {ours: node[theirs] for ours, theirs in names.items()}
         | {"name": node_name(node), "free": free.get(node["NodeID"], {})}
@@ -158,29 +159,60 @@ def nodes_now(ray: Any) -> list[dict[str, Any]]:
     ]
 
 # %% ../../nbs/6_api/21b_ray_link.ipynb #172d5f10
-def begin_keeper(ray: Any, name: str, node: str, need: list, order: list) -> None:
-    "Have a keeper begin on a node; does not wait for it."
+def keepers_of(attempt: str) -> list[str]:
+    "The names of an attempt's keepers, the first node's first."
+    count = int((attempt.split(":") + ["1"])[4])
+    return [attempt] if count == 1 else [f"{attempt}/{rank}" for rank in range(count)]
+
+# %% ../../nbs/6_api/21b_ray_link.ipynb #d0f912e0
+def placement_of(ray: Any, name: str) -> Any:
+    "The placement group of an attempt; None where it has none."
+    try:
+        return ray.util.get_placement_group(name)
+    except ValueError:
+        return None
+
+# %% ../../nbs/6_api/21b_ray_link.ipynb #4f67fd1a
+def keep_group(ray: Any, name: str, nodes: list[str], need: list) -> list[Any]:
+    "How the keepers of an attempt on several nodes are placed: each in its part of one placement group."
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    slots, gpus, memory = need
+    part = {"CPU": slots} | ({"GPU": gpus} if gpus else {}) | ({"memory": int(memory * 1e9)} if memory else {})
+    where = {"bundle_label_selector": [{"ray.io/node-id": node} for node in nodes]}
+    group = placement_of(ray, name) or ray.util.placement_group(
+        [part] * len(nodes), strategy="STRICT_SPREAD", name=name, lifetime="detached", **where
+    )
+    return [PlacementGroupSchedulingStrategy(group, rank) for rank in range(len(nodes))]
+
+# %% ../../nbs/6_api/21b_ray_link.ipynb #bb33dd3c
+def begin_keepers(ray: Any, name: str, nodes: list[str], need: list, orders: list[list]) -> None:
+    "Have the keepers of an attempt begin on their nodes; does not wait for them."
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     slots, gpus, memory = need
-    keeper = ray.remote(Keeper).options(
-        name=name,
-        lifetime="detached",
-        get_if_exists=True,
-        max_restarts=0,
-        max_concurrency=8,
-        num_cpus=slots,
-        num_gpus=gpus,
-        memory=int(memory * 1e9) or None,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-    )
-    keeper.remote(order)  # plain values: a node without our package is to fail at the class, with its name
+    alone = [NodeAffinitySchedulingStrategy(nodes[0], soft=False)]
+    places = alone if len(nodes) == 1 else keep_group(ray, name, nodes, need)
+    for own, place, order in zip(keepers_of(name), places, orders, strict=True):
+        keeper = ray.remote(Keeper).options(
+            name=own,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=0,
+            max_concurrency=8,
+            num_cpus=slots,
+            num_gpus=gpus,
+            memory=int(memory * 1e9) or None,
+            scheduling_strategy=place,
+        )
+        keeper.remote(order)  # plain values: a node without our package is to fail at the class, with its name
 
 # %% ../../nbs/6_api/21b_ray_link.ipynb #bd369d36
-def keeper_names(ray: Any) -> list[str]:
-    "The keepers that there are."
-    found = ray.util.list_named_actors(all_namespaces=True)
-    return [actor["name"] for actor in found if actor["namespace"] == "lora_mvp"]
+def attempt_names(ray: Any) -> list[str]:
+    "The attempts of which there is a keeper, or the place of one."
+    actors = [actor["name"] for actor in ray.util.list_named_actors(True) if actor["namespace"] == "lora_mvp"]
+    groups = [group["name"] for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+    return sorted({name.partition("/")[0] for name in [*actors, *groups] if name.startswith("ray:")})
 
 # %% ../../nbs/6_api/21b_ray_link.ipynb #6e8c4dc0
 def find_keepers(ray: Any, names: list[str]) -> dict[str, Any]:
@@ -195,18 +227,20 @@ def find_keepers(ray: Any, names: list[str]) -> dict[str, Any]:
 
 # %% ../../nbs/6_api/21b_ray_link.ipynb #9ad88487
 def stop_keepers(ray: Any, names: list[str]) -> None:
-    "Have runners save what they have, and end."
-    for keeper in find_keepers(ray, names).values():
+    "Have the runners of attempts save what they have, and end."
+    for keeper in find_keepers(ray, [own for name in names for own in keepers_of(name)]).values():
         keeper.stop.remote()
 
 # %% ../../nbs/6_api/21b_ray_link.ipynb #84a0632d
 def drop_keepers(ray: Any, names: list[str]) -> None:
-    "End keepers with all that they keep; those that do not answer are killed."
-    found = find_keepers(ray, names).values()
+    "End the keepers of attempts with all that they keep; those that do not answer are killed. Their places are free."
+    found = find_keepers(ray, [own for name in names for own in keepers_of(name)]).values()
     ends = [keeper.end.remote() for keeper in found]
     ray.wait(ends, num_returns=len(ends), timeout=3.0) if ends else None
     for keeper in found:
         ray.kill(keeper)
+    for group in filter(None, (placement_of(ray, name) for name in names if len(keepers_of(name)) > 1)):
+        ray.util.remove_placement_group(group)
 
 # %% ../../nbs/6_api/21b_ray_link.ipynb #ebd9e9bd
 def heard_of(ray: Any, ref: Any) -> dict[str, Any]:
@@ -248,17 +282,28 @@ class Watched:
         return {"life": "unknown"} if silent and self.known["life"] == "alive" else self.known
 
 # %% ../../nbs/6_api/21b_ray_link.ipynb #244ad2df
-def keepers_seen(ray: Any, watched: dict[str, Watched], names: list[str]) -> dict[str, dict[str, Any]]:
+def of_all(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    "What became of an attempt, by what is known of its keepers: the first speaks for all, unless another is gone or could not begin."
+    for rank, answer in enumerate(answers[1:], 1):
+        if answer["life"] == "gone" or answer.get("why") or "broken" in answer:
+            return answer | {"rank": rank}
+    return answers[0]
+
+# %% ../../nbs/6_api/21b_ray_link.ipynb #150f6551
+def attempts_seen(ray: Any, watched: dict[str, Watched], names: list[str]) -> dict[str, dict[str, Any]]:
     "What became of attempts; `watched` is kept from one look to the next."
-    for name, keeper in find_keepers(ray, [name for name in names if name not in watched]).items():
+    keepers = {name: keepers_of(name) for name in names}
+    every = {own for owned in keepers.values() for own in owned}
+    for name, keeper in find_keepers(ray, sorted(every - watched.keys())).items():
         watched[name] = Watched(keeper)
-    for name in watched.keys() - set(names):
+    for name in watched.keys() - every:
         del watched[name]
     refs = {one.ask(): one for one in watched.values()}
     ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0.2) if refs else ([], [])
     for ref in ready:
         refs[ref].hear(ray)
-    return {name: watched[name].answer() if name in watched else {"life": "gone"} for name in names}
+    told = {name: watched[name].answer() if name in watched else {"life": "gone"} for name in every}
+    return {name: of_all([told[own] for own in owned]) for name, owned in keepers.items()}
 
 # %% ../../nbs/6_api/21b_ray_link.ipynb #a9b19aff
 class Cluster:
@@ -269,11 +314,11 @@ class Cluster:
 
         os.chdir("/")  # Ray has nodes look for modules where its client is; they are to use their own
         ray.init(address=address, namespace="lora_mvp", log_to_driver=False, logging_level="error")
-        self.nodes, self.names, self.begin = (partial(do, ray) for do in (nodes_now, keeper_names, begin_keeper))
+        self.nodes, self.names, self.begin = (partial(do, ray) for do in (nodes_now, attempt_names, begin_keepers))
         self.stop, self.drop, self.look = (
             partial(stop_keepers, ray),
             partial(drop_keepers, ray),
-            partial(keepers_seen, ray, {}),
+            partial(attempts_seen, ray, {}),
         )
 
 # %% ../../nbs/6_api/21b_ray_link.ipynb #3b018214

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/6_api/20_runner.ipynb #3f980643
 import argparse
+import json
 import os
 import resource
 import select
@@ -24,6 +25,7 @@ import psutil
 from .folders import Heartbeat, JobFolder, Result
 from .job_settings import read_settings
 from .jobs import Job, JobError, now
+from .members import Member, Members, launcher
 from .processes import HELD, MARK, RUNNER, adopt_orphans, end_all, marked, ref_of, send_signal
 from .redaction import known_secrets, redact
 from .reporter import FENCED
@@ -112,14 +114,15 @@ def trainer_command(
     folder: JobFolder,
     attempt: int,
     work: list[str],  # command of the trainer, without its arguments
-    gpus: int | None,  # that the job wants
+    gpus: int | None,  # that the job wants on a node
+    member: Member,
 ) -> list[str]:
     "The trainer's command line: itself, or torchrun for several processes."
-    processes = str(max(1, gpus or 1))
-    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    processes = max(1, gpus or 1)
+    several = launcher(member, f"{folder.root.name}:{attempt}", processes)
+    start = [sys.executable, "-m", "torch.distributed.run", *several, "--no-python"] if several else []
     arguments = [str(folder.root), "--attempt", str(attempt), "--runner", str(os.getpid())]
-    start = [*several, "--no-python"] if (gpus or 1) > 1 else []
-    return [*start, *work, *arguments, "--processes", processes]
+    return [*start, *work, *arguments, "--processes", str(processes * member.count)]
 
 # %% ../../nbs/6_api/20_runner.ipynb #17b71677
 def prepare_trainer(
@@ -190,6 +193,7 @@ def judge_attempt(
     status: int,  # return code of the trainer, negative for a signal
     said: Result | None,  # its own word
     reason: str | None,  # why it was told to stop
+    parted: str | None = None,  # what is wrong with another node
 ) -> Result:
     "How an attempt ended."
     name = signal.Signals(-status).name if status < 0 else None
@@ -211,6 +215,8 @@ def judge_attempt(
         return failed(reason, STOPPED[reason])
     if said and said.outcome == "failed":
         return ended("failed", said.error.model_copy(update=how))
+    if reason == "parted":
+        return ended("lost", JobError(code="worker_lost", message=parted))
     if (said and said.outcome == "stopped") or status == -signal.SIGTERM:
         return ended("stopped")
     if status == FULL:
@@ -290,13 +296,17 @@ class Runner:
         work: list[str],  # command of the trainer, without its arguments
         patience: float = 10.0,  # seconds between the last SIGTERM and SIGKILL
         clock: Callable[[], float] = time.monotonic,
+        member: Member | None = None,  # None: the only one
     ):
         self.folder, self.attempt, self.work, self.patience, self.clock = folder, attempt, work, patience, clock
-        self.job, self.api = folder.read_job(), read_settings(folder).api
-        self.mark = f"{self.job.id}:{attempt}"
-        self.ref, self.log = ref_of(os.getpid(), self.mark), JobLog(folder.log_file)
+        self.job, self.api, member = folder.read_job(), read_settings(folder).api, member or Member()
+        self.first, self.members = member.rank == 0, Members(folder, attempt, member, clock)
+        self.mark = member.mark(f"{self.job.id}:{attempt}")
+        self.ref = ref_of(os.getpid(), self.mark)
+        self.log = JobLog(folder.log_file if self.first else folder.node_file(member.rank, "log"))
         self.reserve = folder.root / ".reserve"  # room on the disk for the last word
-        self.reason: str | None = None  # to stop: an error code, "cancelled", "stopped" or "fenced"
+        self.reason: str | None = None  # to stop: an error code, "cancelled", "stopped", "fenced" or "parted"
+        self.parted: str | None = None  # what is wrong with another node
         self.told_to_end, self.ending = False, None
         self.began = self.beaten = clock()
         self.signs = SignsOfLife(folder, attempt, self.began)
@@ -321,8 +331,9 @@ class Runner:
     def start(self) -> None:
         "Start the trainer."
         self.say("starting")
-        keep_room(self.reserve)
-        command = trainer_command(self.folder, self.attempt, self.work, self.job.spec.gpus)
+        if self.first:
+            keep_room(self.reserve)
+        command = trainer_command(self.folder, self.attempt, self.work, self.job.spec.gpus, self.members.member)
         self.process = start_trainer(self.folder, command, self.mark)
         self.output = Output(self.process.stdout.fileno(), self.log)
         self.say("running")
@@ -330,7 +341,9 @@ class Runner:
     def say(self, status: str) -> None:
         "Write a heartbeat; on a full disk the next one may succeed."
         try:
-            self.folder.beat(Heartbeat(attempt=self.attempt, ref=self.ref, status=status, time=now()))
+            self.members.tell()
+            if self.first:
+                self.folder.beat(Heartbeat(attempt=self.attempt, ref=self.ref, status=status, time=now()))
         except LoraMvpError as error:
             complain(error)
 
@@ -357,11 +370,13 @@ class Runner:
             self.reason = "deadline_exceeded"
         elif now - self.signs.came > self.api.stall_seconds:
             self.reason = "stalled"
+        elif text := self.members.trouble():
+            self.reason, self.parted = "parted", text
 
     def press(self) -> None:
         "Do what is due to end the trainer; an attempt that no longer counts gets no time."
         if self.ending is None:
-            times = (0.0, 0.0) if self.reason == "fenced" else (self.api.grace_seconds, self.patience)
+            times = (0.0, 0.0) if self.reason in ("fenced", "parted") else (self.api.grace_seconds, self.patience)
             self.ending = Ending(self.mark, self.trainers, *times, self.clock)
         self.ending.go_on()
 
@@ -369,17 +384,27 @@ class Runner:
         "The processes that train."
         try:
             top = psutil.Process(self.process.pid)
-            return top.children() if (self.job.spec.gpus or 1) > 1 else [top]
+            return top.children() if max(self.job.spec.gpus or 1, self.job.spec.nodes) > 1 else [top]
         except psutil.Error:
             return []
 
     def conclude(self) -> int:  # exit status
-        "Judge how it ended, and write it down."
+        "Judge how it ended, and write it down; a further node says only that it has."
+        if not self.first:
+            return self.part()
         said = self.folder.read_outcome()
         said = said if said and said.attempt == self.attempt else None
         self.reserve.unlink(missing_ok=True)
-        result = judge_attempt(self.attempt, self.process.returncode, said, self.reason)
+        result = judge_attempt(self.attempt, self.process.returncode, said, self.reason, self.parted)
         return write_last_word(self.folder, result, self.clock)
+
+    def part(self) -> int:  # exit status
+        "Say that the part of the attempt on this node has ended."
+        try:
+            self.members.tell(exit_code=self.process.returncode)
+        except LoraMvpError as error:
+            complain(error)
+        return 0
 
 # %% ../../nbs/6_api/20_runner.ipynb #e57c181a
 def run_attempt(
@@ -392,6 +417,7 @@ def run_attempt(
     parser.add_argument("folder")
     parser.add_argument("--attempt", type=int, required=True)
     parser.add_argument("--parent", type=int, help="process without which it ends, too")
+    parser.add_argument("--member", type=json.loads, default=[], help="which of the attempt's nodes this is, as JSON")
     args = parser.parse_args(argv)
     folder = JobFolder(os.path.abspath(args.folder))
     if args.parent:
@@ -402,7 +428,9 @@ def run_attempt(
     os.nice(5)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     adopt_orphans()
-    runner = Runner(folder, args.attempt, work or [sys.executable, "-m", "lora_mvp.api.work"], patience)
+    runner = Runner(
+        folder, args.attempt, work or [sys.executable, "-m", "lora_mvp.api.work"], patience, member=Member(*args.member)
+    )
 
     def told(number, frame):
         runner.told_to_end = True
