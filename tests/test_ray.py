@@ -428,7 +428,7 @@ def test_a_head_that_is_gone_takes_no_server_and_no_job_along(tmp_path):
 def test_the_commands_of_scale_md_work_as_they_are_written(tmp_path):
     """The recipe for plain machines, two of which are this one; the port, folders and the number of steps are other ones."""
     text = (Path(__file__).resolve().parent.parent / "docs" / "SCALE.md").read_text(encoding="utf-8")
-    head, node, serve, submit = re.findall(r"```bash\n(.*?)\n```", text, re.DOTALL)
+    head, node, serve, submit, over_nodes = re.findall(r"```bash\n(.*?)\n```", text, re.DOTALL)
     assert head.startswith("ray start --head ") and serve == "lora-mvp serve --config /srv/lora/config.yaml"
     for k in range(12):
         (tmp_path / "cats" / "cat").mkdir(parents=True, exist_ok=True)
@@ -455,6 +455,8 @@ def test_the_commands_of_scale_md_work_as_they_are_written(tmp_path):
             few = ["max_train_steps=4", "lr_warmup_steps=1", "checkpointing_steps=2"]
             done = command(*asked, *[part for key in few for part in ("--set", f"training.{key}")], LORA_MVP_URL=url)
             assert done.returncode == 0, done.stderr
+            refused = command(*shlex.split(over_nodes.replace("--gpus=8", "--gpus=0"))[1:], LORA_MVP_URL=url)
+            assert "2 nodes with 0 GPUs each are asked for, and there is 1." in refused.stderr, refused
             shown = command("jobs", "status", done.stdout.split()[0], LORA_MVP_URL=url)
             assert "succeeded" in shown.stdout, shown
     finally:

@@ -22,9 +22,10 @@ from ..files import atomic_write, make_folder, no_bars
 from .adapters import adapter_layers, fuse, safetensors_bytes, save_adapter
 from .base import load_base
 from .families import Pipeline, denoiser, family_of, networks, text_parts
+from .fused import write_fused
 from .inspection import inspect_adapter
 from .keys import ADAPTER, kohya_name
-from .kohya import kohya_header, write_kohya
+from .kohya import kohya_header
 from .proof import ROUNDING, demand, differences, effect_of, probe, prove
 from .reading import base_for, decomposed, load_lora
 
@@ -126,7 +127,7 @@ def write_diff(
     return atomic_write(file, safetensors_bytes(diff_state(pipe), header))
 
 # %% ../../nbs/2_models/11_exports.ipynb #41c18c48
-FILES = {"kohya": write_kohya, "diff": write_diff}  # forms that are one file
+FILES = {"kohya": write_fused, "diff": write_diff}  # forms that are one file
 
 
 def _check_name(to: str, out: str | Path) -> None:

@@ -33,7 +33,15 @@ _CLAIMED = {"sd_1.5": "sd1", "sd_v1": "sd1", "sdxl": "sdxl", "flux1": "flux", "f
 
 
 _FLUX = re.compile(r"(?:double_blocks|single_blocks|single_transformer_blocks)_(\d+)_")
-_COUSINS = "token_refiner", "distilled_guidance", "to_qkv_mlp", "modulation", "joint_transformer_blocks"
+_COUSINS = (
+    "token_refiner",
+    "distilled_guidance",
+    "to_qkv_mlp",
+    "stream_modulation",
+    "modulation_linear",
+    "joint_transformer_blocks",
+)
+_NEXT = re.compile(r"(?:layers|noise_refiner|context_refiner)_\d+_(?:attention|feed_forward|adaLN_modulation)_")
 
 
 def _transformer(names: list[str]) -> str | None:
@@ -42,7 +50,7 @@ def _transformer(names: list[str]) -> str | None:
     if found:  # FLUX.1 has 19 double and 38 single blocks; FLUX.2, Chroma, Hunyuan and AuraFlow share their names
         many = any(int(match[1]) >= (19 if match[0].startswith("double") else 38) for match in found)
         return "transformer" if many or any(word in name for word in _COUSINS for name in names) else "flux"
-    if any(re.match(r"(?:layers|noise_refiner|context_refiner)_\d+_attention_to_", name) for name in names):
+    if any(map(_NEXT.match, names)):
         return "zimage"
     return "sd3" if any(name.startswith("joint_blocks_") for name in names) else None
 
@@ -83,21 +91,33 @@ def _widths(contents: Contents, pattern: str) -> set[int]:
     return {shape[1] for layer in layers if len(shape := contents.shape(layer, "down")) == 2}
 
 
+def _as_wide_as_flux(contents: Contents) -> bool:
+    return _widths(contents, r"\w+blocks_\d+_(?:(?:img|txt)_attn_qkv|linear1|attn_to_[qkv]$)") <= {3072}
+
+
 def _one_of_flux(contents: Contents) -> str:
     "FLUX.1, or only a diffusion transformer."
     said = contents.header.metadata.get("modelspec.architecture", "flux-1").lower()
     alike = said.startswith(("flux-1", "flux.1", "flux1")) and not any(".img_attn_qkv." in x for x in contents.pieces)
-    narrow = _widths(contents, r"\w+blocks_\d+_(?:(?:img|txt)_attn_qkv|linear1|attn_to_[qkv]$)") <= {3072}
-    return "flux" if alike and narrow else "transformer"
+    own = _as_wide_as_flux(contents) or _claimed(contents.header.metadata) == "flux"
+    return "flux" if alike and own else "transformer"
+
+
+def _one_of_zimage(contents: Contents) -> str:
+    "Z-Image, or only a diffusion transformer, such as Lumina with the same names."
+    apart = any(re.search(r"_attention_to_", name) for _, name in contents.layers)  # as only diffusers has them
+    wide = _widths(contents, r"\w+_\d+_(?:attention_qkv|attention_out|feed_forward_w[13])$") == {3840}
+    return "zimage" if apart or wide or _claimed(contents.header.metadata) == "zimage" else "transformer"
 
 # %% ../../nbs/2_models/08_inspection.ipynb #49d726f9
 def _family(contents: Contents) -> str | None:
     "The family of the base, by the names of its blocks and the width of the text it reads, else by what the header claims."
     names = [name for part, name in contents.layers if part in ("unet", "transformer")]
     if known := _transformer(names):
-        return _one_of_flux(contents) if known == "flux" else known
+        return {"flux": _one_of_flux, "zimage": _one_of_zimage}.get(known, lambda contents: known)(contents)
     if any(part == "transformer" for part, _ in contents.layers):
-        return "sd3" if _widths(contents, r"transformer_blocks_\d+_attn_to_[qkv]") & {1536, 2432} else "transformer"
+        wide = _widths(contents, r"transformer_blocks_\d+_attn_to_[qkv]") & {1536, 2432}
+        return "sd3" if wide or _claimed(contents.header.metadata) == "sd3" else "transformer"
     widths = {_text_width(contents, layer) for layer in contents.layers if reads_text(layer[1])} - {None}
     known = [family.name for family in FAMILIES.values() if widths == {family.text_width}]
     if known:
@@ -247,13 +267,19 @@ def _refused(contents: Contents, family: str | None, kohya: bool) -> bool:
     )
     left = [name for name in contents.beside if kohya or "lora" not in name]
     whole = any(whole_numbers(contents, layer) for layer in contents.layers)
-    return bool(contents.wrong or left or untrue_settings(contents)) or sgm or whole
+    small = kohya and family == "flux" and not _as_wide_as_flux(contents)  # it goes by the published sizes
+    return bool(contents.wrong or left or untrue_settings(contents)) or sgm or whole or small
 
 # %% ../../nbs/2_models/08_inspection.ipynb #e6c8395a
+_APART = re.compile(r"_(?:to|add)_[qkv](?:_proj)?$")  # layers that the original code has as one
+
+
 def _question(contents: Contents, family: str | None) -> Question:
     "What the answers for each program depend on."
     kinds = [kind for kinds in contents.layers.values() for kind in kinds]
     style = style_of(contents.pieces, contents.pieces.values())
+    if style == "kohya" and family in WITHOUT_UNET and any(map(_APART.search, (name for _, name in contents.layers))):
+        style = "kohya, diffusers' layers"
     unheard = "bias" in kinds or "scalar" in kinds or any(whole_numbers(contents, layer) for layer in contents.layers)
     unheard = unheard or not all(map(is_embedding, contents.beside))
     text = {name for part, name in contents.layers if part.startswith("text_encoder")}
@@ -269,6 +295,7 @@ def _question(contents: Contents, family: str | None) -> Question:
         alphas=len({alpha_of(contents, layer) for layer in _products(contents) if not _bad_alpha(contents, layer)}),
         text_attention_cut=bool(attention) and not any(name.endswith("out_proj") for name in attention),
         embeddings=any(map(is_embedding, contents.beside)),
+        beside_blocks=not all(part == "unet" and re.search(r"blocks_\d", name) for part, name in contents.layers),
         strange=family not in WITHOUT_UNET and bool(_strange(contents)) or unheard,
         diffusers_refuses=_refused(contents, family, style == "kohya"),
         broken=broken_layers(contents),

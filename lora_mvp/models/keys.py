@@ -17,6 +17,16 @@ def adaptable_modules(part: torch.nn.Module) -> dict[str, torch.nn.Module]:
     "The layers that can hold a LoRA, by name."
     return {name: layer for name, layer in part.named_modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)}
 
+# %% ../../nbs/2_models/03_keys.ipynb #b7786c18
+def base_layers(network: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    "The layers of a part of the base by name, whether or not an adapter is in it."
+    found = {
+        name.removesuffix(".base_layer"): layer
+        for name, layer in adaptable_modules(network).items()
+        if "lora_" not in name
+    }
+    return found
+
 # %% ../../nbs/2_models/03_keys.ipynb #2358a2bd
 ADAPTER = "default"  # the name under which peft keeps an adapter
 

@@ -16,7 +16,7 @@ class Written:
 
     prefixes: dict[
         str, str
-    ]  # part of the pipeline -> what its keys begin with in kohya's files; none: diffusers' names
+    ]  # part of the pipeline -> what its keys begin with in kohya's files; none: a training's file has diffusers' names
     names: str  # how layers are called there: diffusers, or sgm for Stability's code
     v2: bool  # `ss_v2` in kohya's files: built for sd-scripts' option --v2
     base_version: dict[str, str]  # prediction type -> `ss_base_model_version` in kohya's files

@@ -233,8 +233,9 @@ def unrounded(pipe: Pipeline):
 
 # %% ../../nbs/2_models/10_proof.ipynb #e7c60782
 def own_reader(file: Path) -> bool:
-    "Whether a file is read in full by this package only, as DoRA and several alphas in kohya's form are."
-    return inspect_adapter(file).readers["diffusers"] is False
+    "Whether a file is read in full by this package only, as DoRA and several alphas in kohya's form are; also where nothing is known of diffusers and kohya's names."
+    facts = inspect_adapter(file)
+    return facts.readers["diffusers"] is False or (facts.readers["diffusers"] is None and facts.form == "kohya")
 
 # %% ../../nbs/2_models/10_proof.ipynb #91e687bd
 _REPORT = "The file holds what was written, and diffusers reads it otherwise; please report this with the versions of diffusers and peft."

@@ -38,10 +38,13 @@ _DORA = {"rows": "nnnn", "columns": "nyyy"}
 WITHOUT_UNET = ("flux", "sd3", "zimage", "transformer")  # families whose layers no table of UNets knows
 _TRANSFORMERS = {  # family, whose way of writing names -> answers
     ("flux", "diffusers"): "yyny",
-    ("flux", "kohya"): "?yny",
+    ("flux", "kohya"): "yyny",
     ("flux", "original"): "?yny",
     ("sd3", "diffusers"): "yy??",
+    ("sd3", "kohya"): "ny??",
     ("zimage", "diffusers"): "yyn?",
+    ("zimage", "kohya"): "yyn?",
+    ("zimage", "kohya, diffusers' layers"): "ynn?",
     ("zimage", "original"): "?yn?",
 }
 _NOWHERE = [style for style, letters in _STYLES.items() if letters == "nnnn"]
@@ -55,7 +58,9 @@ _NOTES = {
     "alphas": "several alphas: diffusers gives attention layers the commonest of them; export it to the form of diffusers",
     "text": "diffusers drops the text encoder's attention where its out_proj is missing",
     "embeddings": "diffusers refuses a file with embeddings, ComfyUI leaves them out",
+    "sd-scripts": "sd-scripts (as of commit 48d368fa) loads it as well",
 }
+_NETWORKS = ("sd3", "flux")  # families for which sd-scripts has a network
 
 # %% ../../nbs/2_models/01e_readers.ipynb #76f3cbb8
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Question:
     strength_in_settings: bool = False  # one that is not 1, in the header's settings, which diffusers alone reads
     text_attention_cut: bool = False  # kohya's names, and a text encoder's attention without out_proj
     embeddings: bool = False  # textual inversions beside the layers
+    beside_blocks: bool = False  # layers that are in no block of a transformer, and those of text encoders
     strange: bool = False  # layers that the family does not have, or tensors that no table knows
     diffusers_refuses: bool = False  # settings that are none, tensors or names that it does not take
     broken: list[str] = field(default_factory=list)  # what no program can load
@@ -88,7 +94,8 @@ def _by_form(q: Question) -> list[str]:
             return ["n???"]
         apart = "ynnn" if q.strength_in_settings else "yyyy"
         refused = "nyyy" if q.alpha_tensors and (q.family, q.style) == ("sd3", "diffusers") else "yyyy"
-        return [_TRANSFORMERS.get((q.family, q.style), "????"), apart, refused]
+        beside = "?yyy" if q.beside_blocks and (q.family, q.style) == ("flux", "kohya") else "yyyy"
+        return [_TRANSFORMERS.get((q.family, q.style), "????"), apart, refused, beside]
     if q.algorithms == ["LoRA"]:
         found = ["????" if q.strange else _STYLES.get(q.style, "????")]
     elif q.style == "kohya":
@@ -102,21 +109,24 @@ def _by_form(q: Question) -> list[str]:
 # %% ../../nbs/2_models/01e_readers.ipynb #39810508
 def answers(q: Question) -> tuple[dict[str, bool | None], list[str]]:  # program -> yes, no or unknown; what to know
     "Who loads a file as it was trained, and why not."
-    kohya, spoilt = q.style == "kohya", {}
-    spoilt["alphas"] = "nyyy" if kohya and q.alphas > 1 else "yyyy"
+    kohya, ours, spoilt = q.style == "kohya", not q.strange and q.family not in WITHOUT_UNET, {}
+    spoilt["alphas"] = "nyyy" if kohya and q.alphas > 1 and q.family not in WITHOUT_UNET else "yyyy"
     spoilt["text"] = "nyyy" if kohya and q.text_attention_cut else "yyyy"
     spoilt["embeddings"] = "nny?" if q.embeddings else "yyyy"
     unknown = "????" if q.strange or q.family is None else "yyyy"
     refused = "nyyy" if q.diffusers_refuses else "yyyy"
     letters = _least(*_by_form(q), *spoilt.values(), unknown, refused, "nnnn" if q.broken else "yyyy")
     notes = [_NOTES[why] for why, letter in spoilt.items() if letter != "yyyy"]
-    ours = not q.strange and q.family not in WITHOUT_UNET
     if q.style == "diffusers" and q.algorithms == ["LoRA"] and ours:
         notes.append(_NOTES["diffusers"])
     if q.style in _NOWHERE and ours:
         notes.append(_NOTES["nowhere"])
     if q.dora and kohya:
         notes.append(_NOTES[q.dora])
+    elif (
+        kohya and q.family in _NETWORKS and q.algorithms == ["LoRA"] and not (q.beside_blocks or q.strange or q.broken)
+    ):
+        notes.append(_NOTES["sd-scripts"])
     return {name: {"y": True, "n": False, "?": None}[letter] for name, letter in zip(PROGRAMS, letters)}, [
         *q.broken,
         *notes,

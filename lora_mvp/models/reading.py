@@ -20,32 +20,27 @@ from safetensors.torch import load_file
 from ..errors import LoraMvpError
 from .adapters import adapter_parameters, load_adapter, restore_adapter
 from .contents import Contents, Layer, alpha_of, open_adapter, rank_of, strength_of
-from .families import Pipeline, adaptable_parts
+from .families import Pipeline, adaptable_parts, family_of
 from .headers import broken_numbers, oddities, shown
 from .inspection import inspect_adapter, title_of, untrue_settings, whole_numbers
-from .keys import ADAPTER, adaptable_modules, is_block, original_name
+from .keys import ADAPTER, base_layers, is_block, original_name
+from .matrices import Matrix, matrices
 from .names import algorithms_of
 
-# %% ../../nbs/2_models/09a_reading.ipynb #9cb4d32c
-def base_layers(network: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    "The layers of a part of the base by name, whether or not an adapter is in it."
-    found = {
-        name.removesuffix(".base_layer"): layer
-        for name, layer in adaptable_modules(network).items()
-        if "lora_" not in name
-    }
-    return found
-
 # %% ../../nbs/2_models/09a_reading.ipynb #45454979
-def layer_names(pipe: Pipeline) -> dict[Layer, str]:  # as in `Contents` -> `unet.<module>`
-    "Every name under which a layer of the base may stand in a file."
-    found = {}
+def layer_names(pipe: Pipeline) -> dict[Layer, Matrix]:  # as in `Contents` -> `unet.<module>`, one or several
+    "Every name under which layers of the base may stand in a file."
+    found, denoiser = {}, family_of(pipe).denoiser
     for part, network in adaptable_parts(pipe).items():
         for name in base_layers(network):
-            plain = name.removeprefix("text_model.").replace(".", "_")
-            found[part, plain] = f"{part}.{name}"
+            plain, own = name.removeprefix("text_model.").replace(".", "_"), Matrix((f"{part}.{name}",))
+            found[part, plain] = own
+            if part == denoiser:
+                found["unet", plain] = own  # kohya's prefix for every denoiser
             if part == "unet" and is_block(name):
-                found[part, original_name(network, name).replace(".", "_")] = f"{part}.{name}"
+                found[part, original_name(network, name).replace(".", "_")] = own
+    for name, (layers, swapped) in matrices(pipe).items():
+        found["unet", name.replace(".", "_")] = Matrix(tuple(f"{denoiser}.{layer}" for layer in layers), swapped)
     return found
 
 # %% ../../nbs/2_models/09a_reading.ipynb #abb4bb60
@@ -159,26 +154,54 @@ def _check_kinds(kinds: set[str]) -> None:
         raise _Unfit(f"has {odd[0]}, which this package does not read")
 
 # %% ../../nbs/2_models/09a_reading.ipynb #bac2342c
-def factors_of(contents: Contents, layer: Layer, t: dict[str, torch.Tensor], weight: torch.Tensor) -> Factors:
-    "What a file adds to a layer of the base; `_Unfit` where it does not fit."
+def factors_of(contents: Contents, layer: Layer, t: dict[str, torch.Tensor], shape: tuple[int, ...]) -> Factors:
+    "What a file adds to a weight of the base; `_Unfit` where it does not fit."
     _check_kinds(set(t))
     try:
-        up, down = _product(t, tuple(weight.shape))
+        up, down = _product(t, shape)
     except (KeyError, RuntimeError, IndexError) as error:
-        lacks = (
-            f"lacks its {error.args[0]}"
-            if isinstance(error, KeyError)
-            else f"is of another shape than {tuple(weight.shape)}"
-        )
+        lacks = f"lacks its {error.args[0]}" if isinstance(error, KeyError) else f"is of another shape than {shape}"
         raise _Unfit(lacks) from error
-    if len(up) != len(weight) or not len(down) or up.shape[1] != len(down):
-        raise _Unfit(f"is of another shape than {tuple(weight.shape)}")
+    if len(up) != shape[0] or not len(down) or up.shape[1] != len(down):
+        raise _Unfit(f"is of another shape than {shape}")
     rank, alpha = rank_of(contents, layer), alpha_of(contents, layer)
     if "alpha" in t and alpha is None:
         raise _Unfit("has an alpha that is not one number")
     scale = strength_of(contents, layer) * (float(t["scalar"]) if t.get("scalar") is not None else 1.0)
     same = rank == len(down) and alpha is not None and scale == alpha / rank
     return Factors(down, up, alpha if same else scale * len(down), t.get("magnitude"))
+
+# %% ../../nbs/2_models/09a_reading.ipynb #1b3074f5
+def has_row_lengths(f: Factors) -> bool:
+    "Whether peft can hold the DoRA of a layer."
+    m = f.magnitude
+    return m is not None and m.numel() == len(f.up) and not (m.ndim > 1 and m.shape[0] == 1)
+
+# %% ../../nbs/2_models/09a_reading.ipynb #3528a9aa
+def _share(f: Factors, rows: torch.Tensor, magnitude: torch.Tensor | None) -> Factors:
+    "Factors of some rows of a matrix, without the columns that are zero in them."
+    used = rows.any(dim=0)
+    if not used.any():
+        used |= True
+    return Factors(f.down[used], rows[:, used], f.alpha * int(used.sum()) / f.rank, magnitude)
+
+# %% ../../nbs/2_models/09a_reading.ipynb #effbc338
+def shared_out(
+    f: Factors,  # of a matrix
+    matrix: Matrix,
+    sizes: list[int],  # rows of each of its layers
+) -> dict[str, Factors]:  # layer -> its own; without those to which nothing is added
+    "What is added to each layer that has rows of a matrix; `_Unfit` for lengths of columns that several have in common."
+    m = f.magnitude
+    if len(sizes) == 1:
+        turned = matrix.turned(m.flatten()) if has_row_lengths(f) else m
+        return {matrix.layers[0]: Factors(f.down, matrix.turned(f.up), f.alpha, turned) if matrix.swapped else f}
+    if m is not None and not has_row_lengths(f):
+        raise _Unfit("has lengths of columns, which several layers of this base have in common")
+    lengths = m.flatten().split(sizes) if m is not None else [None] * len(sizes)
+    parts = dict(zip(matrix.layers, zip(f.up.split(sizes), lengths, strict=True), strict=True))
+    bare = m is None and f.up.any()
+    return {name: _share(f, rows, own) for name, (rows, own) in parts.items() if rows.any() or not bare}
 
 # %% ../../nbs/2_models/09a_reading.ipynb #a5cf9e01
 def read_factors(
@@ -201,17 +224,15 @@ def read_factors(
                 raise _Unfit("holds NaN or infinity")
             if whole_numbers(contents, layer):
                 raise _Unfit("holds whole numbers, which this package does not read")
-            t = {kind: tensors[name].float() for kind, name in kinds.items()}
-            found[names[layer]] = factors_of(contents, layer, t, modules[names[layer]].weight)
+            t, matrix = {kind: tensors[name].float() for kind, name in kinds.items()}, names[layer]
+            weights = [modules[name].weight for name in matrix.layers]
+            f = factors_of(contents, layer, t, (sum(map(len, weights)), *weights[0].shape[1:]))
+            if twice := set(matrix.layers) & set(found):
+                raise _Unfit(f"adds to {min(twice)}, which the file has under another name as well")
+            found |= shared_out(f, matrix, list(map(len, weights)))
         except _Unfit as error:
             left[told] = str(error)
     return found, left
-
-# %% ../../nbs/2_models/09a_reading.ipynb #1b3074f5
-def has_row_lengths(f: Factors) -> bool:
-    "Whether peft can hold the DoRA of a layer."
-    m = f.magnitude
-    return m is not None and m.numel() == len(f.up) and not (m.ndim > 1 and m.shape[0] == 1)
 
 # %% ../../nbs/2_models/09a_reading.ipynb #c1b7fed9
 def without_lengths(pipe: Pipeline, factors: dict[str, Factors]) -> dict[str, Factors]:
