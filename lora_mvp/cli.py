@@ -19,7 +19,7 @@ from .config import AppConfig, LoraMvpError, config_schema, config_yaml, find_co
 from .lab import add_lab
 from .models.adapter_commands import add_adapters, add_base
 from .screen import set_up_output
-from .start import add_push, add_start, next_step, prompts_trouble, report_folder, settings_again
+from .start import add_push, add_start, doctor_step, next_step, prompts_trouble, report_folder, settings_again
 from .terminal import SHELLS, Parser, completion, importing, new_command, refusal
 from .terminal import finite_number as _number
 from .terminal import positive_count as _count
@@ -98,7 +98,7 @@ def cmd_prepare_data(args: argparse.Namespace) -> None:
         logging.getLogger("lora_mvp").warning("no report: %s", error)
     if refusal:
         raise refusal
-    print(f"wrote {config.data.processed_dir}/manifest.json")
+    print(f"wrote {config.data.processed_dir}/manifest.json\nnext: {doctor_step(config, settings_again(args))}")
 
 # %% ../nbs/7_doors/03_cli.ipynb #f2aa298f
 def cmd_check_data(args: argparse.Namespace) -> None:
@@ -154,6 +154,7 @@ def cmd_train(args: argparse.Namespace) -> None:
     out = config.training.output_dir
     left = ("lora_adapter", f"{Path(out).name}.safetensors", "samples.png", "loss_curve.png", "run.json")
     print(f"in {out}: {', '.join(name for name in left if (Path(out) / name).exists())}")
+    print(f"next: {next_step(config, manifest, settings_again(args))}")
 
 # %% ../nbs/7_doors/03_cli.ipynb #2844fe09
 def cmd_doctor(args: argparse.Namespace) -> None:

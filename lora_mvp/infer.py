@@ -20,12 +20,12 @@ from PIL.PngImagePlugin import PngInfo
 from .errors import LoraMvpError
 from .files import make_folder, not_writable
 from .models.adapters import WEIGHTS, fuse, set_scale
-from .models.base import LOADING, base_revision, load_base, usual_device
+from .models.base import LOADING, base_revision, find_base, load_base, usual_device
 from .models.drawing import cut_prompts, sample
 from .models.families import Pipeline, denoiser, native_size
 from .models.reading import base_for, load_lora
 from .train.objectives import sampling_scheduler
-from .train.runs import RunFolder, read_run
+from .train.runs import RunFolder, RunRecord, read_run
 
 # %% ../nbs/4_infer/01_infer.ipynb #80ca5711
 @dataclass
@@ -36,6 +36,7 @@ class LoadedRun:
     base: str
     adapter: Path | None
     fused: float | None = None  # the strength at which the adapter was fused
+    trained: int | None = None  # training.resolution of a run
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # held while it draws
 
 # %% ../nbs/4_infer/01_infer.ipynb #d4124220
@@ -43,12 +44,24 @@ def holds_one_adapter(folder: Path) -> bool:
     "Whether a folder holds one safetensors file and is no pipeline, as peft and other trainers leave it."
     return not (folder / "model_index.json").is_file() and len(list(folder.glob("*.safetensors"))) == 1
 
+# %% ../nbs/4_infer/01_infer.ipynb #d8c937ac
+def meant_base(record: RunRecord) -> str:
+    "The base that a run was trained on; `LoraMvpError` (`base_ambiguous`) where it was one of the hub, and a folder here has its name."
+    base = Path(record.base).expanduser()
+    if (
+        record.base_revision not in (None, base.name) and base.exists()
+    ):  # a folder of the hub's cache has its commit's name
+        text = f"the base of this run is {record.base} of the hub, at {record.base_revision[:8]}, and there is a folder {record.base} here. "
+        text += f"Go to another folder to draw with the first, or name the second with --base ./{record.base}."
+        raise LoraMvpError("base_ambiguous", text)
+    return record.base
+
 # %% ../nbs/4_infer/01_infer.ipynb #81e31e6e
 def find_run(path: str | Path, base: str | None = None) -> tuple[str, Path | None]:  # base, adapter's folder or file
     "Which base and which adapter a path stands for; `LoraMvpError` `model_not_found` when neither."
     folder = RunFolder(path)
     if folder.record.is_file():
-        return base or read_run(path).base, folder.adapter
+        return base or meant_base(read_run(path)), folder.adapter
     if folder.root.is_file() or (folder.root / WEIGHTS).is_file() or holds_one_adapter(folder.root):
         return base_for(path, base), folder.root
     if path == "tiny" or (folder.root / "model_index.json").is_file():
@@ -84,7 +97,7 @@ def load_run(
             load_lora(pipe, adapter, partial)
         if fuse_scale is not None:
             fuse(pipe, fuse_scale)
-    return LoadedRun(pipe, base, adapter, fuse_scale)
+    return LoadedRun(pipe, base, adapter, fuse_scale, record and record.config["training"]["resolution"])
 
 # %% ../nbs/4_infer/01_infer.ipynb #3157e9e1
 def render(
@@ -172,6 +185,17 @@ def keep_picture(picture: Image.Image, folder: str | Path, facts: dict) -> Path:
 # %% ../nbs/4_infer/01_infer.ipynb #f54c9ff3
 log = logging.getLogger("lora_mvp")
 
+
+def drawing_notes(run: LoadedRun, size: int | None) -> list[str]:
+    "What may not be expected: a base that is found from the current folder, another size than that of the training."
+    place, own, found = Path(find_base(run.base)), native_size(run.pipe), []
+    if place.exists() and not place.is_absolute():
+        found.append(f"the base is {place.absolute()}")
+    if size is None and run.trained not in (None, own):
+        why = f"the run was trained at {run.trained} px, which can be asked for as the size"
+        found.append(f"drawn at {own} px, the base's own size; {why}")
+    return found
+
 # %% ../nbs/4_infer/01_infer.ipynb #fa05d8e3
 def generate(
     run: LoadedRun,
@@ -188,6 +212,8 @@ def generate(
     check_request(prompts, seed, count, num_inference_steps, size)
     for prompt, tokens in cut_prompts(run.pipe, prompts).items():
         log.warning("the base reads %d tokens of a prompt and no more; this one is cut: %r", tokens, prompt)
+    for note in drawing_notes(run, size):
+        log.info("%s", note)
     pairs = [(prompt, seed + k) for prompt in prompts for k in range(count)]
     make_folder(out, "the output folder", code="output_not_writable")
     options = (lora_scale, num_inference_steps, guidance_scale, size)

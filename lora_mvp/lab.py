@@ -39,19 +39,28 @@ def put_tutorials(folder: Path) -> list[Path]:  # the new files
         new.append(target)
     return new
 
+# %% ../nbs/7_doors/02e_lab.ipynb #94062a1e
+FIRST = "01_first_lora.ipynb"
+
+
+def usual_folder() -> Path:
+    "The folder we are in where the tutorials lie in it, else `tutorials` below it."
+    return Path() if Path(FIRST).is_file() else Path("tutorials")
+
 # %% ../nbs/7_doors/02e_lab.ipynb #ba2018a6
 def lab(args: argparse.Namespace) -> None:
-    "Put the tutorials into `args.folder` and run JupyterLab there until it is stopped."
+    "Put the tutorials into `args.folder`, or `usual_folder`, and run JupyterLab there until it is stopped."
     need("jupyterlab")
     need("ipywidgets")
-    new = put_tutorials(args.folder)
-    print(f"{len(new)} new files in {args.folder}; what was there is as it was", flush=True)
+    folder = args.folder or usual_folder()
+    new = put_tutorials(folder)
+    print(f"{len(new)} new files in {folder.absolute()}; what was there is as it was", flush=True)
     options = ["--no-browser"] if args.no_browser else []
     options += ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []  # in a container
-    os.chdir(args.folder)
+    os.chdir(folder)
     from jupyterlab.labapp import main
 
-    main([*options, "--ServerApp.root_dir=.", "--LabApp.default_url=/lab/tree/01_first_lora.ipynb"])
+    main([*options, "--ServerApp.root_dir=.", f"--LabApp.default_url=/lab/tree/{FIRST}"])
 
 # %% ../nbs/7_doors/02e_lab.ipynb #bcb62f28
 def add_lab(commands) -> None:  # of argparse
@@ -59,8 +68,7 @@ def add_lab(commands) -> None:  # of argparse
     parser = commands.add_parser(
         "lab", help="Open the tutorials in JupyterLab", description="Open the tutorials in JupyterLab."
     )
-    parser.add_argument(
-        "folder", nargs="?", default="tutorials", type=Path, help="where they are put (default: tutorials)"
-    )
+    where = "where they are put (default: here, where they are here already, else tutorials)"
+    parser.add_argument("folder", nargs="?", type=Path, help=where)
     parser.add_argument("--no-browser", action="store_true", help="only print the address")
     parser.set_defaults(function=lab)

@@ -68,9 +68,12 @@ def likely(word: str, known: list[str]) -> str | None:
 
 # %% ../nbs/07_sentences.ipynb #3fc21f0a
 def suggestion(word: str, known: list[str]) -> str:
-    "What was probably meant by a word that is none of the known ones; else all of them."
-    near = likely(word, known)
-    return f"did you mean {near}?" if near else f"there are {', '.join(known)}"
+    "What was probably meant by a word that is none of the known ones; else all of them, or of many the nearest."
+    if near := likely(word, known):
+        return f"did you mean {near}?"
+    if len(known) <= 20:
+        return f"there are {', '.join(known)}"
+    return f"of {len(known)}, the nearest are {', '.join(difflib.get_close_matches(word, known, cutoff=0))}"
 
 # %% ../nbs/07_sentences.ipynb #2f98e9fb
 def unknown_key(

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/7_doors/02d_start.ipynb #b92fd88f
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -266,13 +267,29 @@ def first_step(
     options: str,  # of `next_step`
 ) -> str:
     "What comes next where no data is prepared."
+    from lora_mvp.data.layouts import is_apart
+    from lora_mvp.data.raw import is_hidden
+
     command, raw, report = f"lora-mvp prepare-data{options}", Path(config.data.raw_data_dir), report_folder(config)
     if not pictures_in(raw):
-        labels = [*raw.glob("*/")]
+        labels = [folder for folder in raw.glob("*/") if not is_hidden(folder.name) and not is_apart(folder.name)]
         return f"put your pictures into {typed(labels[0] if len(labels) == 1 else raw)}, then {command}"
     refused = not meant_manifest(config).is_file() and (report / "report.html").is_file()
     why = f"{typed(report / 'report.html')} says why no picture was taken; after a change, " if refused else ""
     return f"{why}{command}"
+
+# %% ../nbs/7_doors/02d_start.ipynb #fe52d5e4
+def begun_otherwise(
+    config: AppConfig,
+    manifest: Path,
+) -> bool:
+    "Whether a checkpoint in the output folder is of other settings or other data, so that `--resume` would be refused."
+    from lora_mvp.data.manifest import read_manifest
+    from lora_mvp.models.base import usual_device, with_precision
+    from lora_mvp.train.runs import RunFolder, run_identity, strangers
+
+    here = config.model_copy(update={"training": with_precision(config.training, usual_device())})
+    return bool(strangers(RunFolder(config.training.output_dir), run_identity(here, read_manifest(manifest))))
 
 # %% ../nbs/7_doors/02d_start.ipynb #524a11af
 def next_step(
@@ -290,8 +307,21 @@ def next_step(
         return first_step(config, options)
     if run.record.is_file():
         return f"lora-mvp open {typed(run.root)}"
-    resume = " --resume" if checkpoints(run.root) else ""
-    return f"lora-mvp train{options} --manifest {typed(manifest)}{resume}"
+    train = f"lora-mvp train{options} --manifest {typed(manifest)}"
+    if not checkpoints(run.root):
+        return train
+    if begun_otherwise(config, manifest):
+        free = next(f for k in itertools.count(2) if not (f := run.root.with_name(f"{run.root.name}-{k}")).exists())
+        return f"{train} --set training.output_dir={typed(free)}"
+    return f"{train} --resume"
+
+# %% ../nbs/7_doors/02d_start.ipynb #246d8480
+def doctor_step(
+    config: AppConfig,
+    options: str,  # of `next_step`
+) -> str:
+    "The command that looks at data that has just been prepared."
+    return f"lora-mvp doctor{options} --manifest {typed(meant_manifest(config))}"
 
 # %% ../nbs/7_doors/02d_start.ipynb #188fb18d
 def prompts_trouble(
@@ -326,7 +356,10 @@ def cmd_init(args: argparse.Namespace) -> None:
     "Ask four questions and write config.yaml, ready to train."
     folder = Path(args.folder)
     refuse_settings(folder)
-    wish, gpu = wish_of(args)
+    try:
+        wish, gpu = wish_of(args)
+    except KeyboardInterrupt:
+        raise LoraMvpError("interrupted", "stopped; nothing was written.") from None
     said = init_folder(folder, wish)
     steps = preset(wish)["training"]["max_train_steps"]
     n = wish.pictures or KINDS[wish.kind].pictures

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/7_doors/02f_sweep_file.ipynb #b95e996b
 import re
+from collections import defaultdict
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,17 @@ from lora_mvp.errors import LoraMvpError
 from lora_mvp.given import raise_mistakes
 from lora_mvp.plain_yaml import read_yaml
 from lora_mvp.train.runs import FREE, settings_identity
+from lora_mvp.words import first_few
 
 # %% ../nbs/7_doors/02f_sweep_file.ipynb #b47318ed
+class Misplaced(ValueError):
+    "What is wrong in the file of a sweep, and at which of its keys."
+
+    def __init__(self, text: str, *at: str | int):
+        super().__init__(text)
+        self.at = at
+
+
 class Arm(NamedTuple):
     "One training of a sweep."
 
@@ -40,12 +50,12 @@ def arm_name(
 def combined(
     values: Any,  # what stands below `values`
 ) -> list[Arm]:
-    "Each value with each; `ValueError` that says what is wrong."
+    "Each value with each; `Misplaced` that says what is wrong."
     if not isinstance(values, dict) or not values:
-        raise ValueError("values must be a mapping from settings to lists, such as training.lora_rank: [4, 8]")
+        raise Misplaced("values must be a mapping from settings to lists, such as training.lora_rank: [4, 8]", "values")
     for key, of_key in values.items():
         if not isinstance(of_key, list) or not of_key:
-            raise ValueError(f"{key} must have a list of values, such as [4, 8]")
+            raise Misplaced(f"{key} must have a list of values, such as [4, 8]", "values", key)
     rows = [dict(zip(values, row)) for row in product(*values.values())]
     return [Arm(arm_name(row, k), row) for k, row in enumerate(rows, 1)]
 
@@ -53,30 +63,36 @@ def combined(
 def listed_arms(
     arms: Any,  # what stands below `arms`
 ) -> list[Arm]:
-    "Arms that are written out; `ValueError` that says what is wrong."
-    if not isinstance(arms, list) or not all(isinstance(arm, dict) for arm in arms):
-        raise ValueError("arms must be a list of mappings from settings to values, each with a name if you like")
+    "Arms that are written out; `Misplaced` that says what is wrong."
+    wrong = "arms must be a list of mappings from settings to values, each with a name if you like"
+    if not isinstance(arms, list):
+        raise Misplaced(wrong, "arms")
     found = []
     for k, arm in enumerate(arms, 1):
+        if not isinstance(arm, dict):
+            raise Misplaced(wrong, "arms", k - 1)
         settings = {key: value for key, value in arm.items() if key != "name"}
         name = arm.get("name", arm_name(settings, k))
         if not (isinstance(name, str) and re.fullmatch(r"\w[\w.-]{0,79}", name, re.ASCII)):
-            raise ValueError(f"the name {name!r} of arm {k} must be letters, digits, dots, dashes and _, at most 80")
+            text = f"the name {name!r} of arm {k} must be letters, digits, dots, dashes and _, at most 80"
+            raise Misplaced(text, "arms", k - 1, "name")
         found.append(Arm(name, settings))
     return found
 
 # %% ../nbs/7_doors/02f_sweep_file.ipynb #798576f5
 def counted_arms(
     arms: list[Arm],
+    what: str,  # `values` or `arms`
 ) -> list[Arm]:
-    "The arms, if there are as many as make a sweep, each with a name of its own; else `ValueError`."
+    "The arms, if there are as many as make a sweep, each with a name of its own; else `Misplaced`."
     if not 2 <= len(arms) <= MOST_ARMS:
         only = "one arm only: there is nothing to compare it with" if len(arms) == 1 else f"{len(arms)} arms"
-        raise ValueError(f"{only}; a sweep has 2 to {MOST_ARMS}")
+        raise Misplaced(f"{only}; a sweep has 2 to {MOST_ARMS}", what)
     seen = [arm.name.lower() for arm in arms]
-    twice = next((arm.name for k, arm in enumerate(arms) if seen[k] in seen[:k]), None)
-    if twice:
-        raise ValueError(f"two arms are called {twice}, and each needs a folder of its own")
+    for k, arm in enumerate(arms):
+        if seen[k] in seen[:k]:
+            text = f"two arms are called {arm.name}, and each needs a folder of its own"
+            raise Misplaced(text, what, *([k] if what == "arms" else []))
     return arms
 
 # %% ../nbs/7_doors/02f_sweep_file.ipynb #901f4b6f
@@ -88,17 +104,19 @@ def read_sweep(
         text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise LoraMvpError("sweep_missing", f"the sweep {file} cannot be read: {error}.") from error
-    data, _, problems = read_yaml(text)
+    data, lines, problems = read_yaml(text)
     raise_mistakes((str(file), problems))
     try:
         if not isinstance(data, dict) or len(data) != 1 or not data.keys() <= {"values", "arms"}:
-            raise ValueError(
-                "the file must hold either `values:` (settings and lists) or `arms:` (a list), nothing else"
-            )
+            keys = [*data] if isinstance(data, dict) else []
+            odd = [key for key in keys if key not in ("values", "arms")] or keys[1:]
+            text = "the file must hold either `values:` (settings and lists) or `arms:` (a list), nothing else"
+            raise Misplaced(text, *odd[:1])
         what, below = next(iter(data.items()))
-        return counted_arms(combined(below) if what == "values" else listed_arms(below))
-    except ValueError as error:
-        raise_mistakes((str(file), [(1, str(error))]))
+        return counted_arms(combined(below) if what == "values" else listed_arms(below), what)
+    except Misplaced as error:
+        at = next((error.at[:n] for n in (3, 2, 1) if error.at[:n] in lines), ())
+        raise_mistakes((str(file), [(lines.get(at, 1), str(error))]))
 
 # %% ../nbs/7_doors/02f_sweep_file.ipynb #cffcef75
 HELD = FREE | {"pretrained_model", "revision", "vae", "prediction_type", "zero_terminal_snr"}
@@ -148,8 +166,12 @@ def arm_config(
 def refuse_arms(
     wrong: dict[str, list[str]],  # arm to what is wrong with it
 ) -> None:
-    "Raise `LoraMvpError` (`sweep_invalid`) that names every arm with a mistake; none: return."
-    lines = [f"  {name}: {why}" for name, reasons in wrong.items() for why in reasons]
+    "Raise `LoraMvpError` (`sweep_invalid`) that says every mistake, and of which arms it is; none: return."
+    named = defaultdict(list)
+    for name, reasons in wrong.items():
+        for why in reasons:
+            named[why].append(name)
+    lines = [f"  {first_few(names)}: {why}" for why, names in named.items()]
     if lines:
         text = f"{sum(map(bool, wrong.values()))} of the arms cannot be trained, so none was started:\n"
         raise LoraMvpError("sweep_invalid", text + "\n".join(lines))

@@ -142,7 +142,8 @@ def used(home, trained, interrupted, pool):
 def test_prepare_says_what_it_found(home, prepared):
     lines = prepared.splitlines()
     assert [line.split() for line in lines][3] == ["total", "10", "2", "0"]
-    assert lines[-1] == f"wrote {home / 'processed' / 'manifest.json'}"
+    assert lines[-2] == f"wrote {home / 'processed' / 'manifest.json'}"
+    assert lines[-1] == "next: lora-mvp doctor --config config.yaml --manifest processed/manifest.json"
     manifest = json.loads((home / "processed" / "manifest.json").read_text())
     assert {row["caption"] for row in manifest["images"]} == {"A photo of disc", "A photo of square"}
 
@@ -150,7 +151,7 @@ def test_prepare_says_what_it_found(home, prepared):
 def test_train_leaves_a_whole_run(home, trained):
     lines, folder = trained.stdout.splitlines(), home / "lora"
     assert lines[0].startswith(f"trained {STEPS} steps on 10 images, ")
-    assert lines[1].startswith("validation loss at step 0: ")
+    assert lines[1].startswith("validation loss at step 0: ") and lines[-1] == "next: lora-mvp open lora"
     names = "lora_adapter/pytorch_lora_weights.safetensors lora_adapter/adapter_config.json loss_curve.png samples.png"
     names += (
         f" samples/step-000000-0.png samples/step-0000{STEPS}-0.png checkpoint-{STEPS}/checkpoint.json model_index.json"

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from PIL import Image
 from test_api import ASKED, NONE, job, problem, root, running  # noqa: F401  fixtures among them
 
 from lora_mvp.api.contract import job_config
+from lora_mvp.api.datasets import publish
 from lora_mvp.api.tokens import new_token, revoke_token
 from lora_mvp.cli import build_parser, main
 from lora_mvp.config import AppConfig
@@ -280,6 +282,8 @@ def test_a_folder_is_sent_checked_and_ready_for_a_training(uploads, tmp_path):
         job["spec"]["manifest"]
     ) == 1
     problem(send(uploads, name, zipped({"1.png": b""})), 409, "dataset_exists")
+    refused = command("jobs", "--url", uploads.url, "datasets", "--delete", name)
+    assert refused.returncode == 2 and "cancel it, or wait" in refused.stderr, refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -300,6 +304,42 @@ def test_a_hostile_archive_leaves_nothing(uploads, body, status, code):
     problem(send(uploads, "hostile", body), status, code)
     assert sorted(path.name for path in (uploads.root / "data").iterdir()) == before
     assert not (uploads.root / "1.png").exists()
+
+
+def test_an_upload_is_removed_by_its_sender_once_no_job_needs_it(tmp_path):
+    secrets = {name: new_token(tmp_path / "tokens", name, "submit") for name in ("ana", "bob")}
+    ana, bob = ({"Authorization": f"Bearer {secret}"} for secret in secrets.values())
+    left = tmp_path / "data" / ".upload-1"  # by a server that was killed
+    (tmp_path / "prepared").mkdir()
+    with running(tmp_path, tokens_file=str(tmp_path / "tokens")) as client:
+        left.mkdir()
+        os.utime(left, (0, 0))
+        owner = client.post("/train", json=ASKED, headers=ana).json()["owner"]
+        shutil.copytree(tmp_path / "data" / "cats", tmp_path / "prepared", dirs_exist_ok=True)
+        publish(tmp_path, "dogs", "1", {}, client.app.state.backend.config.api, owner)
+    with running(tmp_path, tokens_file=str(tmp_path / "tokens")) as client:
+        assert not left.exists()
+        waiting = client.post("/train", json={**ASKED, "manifest": "dogs/manifest.json"}, headers=ana).json()["job_id"]
+        problem(client.delete("/v1/datasets/dogs", headers=bob), 403, "not_yours")
+        assert waiting in problem(client.delete("/v1/datasets/dogs", headers=ana), 409, "dataset_in_use")["detail"]
+        client.post(f"/v1/jobs/{waiting}/cancel", headers=ana)
+        assert client.delete("/v1/datasets/dogs", headers=ana).status_code == 204
+        assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["cats"]
+        for name in ("dogs", "cats"):  # gone; put there by hand
+            problem(client.delete(f"/v1/datasets/{name}", headers=ana), 404, "dataset_not_found")
+
+
+@pytest.mark.parametrize("name", ["jobs.json", "jobs.db"])
+def test_a_store_that_is_removed_under_the_service_makes_it_not_ready(tmp_path, name):
+    with running(tmp_path, db_path=str(tmp_path / name)) as client:
+        wait_for(lambda: client.get("/readyz").status_code == 200)
+        waiting = client.post("/train", json=ASKED).json()["job_id"]
+        (tmp_path / name).unlink()
+        (part,) = problem(client.get("/readyz"), 503, "not_ready")["errors"]
+        assert part["param"] == "store" and "was removed while the service ran; start it anew" in part["message"]
+    with running(tmp_path, db_path=str(tmp_path / name)) as client:  # as it is said
+        wait_for(lambda: client.get("/readyz").status_code == 200)
+        assert client.get(f"/v1/jobs/{waiting}").json()["status"] == "queued"
 
 
 def test_names_of_uploads_stay_in_their_folder(uploads):

@@ -28,6 +28,7 @@ from PIL import Image, ImageCms, ImageFilter
 
 from lora_mvp.config import DataConfig, LoraMvpError, load_config
 from lora_mvp.data import prepare
+from lora_mvp.data.advice import suggestions
 from lora_mvp.data.arrays import as_array
 from lora_mvp.data.assess import deal, group_images
 from lora_mvp.data.images import REASONS, decode, open_rgb
@@ -803,6 +804,10 @@ def test_buckets(tmp_path):
     manifest = prepare_data(settings(tmp_path, aspect_buckets=True, image_size=256))
     assert [(r.width, r.height) for r in manifest.images] == [(320, 192), (192, 320), (256, 256), (128, 128)]
     assert all(open_rgb(manifest.path_of(r)).size == (r.width, r.height) for r in manifest.images)
+    assert "no effect" not in summary(manifest)
+    small = prepare_data(settings(tmp_path, aspect_buckets=True, image_size=64))
+    text = "data.aspect_buckets has no effect: at data.image_size 64 the bucket of all 4 pictures is a square"
+    assert f"shapes: {text}" in summary(small) and any(text in sentence for sentence in suggestions(small))
 
 
 def test_check_data_writes_nothing(tmp_path):
@@ -1142,7 +1147,7 @@ def test_pictures_are_stored_again_when_they_are_read_in_another_way(tmp_path):
 
 
 def test_labels_in_numbers_and_with_odd_names(tmp_path):
-    "3,000 labels are a table of twenty, empty label folders are named, and no file has the name of a device."
+    "3,000 labels are a table of twenty, empty folders are named, and no file has the name of a device."
     raw = fill(tmp_path / "raw", **{f"label{k:02}": 1 for k in range(30)}, con=1)
     (raw / "dog").mkdir()
     picture(77).save(raw / "con" / "aux.png")
@@ -1152,4 +1157,4 @@ def test_labels_in_numbers_and_with_odd_names(tmp_path):
     assert any(line.startswith("and 11 more") for line in lines) and any(line.startswith("con ") for line in lines)
     assert {row.file.split("/")[1] for row in manifest.images if row.label == "con"} == {"_con"}
     assert "_aux.png" in {Path(row.file).name for row in manifest.images}
-    assert "folder: label folders without a file: dog" in lines
+    assert "folder: folders without a file: dog" in lines

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lora_mvp.config import LoraMvpError, load_config
+from lora_mvp.data.manifest import read_manifest
 from lora_mvp.data.prepare import prepare_data
 from lora_mvp.data.steps import Plan
 from lora_mvp.data.storage import OBLONG, bucket_of
@@ -28,6 +29,7 @@ from lora_mvp.models.miniatures import random_base
 from lora_mvp.train.cache import cache_folder, unpack_tensors
 from lora_mvp.train.latents import LatentSet, encode_images
 from lora_mvp.train.pictures import Source, regularization_sources, sources
+from lora_mvp.train.streams import load_data
 from lora_mvp.train.texts import TextTable, caption_variants
 
 SIZES = [(96, 64), (64, 96), (80, 80), (128, 64), (70, 100), (90, 90), (100, 66), (66, 130)]
@@ -443,12 +445,13 @@ def test_bucket_is_the_nearest_that_the_picture_fills(width, height, base):
                 assert abs(math.log(a * height / (b * width))) >= error - 1e-6
 
 
-def test_buckets_of_squares_say_that_they_do_nothing(pipe, training, tmp_path, caplog):
-    folder = tmp_path / "class"
-    folder.mkdir()
-    picture(0, (80, 80)).save(folder / "one.png")
+def test_buckets_of_squares_say_that_they_do_nothing(pipe, config, tmp_path, caplog):
+    picture(0, (80, 80)).save(tmp_path / "one.png")
+    (tmp_path / "list.json").write_text('[{"image": "one.png", "caption": "x", "split": "train"}]')
+    bucketed = {"aspect_buckets": True, "cache_dir": tmp_path / "cache"}
+    changed = config.model_copy(update={"training": config.training.model_copy(update=bucketed)})
     with caplog.at_level(logging.WARNING, "lora_mvp"):
-        encode_images(pipe, regularization_sources(folder, "x"), training, [], None)
+        load_data(pipe, changed, read_manifest(tmp_path / "list.json"))
     assert "prepare-data --no-copy" in caplog.text and granularity(pipe) == 16
 
 

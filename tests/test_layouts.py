@@ -140,6 +140,7 @@ def test_masks_follow_their_pictures(tmp_path):
             )  # cut as the picture was
     assert "c_mask.png: it is 64 x 80, the picture 80 x 64: not the same shape" in str(manifest.images)
     assert "mask_file (1)" in screen and "1 mask without a picture: lost.png" in screen
+    assert "2 masks of pictures; training.masked_loss=0.1 uses them" in screen  # and not the third
     assert read_manifest(manifest.folder / "manifest.json").images == manifest.images
     (raw / "cat/a-masklabel.png").unlink()
     again, _ = prepare(raw)

@@ -88,6 +88,15 @@ def test_a_wrong_flag_is_named_and_nothing_is_written(home, capsys, flags, words
     assert not contents(home)
 
 
+def test_a_stop_among_the_questions_leaves_nothing_and_says_so(home, capsys, monkeypatch):
+    def stopped():
+        raise KeyboardInterrupt  # where the questions are asked
+
+    monkeypatch.setattr("lora_mvp.start.gpu_memory", stopped)
+    assert init() == 130
+    assert capsys.readouterr().err == "stopped; nothing was written.\n" and not contents(home)
+
+
 @pytest.mark.parametrize("memory", ["-3", "0", "nan"])
 def test_a_card_has_some_memory(home, capsys, memory):
     with pytest.raises(SystemExit, match="2"):
@@ -199,6 +208,8 @@ def test_from_nothing_to_a_lora_by_doing_what_is_said(home, capsys, no_memory, f
         command = next_command(capsys.readouterr().out)
         assert command[0] == expected and command[1:7] == short
         assert main(command) == 0
+        after = next_command(capsys.readouterr().out)  # that which the command itself names
+        assert after[0] == {"prepare-data": "doctor", "train": "open"}[expected] and main(after) == 0
         capsys.readouterr()
         if expected == far:
             break

@@ -19,6 +19,7 @@ from .engines import Engine, LocalEngine
 from .job_settings import check_server
 from .jobs import Kind, Status
 from .ownership import open_jobs
+from .retention import clear_uploads
 from .service import Service
 from .tokens import Tokens, first_token, tokens_place
 from ..config import ApiConfig, AppConfig
@@ -125,6 +126,7 @@ class Backend:
         self.stop_jobs = False  # when it is closed
         self.store = open_jobs(config.api)
         try:
+            clear_uploads(config.api)
             self.engine = engine or engine_of(config.api)
             self.service = Service(config, self.store, self.engine)
             self.metrics = ServiceMetrics(self)

@@ -248,6 +248,10 @@ class Client:
         "The manifests that a training can name."
         return self.connection.ask("GET", "/v1/datasets")["data"]
 
+    def delete_dataset(self, name: str) -> None:
+        "Remove an upload; its name is the first part of its manifest."
+        self.connection.send("DELETE", f"/v1/datasets/{quote(name, safe='')}")
+
     def models(self) -> list[dict[str, Any]]:  # name, kind, here
         "The bases and adapters that a job can name."
         return self.connection.ask("GET", "/v1/models")["data"]

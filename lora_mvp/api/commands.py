@@ -142,8 +142,11 @@ def jobs_submit(args: argparse.Namespace) -> None:
 
 # %% ../../nbs/6_api/37_commands.ipynb #aa3d3d42
 def jobs_datasets(args: argparse.Namespace) -> None:
-    "List the manifests that a training can name, and how many pictures they hold."
+    "List the manifests that a training can name, and how many pictures they hold; or remove an upload."
     with client_for(args) as client:
+        if args.delete:
+            client.delete_dataset(args.delete)
+            return
         for row in client.datasets():
             print(terminal_text(f"{row['manifest']}  {row['train']} train, {row['val']} val"))
 
@@ -261,7 +264,8 @@ def add_starting(actions) -> None:
 def add_looking(actions) -> None:
     "Add what looks at jobs: `list`, `status`, `logs`."
     listed, status = add_command(actions, "list", jobs_list), add_command(actions, "status", jobs_status)
-    add_command(actions, "datasets", jobs_datasets)
+    datasets = add_command(actions, "datasets", jobs_datasets)
+    datasets.add_argument("--delete", metavar="NAME", help="remove an upload, named by the first part of its manifest")
     add_command(actions, "models", jobs_models)
     logs = add_command(actions, "logs", jobs_logs)
     listed.add_argument("--status", help="only those that are queued, running, succeeded ...")

@@ -14,8 +14,8 @@ import secrets
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +24,7 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as FromPath
 from fastapi.concurrency import run_in_threadpool
+from filelock import FileLock
 from pydantic import BaseModel, Field
 
 from .access import MODEL_FILES
@@ -32,10 +33,13 @@ from .archives import form_of
 from .edge import READ, SUBMIT
 from .engines import clean_environment
 from .failures import cut_paths
+from .folders import JobFolder
 from .intake import check_space
 from .job_settings import in_cache
+from .jobs import ACTIVE, Job, is_job
 from .problems import errors
-from .routes import check_stopping
+from .retention import HELD_BY, UPLOADS, clear_uploads
+from .routes import check_stopping, service_of
 from ..config import ApiConfig, AppConfig, override_values
 from ..errors import LoraMvpError
 from ..files import atomic_write
@@ -256,9 +260,10 @@ def publish(
     upload: str,  # hash of the archive and its settings
     answer: dict[str, Any],
     api: ApiConfig,
+    owner: str = "",  # id of the client's token
 ) -> dict[str, Any]:
     "Give a data set its name; raises `LoraMvpError` (`dataset_exists`)."
-    whole = answer | {"name": name, "manifest": f"{name}/manifest.json", "upload": upload}
+    whole = answer | {"name": name, "manifest": f"{name}/manifest.json", "upload": upload, "owner": owner}
     atomic_write(folder / "prepared" / "upload.json", json.dumps(whole))
     try:
         os.rename(folder / "prepared", Path(api.data_dir, name))
@@ -266,25 +271,35 @@ def publish(
         return same_upload(name, upload, api) or whole
     return whole
 
+# %% ../../nbs/6_api/31c_datasets.ipynb #850ec91e
+def end_upload(
+    folder: Path,
+    lock: FileLock,  # of `new_upload`
+) -> None:
+    "Remove what an upload needed on its way."
+    lock.release()
+    shutil.rmtree(folder, ignore_errors=True)
+
 # %% ../../nbs/6_api/31c_datasets.ipynb #bd2df165
-def new_upload(api: ApiConfig) -> Path:
-    "A folder for an upload; what was left by one that broke off a day ago goes away. Raises `LoraMvpError`: `disk_low`, `not_writable`."
+def new_upload(api: ApiConfig) -> tuple[Path, FileLock]:  # the lock is held until the upload is over
+    "A folder for an upload; those of uploads that broke off go away. Raises `LoraMvpError`: `disk_low`, `not_writable`."
     if api.max_upload_gb == 0:
         raise LoraMvpError("uploads_off", "This service takes no uploads (api.max_upload_gb is 0).")
-    for old in Path(api.data_dir).glob(".upload-*"):
-        if old.stat().st_mtime < time.time() - 86_400:
-            shutil.rmtree(old, ignore_errors=True)
-    folder = Path(api.data_dir, f".upload-{secrets.token_hex(8)}")
+    clear_uploads(api)
+    folder = Path(api.data_dir, f"{UPLOADS}{secrets.token_hex(8)}")
+    lock = FileLock(folder / HELD_BY, thread_local=False)
     try:
         folder.mkdir(parents=True, mode=0o700)
+        with suppress(NotImplementedError):  # a disk that knows no locks: what breaks off there stays
+            lock.acquire()
         check_space(api, folder)
     except OSError as error:
         text = f"The upload cannot be kept: the data folder of the service cannot be written ({error.strerror})."
         raise LoraMvpError("not_writable", text) from error
     except LoraMvpError:
-        folder.rmdir()
+        end_upload(folder, lock)
         raise
-    return folder
+    return folder, lock
 
 # %% ../../nbs/6_api/31c_datasets.ipynb #6eac0f8e
 router = APIRouter()
@@ -314,7 +329,7 @@ async def upload_dataset(request: Request, response: Response, name: Name, set: 
     check_stopping(request)
     config = request.app.state.backend.config
     settings = await run_in_threadpool(settings_for, config, override_values(list(set)))
-    folder = await run_in_threadpool(new_upload, config.api)
+    folder, lock = await run_in_threadpool(new_upload, config.api)
     try:
         most = round(config.api.max_upload_gb * 1e9)
         digest = await keep_stream(request.stream(), folder / "upload", most, lambda: check_space(config.api, folder))
@@ -324,27 +339,66 @@ async def upload_dataset(request: Request, response: Response, name: Name, set: 
         if not answer:
             await run_in_threadpool(form_of, folder / "upload")
             found = await to_thread.run_sync(run_intake, folder, settings, limiter=INTAKES)
-            answer = await run_in_threadpool(publish, folder, name, upload, found, config.api)
+            owner = token.id if token else ""
+            answer = await run_in_threadpool(publish, folder, name, upload, found, config.api, owner)
     except OSError as error:
         raise LoraMvpError("not_writable", f"The upload cannot be kept: {error.strerror}.") from None
     finally:
-        await run_in_threadpool(shutil.rmtree, folder, ignore_errors=True)
+        await run_in_threadpool(end_upload, folder, lock)
     response.headers["Location"] = f"/v1/datasets/{name}"
     return answer
 
 # %% ../../nbs/6_api/31c_datasets.ipynb #a3172ad5
-@router.get("/v1/datasets/{name}", tags=["data"], response_model=Dataset, responses=errors(404))
-def dataset(
-    request: Request,
-    name: Annotated[str, FromPath(examples=["cats"], json_schema_extra={"maxLength": 100})],
-    token=READ,
-) -> Any:
-    "What was answered to an upload."
+UploadName = Annotated[str, FromPath(examples=["cats"], json_schema_extra={"maxLength": 100})]
+
+
+def upload_of(request: Request, name: str) -> dict[str, Any]:
+    "What is known of an upload; raises `LoraMvpError` (`dataset_not_found`)."
     safe = name.isprintable() and "/" not in name and not name.startswith(".")
     found = known(name, request.app.state.backend.config.api) if safe else None
     if not found:
         raise LoraMvpError("dataset_not_found", "There is no upload of that name.")
     return found
+
+
+@router.get("/v1/datasets/{name}", tags=["data"], response_model=Dataset, responses=errors(404))
+def dataset(request: Request, name: UploadName, token=READ) -> Any:
+    "What was answered to an upload."
+    return upload_of(request, name)
+
+# %% ../../nbs/6_api/31c_datasets.ipynb #8eb08376
+def pictures_of(job: Job, api: ApiConfig) -> list[Path]:
+    "The places of the pictures that a job reads."
+    spec, manifest = job.spec, job.spec.manifest
+    if manifest is None and is_job(spec.model):
+        with suppress(LoraMvpError):  # a training that was deleted: the evaluation will say so
+            manifest = JobFolder(api.jobs_dir / spec.model).read_job().spec.manifest
+    places = manifest, spec.config.get("training.regularization_dir")
+    return [Path(api.data_dir, place).resolve() for place in places if place]
+
+
+def user_of(
+    name: str,  # of an upload
+    jobs: Iterable[Job],  # that have not ended
+    api: ApiConfig,
+) -> Job | None:
+    "A job that needs an upload."
+    root = Path(api.data_dir, name).resolve()
+    return next((job for job in jobs if any(place.is_relative_to(root) for place in pictures_of(job, api))), None)
+
+# %% ../../nbs/6_api/31c_datasets.ipynb #113c2cc2
+@router.delete("/v1/datasets/{name}", status_code=204, tags=["data"], responses=errors(404, 409, 503))
+def delete_dataset(request: Request, name: UploadName, token=SUBMIT) -> None:
+    "Remove an upload that no job needs which waits or runs; what was put into the data folder by hand is no upload."
+    found, service = upload_of(request, name), service_of(request)
+    if token and not token.allows("admin") and found.get("owner") != token.id:
+        raise LoraMvpError("not_yours", "This upload came with another token; removing it needs the scope admin.")
+    if job := user_of(name, service.records.all(ACTIVE | {"queued"}), service.api):
+        text = f"job {job.id} is {job.status} and needs these pictures; cancel it, or wait until it has ended."
+        raise LoraMvpError("dataset_in_use", text)
+    gone = Path(service.api.data_dir, f"{UPLOADS}{secrets.token_hex(8)}")  # what is left of it goes with the next start
+    os.rename(Path(service.api.data_dir, name), gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 # %% ../../nbs/6_api/31c_datasets.ipynb #cf1a671a
 @router.get("/v1/datasets", tags=["data"], responses=errors())

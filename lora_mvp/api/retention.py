@@ -17,6 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from .folders import JobFolder, job_again
 from .jobs import ACTIVE, TERMINAL, Job, now
 from .records import Records
@@ -142,6 +144,23 @@ def prune(
         remove_folder(records.folder(job).root)
         _logger.info("job %s and its folder were removed, as api.keep_jobs and api.keep_days say", job.id)
     return len(jobs) == most
+
+# %% ../../nbs/6_api/22a_retention.ipynb #7b00ce67
+UPLOADS, HELD_BY = ".upload-", "lock"  # begins the name of an upload's folder; the file in it that is locked
+
+
+def clear_uploads(
+    api: ApiConfig,
+    age: float = 10,  # seconds; a younger one may not be locked yet
+) -> None:
+    "Remove the folders of uploads that nobody is at work on."
+    for folder in Path(api.data_dir).glob(f"{UPLOADS}*"):
+        try:
+            if folder.stat().st_mtime < time.time() - age:
+                with FileLock(folder / HELD_BY, timeout=0):
+                    shutil.rmtree(folder, ignore_errors=True)
+        except (OSError, Timeout, NotImplementedError):  # it is at work or gone by now, or the disk knows no locks
+            continue
 
 # %% ../../nbs/6_api/22a_retention.ipynb #2641df4e
 class Retention:

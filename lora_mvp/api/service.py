@@ -301,8 +301,12 @@ class Service:
         unseen = "the jobs of the server before this one are not looked at yet"
         path = self.api.db_path.removeprefix("sqlite:///")
         beside = None if "://" in path else folder_trouble(Path(path).parent, "the folder of api.db_path")
+        lost = (
+            "the file of api.db_path was removed while the service ran; start it anew, and it reads the jobs' folders"
+        )
+        gone = None if "://" in path or Path(path).exists() else lost
         return {
-            "store": getattr(self.store, "problem", None) or beside,
+            "store": getattr(self.store, "problem", None) or beside or gone,
             "jobs_dir": self.place_trouble() or folder_trouble(self.api.jobs_dir, "api.jobs_dir"),
             "data_dir": folder_trouble(self.api.data_dir, "api.data_dir", write=False),
             "disk": "less than api.min_free_gb is free" if disk_low(self.api) else None,

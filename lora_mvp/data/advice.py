@@ -13,7 +13,7 @@ from .entries import number
 from .manifest import Manifest, ManifestImage
 from .steps import is_enlarged
 from .storage import target_size
-from .tables import trigger_note
+from .tables import squares_made, trigger_note
 from ..words import count, first_few
 
 # %% ../../nbs/1_data/22_advice.ipynb #193868e1
@@ -148,9 +148,9 @@ def on_variety(
 def on_words(
     manifest: Manifest,
 ) -> list[str]:  # sentences
-    "What was said about the pictures: what the folder was taken for, words that nobody reads, the trigger word."
+    "What was said about the pictures: what the folder was taken for, words that nobody reads, the trigger word; and lost shapes."
     unread = [r.path for r in manifest.ignored if r.reason in ("lone_caption", "unread_text", "unread_list")]
-    found = [f"{note}." for note in [*manifest.notes, trigger_note(manifest)] if note]
+    found = [f"{note}." for note in [*manifest.notes, trigger_note(manifest), squares_made(manifest)] if note]
     if unread:
         found.append(f"Words that may be captions and are not read: {first_few(unread)}.")
     return found

@@ -27,7 +27,7 @@ from .raw import scan
 from .splits import group, near_duplicates, remember, split_groups
 from .survey import survey
 from ..errors import LoraMvpError
-from ..words import as_words, printable
+from ..words import as_words, count, first_few, printable
 
 # %% ../../nbs/1_data/15_assess.ipynb #9e153e00
 log = logging.getLogger("lora_mvp")
@@ -298,6 +298,14 @@ def note_masks(
     noted = [(p, r.with_reason("mask_file", "warn", trouble[p]) if trouble.get(p) else r) for p, r in files]
     return noted, {path: mask for path, mask in masks.items() if not trouble[path]}
 
+
+def mask_note(
+    masks: list[str],  # printable paths of those that can be used
+) -> list[str]:  # a note, or none
+    "What to do with masks."
+    use = "training.masked_loss=0.1 uses them, with a tenth of the weight outside"
+    return [f"{count(len(masks), 'mask')} of pictures; {use} ({first_few(masks, 1)})"] if masks else []
+
 # %% ../../nbs/1_data/15_assess.ipynb #77598dd0
 @dataclass(frozen=True)
 class Taken:
@@ -356,4 +364,5 @@ def assess(
     ]
     others = [record for _, record in files if record.status != "accepted"]
     record = automatic.captioner.record if automatic else None
-    return Assessment(taken, others, history, record, layout.notes)
+    used = [printable(one.mask.relative_to(data.raw_data_dir)) for one in taken if one.mask]
+    return Assessment(taken, others, history, record, layout.notes + mask_note(used))

@@ -361,11 +361,7 @@ def apart_notes(
     apart: Apart,
 ) -> list[str]:
     "Pictures that are not learnt, and what to do with them."
-    notes, masks = [regularisation_note(raw, regularisation)] if regularisation else [], list(apart.masks.values())
-    if masks:
-        names = first_few([printable(path.relative_to(raw)) for path in masks], 1)
-        use = "training.masked_loss=0.1 uses them, with a tenth of the weight outside"
-        notes.append(f"{count(len(masks), 'mask')} of pictures; {use} ({names})")
+    notes = [regularisation_note(raw, regularisation)] if regularisation else []
     if apart.alone:
         names = first_few([printable(path.name) for path in apart.alone])
         notes.append(f"{count(len(apart.alone), 'mask')} without a picture: {names}")
@@ -373,6 +369,13 @@ def apart_notes(
         what = f"{count(len(apart.conditions), 'picture')} that other programs condition on, not learnt"
         notes.append(f"{what}: {first_few([printable(path.relative_to(raw)) for path in apart.conditions])}")
     return notes
+
+# %% ../../nbs/1_data/12a_layouts.ipynb #adc2d0e8
+def is_apart(
+    folder: str,  # its name
+) -> bool:
+    "Whether a folder is called like one for masks, conditions or regularisation, so that empty it is no label's."
+    return folder.lower() in MASKS | CONDITIONS or bool(REGULARISATION.fullmatch(folder))
 
 # %% ../../nbs/1_data/12a_layouts.ipynb #3bfef843
 def with_row(

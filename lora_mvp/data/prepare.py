@@ -139,7 +139,7 @@ def refuse_empty(
         return
     records = [*manifest.rejected, *manifest.ignored]
     counts = Counter(r.reason for r in records)
-    why = ", ".join(f"{n} {reason}" for reason, n in counts.most_common()) or "the label folders are empty"
+    why = ", ".join(f"{n} {reason}" for reason, n in counts.most_common()) or "its folders are empty"
     example = next((f"; for example {r.path}: {r.detail}" for r in records if r.label), "")
     hints = {"too_small": "lower data.min_resolution", "blurry": "lower data.blur_threshold (0 switches it off)"}
     hints["unread_format"] = "save the pictures as it says there"

@@ -87,16 +87,16 @@ def label_of(
     return "", reason or "not_an_image"
 
 # %% ../../nbs/1_data/13_raw.ipynb #43b385d5
-def empty_labels(
+def empty_folders(
     raw: Path,  # the raw folder
     files: list[Path],  # below it, without hidden ones
 ) -> list[str]:  # a note, or none
-    "A note on label folders in which nothing lies, so that nothing else would name them."
+    "A note on folders in which nothing lies, so that nothing else would name them; one that is empty may be no label's."
     filled = {path.relative_to(raw).parts[0] for path in files}
     folders = [p.name for p in raw.iterdir() if p.is_dir() and not p.is_symlink() and not is_hidden(p.name)]
     empty = sorted(printable(name) for name in folders if name not in filled)
     more = f" and {len(empty) - 10:,} more" if len(empty) > 10 else ""
-    return [f"label folders without a file: {', '.join(empty[:10])}{more}"] if empty else []
+    return [f"folders without a file: {', '.join(empty[:10])}{more}"] if empty else []
 
 # %% ../../nbs/1_data/13_raw.ipynb #2187255e
 def scan(
@@ -114,5 +114,5 @@ def scan(
             record = ImageRecord(path=printable(path.relative_to(raw)), label=label)
             why = layout.reasons.get(path) or reason or other  # what the layout knows says more
             pairs.append((path, record.with_reason(why, "reject") if why else record))
-    empty = empty_labels(raw, [path for path, reason in found if reason != "hidden"])
+    empty = empty_folders(raw, [path for path, reason in found if reason != "hidden"])
     return pairs, layout._replace(notes=[*layout.notes, *empty])

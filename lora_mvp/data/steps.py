@@ -40,6 +40,25 @@ def is_enlarged(
     left, top, right, bottom = crop_box(size, frame[1], frame[0])
     return right - left < frame[1] or bottom - top < frame[0]
 
+# %% ../../nbs/1_data/18_steps.ipynb #01904396
+def squares_note(
+    rows: list[ManifestImage],  # those to train on
+    training: TrainingConfig,
+    multiple: int,  # `granularity` of the base
+) -> str | None:  # None: nothing to say
+    "Why buckets that are asked for are all one square."
+    sizes = [(row.width, row.height) for row in rows] if training.aspect_buckets else []
+    frames = {frame_of(*size, training, multiple) for size in sizes}
+    if not frames or any(h != w for h, w in frames):
+        return None
+    if all(w == h for w, h in sizes):
+        why = f"as prepared, all {len(sizes)} pictures are square; if the originals are not, "
+        why += "`lora-mvp prepare-data --no-copy` keeps their shapes"
+    else:
+        why = f"at training.resolution {training.resolution} the bucket of all {len(sizes)} pictures is a square; "
+        why += "a larger one has more shapes"
+    return f"training.aspect_buckets has no effect: {why}"
+
 # %% ../../nbs/1_data/18_steps.ipynb #4ed9b60d
 class Plan:
     "Which pictures form batch 0, 1, 2, ... of a run without end."

@@ -144,6 +144,19 @@ def trigger_note(
     )
     return f"{text}; write it there, or set data.trigger_in to captions"
 
+# %% ../../nbs/1_data/10_tables.ipynb #73fcc036
+def squares_made(
+    manifest: Manifest,
+) -> str | None:  # None: nothing to say
+    "That oblong pictures became squares although buckets were asked for."
+    config, rows = manifest.config, manifest.images
+    asked = config.get("aspect_buckets") and config.get("materialise", "process") == "process"
+    oblong = any(row.facts and row.facts.width != row.facts.height for row in rows)
+    if not asked or not oblong or any(row.width != row.height for row in rows):
+        return None
+    side = f"at data.image_size {config['image_size']} the bucket of all {len(rows)} pictures is a square"
+    return f"data.aspect_buckets has no effect: {side}; a larger one has more shapes"
+
 # %% ../../nbs/1_data/10_tables.ipynb #92a309d7
 SOURCES = {  # of captions
     "sidecar": "from files beside the images",
@@ -157,15 +170,15 @@ SOURCES = {  # of captions
 def lines_of_captions(
     manifest: Manifest,
 ) -> list[str]:  # lines
-    "Where the captions are from, how many images have several, and what became of the trigger word."
+    "Where the captions are from, how many images have several, what became of the trigger word and of the shapes."
     counts = Counter(row.caption_source for row in manifest.images)
     several = sum(bool(row.other_captions) for row in manifest.images)
     parts = [f"{counts[source]} {words}" for source, words in SOURCES.items() if counts[source]]
     has = f"; {count(several, 'image')} {'has' if several == 1 else 'have'} several"
     turns = f"{has}, and training takes turns with them" if several else ""
     lines = [f"captions: {', '.join(parts)}{turns}"] if parts else []
-    note = trigger_note(manifest)
-    return lines + ([f"trigger: {note}"] if note else [])
+    notes = {"trigger": trigger_note(manifest), "shapes": squares_made(manifest)}
+    return lines + [f"{about}: {note}" for about, note in notes.items() if note]
 
 # %% ../../nbs/1_data/10_tables.ipynb #4bc96654
 def lines_of_folder(

@@ -176,7 +176,8 @@ def copy_warnings(
     "Where copies could not be looked for, or not well."
     found = []
     for column in (column for column in columns if column.scale and column.data.train is None):
-        text = f"copies were not looked for in {column.name}: {column.data.problem}. Name the manifest of its training."
+        text = f"copies were not looked for in {column.name}: {column.data.problem}."
+        text += " Only the manifest of its training says which pictures it has learnt."
         found.append(("no_training_pictures", text))
     for name, share in copies.items():
         if share.threshold is None:

@@ -71,8 +71,8 @@ def fill(
         if fields - {"subject"}:
             raise ValueError(f"it has the placeholder {{{min(fields - {'subject'})}}}; there is only {{subject}}")
         if fields and not subject:
-            text = f"the prompt {template!r} needs a subject, and neither a manifest nor data.trigger names one. "
-            raise LoraMvpError("no_subject", text + "Name the manifest, or write prompts of your own.")
+            text = f"the prompt {template!r} needs a subject, and there is none: no label of the data, no trigger that its captions hold. "
+            raise LoraMvpError("no_subject", text + "Name a manifest that has one, or write prompts of your own.")
         return template.format(subject=subject)
     except (ValueError, IndexError, KeyError) as e:
         raise LoraMvpError("prompts_invalid", f"the prompt {template!r} cannot be filled in: {e}.") from e

@@ -45,7 +45,8 @@ def _write_files(staging: Path, step: int, tensors: dict, state: dict, identity:
     staging.mkdir(parents=True)
     for name, content in tensors.items():
         save_file(content, staging / f"{name}.safetensors")
-    (staging / "state.json").write_text(json.dumps(state))
+    plain = json.loads(json.dumps(state))  # all keys as text; a restored optimizer has another order of them
+    (staging / "state.json").write_text(json.dumps(plain, sort_keys=True))
     files = {p.name: _digest(p) for p in sorted(staging.iterdir())}
     record = {"schema_version": 1, "step": step, "identity": identity, "files": files}
     (staging / MANIFEST).write_text(json.dumps(record, indent=2))

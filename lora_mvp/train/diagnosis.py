@@ -25,7 +25,7 @@ from transformers.utils.versions import require_version
 
 from ..config import AppConfig, LoraMvpError, TrainingConfig
 from ..data.manifest import Manifest, ManifestImage, read_manifest
-from ..data.steps import MULTIPLE, count_steps, frame_of, is_enlarged
+from ..data.steps import MULTIPLE, count_steps, frame_of, is_enlarged, squares_note
 from ..data.tables import trigger_note
 from ..files import NAME_BYTES
 from ..models.adapters import adapter_layers, add_lora
@@ -302,10 +302,10 @@ def data_findings(config: AppConfig, manifest: Manifest, multiple: int) -> Itera
     text = f"{len(rows)} images to train on, {len(manifest.rows('val'))} to validate, {captions} different captions"
     yield Finding("ok", "data", f"{text}; {len(manifest.rejected)} files were refused.")
     yield from size_findings(t, rows, multiple)
-    photos = photo_warning(sources(manifest, "train"), t.pretrained_model)
-    if photos:
+    if photos := photo_warning(sources(manifest, "train"), t.pretrained_model):
         yield Finding("warn", "data", photos)
-    if note := trigger_note(manifest):
+    squares = squares_note(rows, t, multiple)
+    for note in filter(None, (trigger_note(manifest), squares)):
         yield Finding("warn", "data", f"{note}.")
     if masks := sum(bool(row.mask) for row in manifest.images) if t.masked_loss is None else 0:
         yield Finding(

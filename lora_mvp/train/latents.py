@@ -192,17 +192,6 @@ def picture_sizes(
 # %% ../../nbs/3_train/04_latents.ipynb #ec84558e
 log = logging.getLogger("lora_mvp")
 
-
-def warn_of_squares(
-    sizes: list[tuple[int, int]],  # height, width
-) -> None:
-    "Say it when buckets are asked for and every picture is a square."
-    if sizes and all(h == w for h, w in sizes):
-        hint = "if the originals are not, `lora-mvp prepare-data --no-copy` keeps their shapes"
-        log.warning(
-            "training.aspect_buckets has no effect: as prepared, all %d pictures are square; %s", len(sizes), hint
-        )
-
 # %% ../../nbs/3_train/04_latents.ipynb #6cae464c
 def encoded(
     store: TensorCache,
@@ -239,8 +228,6 @@ def encode_images(
     entries = [encoded(store, common, pipe, source, training, augmentations) for source in seen]
     log.info("latents: %d pictures encoded, %d read from the cache", store.made, store.found)
     sizes = [tuple(e["size"].tolist()) for e in entries]
-    if training.aspect_buckets:
-        warn_of_squares(sizes)
     frames = [frame_of(w, h, training, granularity(pipe)) for h, w in sizes]
     told = [picture_sizes(pipe, s, f) for s, f in zip(sizes, frames, strict=True)]
     times = None if None in told[:1] else told

@@ -6,6 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/3_train/10b_optimizers.ipynb #984f8070
+import contextlib
+import io
+
 import torch
 
 from ..config import TrainingConfig
@@ -36,7 +39,8 @@ def make_optimizer(
     if t.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
-        return Prodigy(groups, use_bias_correction=True, safeguard_warmup=t.lr_warmup_steps > 0, **moments)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints how it understands the weight decay
+            return Prodigy(groups, use_bias_correction=True, safeguard_warmup=t.lr_warmup_steps > 0, **moments)
     if t.optimizer == "schedulefree":
         from schedulefree import AdamWScheduleFree
 

@@ -15,8 +15,8 @@ from diffusers import DiffusionPipeline
 
 from ..config import AppConfig, TrainingConfig, derive_seed
 from ..data.manifest import Manifest
-from ..data.steps import Plan
-from ..models.families import text_parts
+from ..data.steps import Plan, squares_note
+from ..models.families import granularity, text_parts
 from .cache import cache_folder
 from .known import KnownFiles
 from .latents import LatentSet, encode_images
@@ -71,6 +71,12 @@ def visit(modules: list[torch.nn.Module], device: torch.device, home: str | torc
 # %% ../../nbs/3_train/05_streams.ipynb #6db447bf
 log = logging.getLogger("lora_mvp")
 
+
+def warn(*notes: str | None) -> None:  # None: nothing to say
+    "Say what a person should know of the data before it is learnt."
+    for note in filter(None, notes):
+        log.warning("%s", note)
+
 # %% ../../nbs/3_train/05_streams.ipynb #481511f0
 def load_data(
     pipe: DiffusionPipeline,
@@ -84,9 +90,8 @@ def load_data(
     t, known = config.training, known or KnownFiles()
     how = (cache_folder(t, manifest), known, parts)
     train, val = (with_masks(sources(manifest, split), manifest) for split in ("train", "val"))
-    if photos := photo_warning(train, t.pretrained_model, known):
-        log.warning("%s", photos)
     prior = regularization_sources(t.regularization_dir, t.regularization_prompt, known) if t.regularization_dir else []
+    warn(photo_warning(train, t.pretrained_model, known), squares_note(manifest.rows("train"), t, granularity(pipe)))
     with visit([pipe.vae], device):
         train_set = encode_images(pipe, train, t, config.data.augmentations, *how)
         plan = Plan(train_set.shapes, t.batch_size, t.seed, [s.repeats for s in train])
