@@ -48,9 +48,8 @@ def holds_one_adapter(folder: Path) -> bool:
 def meant_base(record: RunRecord) -> str:
     "The base that a run was trained on; `LoraMvpError` (`base_ambiguous`) where it was one of the hub, and a folder here has its name."
     base = Path(record.base).expanduser()
-    if (
-        record.base_revision not in (None, base.name) and base.exists()
-    ):  # a folder of the hub's cache has its commit's name
+    # a folder of the hub's cache has its commit's name
+    if record.base_revision not in (None, base.name) and base.exists():
         text = f"the base of this run is {record.base} of the hub, at {record.base_revision[:8]}, and there is a folder {record.base} here. "
         text += f"Go to another folder to draw with the first, or name the second with --base ./{record.base}."
         raise LoraMvpError("base_ambiguous", text)

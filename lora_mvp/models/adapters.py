@@ -49,9 +49,8 @@ def find_targets(
         beside = {name for name, _ in denoiser(pipe).named_modules()} - {*names}
         if not set(known[targets]) & {*names} and not any(name.endswith(ends) for name in beside):
             return list(known[targets])
-        return exactly(
-            denoiser(pipe), [name for name in names if name.endswith(ends)]
-        )  # FLUX ends in a `proj_out`, Z-Image has other `.0`
+        # FLUX ends in a `proj_out`, Z-Image has other `.0`
+        return exactly(denoiser(pipe), [name for name in names if name.endswith(ends)])
     if found := match_names(targets, names):
         return exactly(denoiser(pipe), found)
     some = "\n  ".join([n for n in names if n.endswith(("to_q", "to_k"))][:3] + names[:1] + names[-2:])

@@ -227,10 +227,9 @@ def pose(
 # %% ../../nbs/3_train/10_network.ipynb #a8512d76
 def answer_losses(network: Network, question: Asked) -> torch.Tensor:  # (images,), on the device
     "The loss of each image; nothing here waits for the device."
+    # `torch` asks every kind of device, and the 0.6 ms that takes are much of a small step
     seeded = torch.default_generator if network.device.type == "cpu" else torch
-    seeded.manual_seed(
-        question.dropout
-    )  # `torch` asks every kind of device, and the 0.6 ms that takes are much of a small step
+    seeded.manual_seed(question.dropout)
     embeds = question.embeds or network.embed(question.captions)
     prediction = network.predict(question.noisy, question.times, embeds, question.time_ids)
     return image_losses(prediction, question.target, question.weights, question.masks, network.settings.loss)
