@@ -26,8 +26,8 @@ def lean_forward(layer: LoraLayer, x: torch.Tensor, *args, **kwargs) -> torch.Te
         x.is_meta or torch.is_autocast_enabled(x.device.type)
     ):  # on meta, whoever counts bytes sees to types
         x = x.to(up.dtype)
-    product = F.linear if isinstance(layer, Linear) else F.conv2d
-    return (result + product(down(x), up * layer.scaling[ADAPTER])).to(result.dtype)
+    product, scale = F.linear if isinstance(layer, Linear) else F.conv2d, layer.scaling[ADAPTER]
+    return (result + product(down(x), up if scale == 1 else up * scale)).to(result.dtype)
 
 # %% ../../nbs/2_models/07a_kernels.ipynb #81bbb403
 def lean(pipe: Pipeline) -> None:

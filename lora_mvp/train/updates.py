@@ -129,7 +129,8 @@ class Updates:
         rate = self.schedule.get_last_lr()[0]
         self.optimizer.step()
         self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.params:  # Accelerate's `zero_grad` reads a signature each time
+            parameter.grad = None
         if self.average:
             self.average.follow(self.schedule.last_epoch)
         if rate and not self.moved and not self.skips:
