@@ -135,7 +135,7 @@ def test_a_job_gets_the_cards_of_one_node_and_gives_its_place_back(desk, cluster
         ({"gpus": 3}, "3 GPUs on one node are asked for, and the largest has 2 GPUs and 4 GB of memory"),
         ({"memory_gb": 5}, "0 GPUs and 5 GB of memory on one node are asked for, and the largest has 2 GPUs and 4 GB"),
         ({"node_label": "role=none"}, "no node has the label role=none; there are role=good"),
-        ({"nodes": 3}, "3 nodes with 0 GPUs each are asked for, and there are 2"),
+        ({"nodes": 3}, "3 nodes with 0 GPUs each and the label role=good are asked for, and there are 2 now"),
     ],
 )
 def test_a_job_that_no_node_can_ever_hold_is_refused(desk, spec, why):
@@ -456,7 +456,7 @@ def test_the_commands_of_scale_md_work_as_they_are_written(tmp_path):
             done = command(*asked, *[part for key in few for part in ("--set", f"training.{key}")], LORA_MVP_URL=url)
             assert done.returncode == 0, done.stderr
             refused = command(*shlex.split(over_nodes.replace("--gpus=8", "--gpus=0"))[1:], LORA_MVP_URL=url)
-            assert "2 nodes with 0 GPUs each are asked for, and there is 1." in refused.stderr, refused
+            assert "2 nodes with 0 GPUs each are asked for, and there is 1 now." in refused.stderr, refused
             shown = command("jobs", "status", done.stdout.split()[0], LORA_MVP_URL=url)
             assert "succeeded" in shown.stdout, shown
     finally:

@@ -193,7 +193,8 @@ class Admission:
         "The settings of a job that can be done; raises `LoraMvpError` for one that cannot."
         config = settings_for(self.config, spec.config)
         if never := impossible(spec, self.engine.nodes()):
-            raise LoraMvpError("invalid_request", never)
+            alone = spec.nodes > 1 and self.config.api.engine == "local"
+            raise LoraMvpError("invalid_request", never + (" Several need api.engine: ray." if alone else ""))
         if kind == "evaluate":
             self.check_evaluation(spec, config)
         elif spec.manifest is None:
@@ -206,8 +207,6 @@ class Admission:
 
     def check_evaluation(self, spec: JobSpec, config: AppConfig) -> None:
         "Refuse an evaluation that cannot be done; `LoraMvpError`."
-        if spec.nodes > 1:
-            raise LoraMvpError("invalid_request", f"an evaluation is done on one node, and {spec.nodes} are asked for.")
         if is_job(spec.model):
             check_trained(trained := self.records.get(spec.model))
             folder = self.records.folder(trained)

@@ -105,6 +105,8 @@ class Attempts:
         self.hangs = Silence(max(lease, api.stall_seconds), clock)  # of attempts that the engine knows
         self.stopping: set[str] = set()  # refs that the engine was told to stop
         self.lost = Counter()  # by error code, since the start
+        self.at: dict[str, list[str]] = {}  # job -> machines of its newest attempt
+        self.missed: dict[str, Counter[str]] = {}  # job -> machines where an attempt at it could not begin
         self.surveyed = False  # whether the engine has said what runs
 
     def survey(self, active: list[Job]) -> list[Job]:
@@ -168,6 +170,7 @@ class Attempts:
         "Let go of an attempt: what became of it is in the record."
         self.silence.end(job)
         self.hangs.end(job)
+        self.at.pop(job.id, None)
         if job.engine_ref:
             self.engine.forget(job.engine_ref)
 
@@ -178,6 +181,8 @@ class Attempts:
     def give_up(self, job: Job, error: JobError) -> None:
         "Count an attempt as lost."
         self.lost[error.code] += 1
+        if error.code == "engine_unavailable":
+            self.missed.setdefault(job.id, Counter()).update(self.at.get(job.id, ()))
         if job.status != "cancelling" and job.attempt - job.stops >= self.api.max_attempts:
             self.fence(job)
             self.records.move(job, "failed", error=error)
@@ -231,7 +236,7 @@ class Starts:
             seen.add(job.id)
             if job.id in waiting:
                 continue
-            if found := find_places(job.spec, nodes, kept):
+            if found := find_places(job.spec, nodes, kept, self.attempts.missed.get(job.id)):
                 yield job, [node.name for node in found]
                 nodes = self.engine.nodes()
                 if not any(node.free.slots > 0 for node in nodes):
@@ -250,6 +255,7 @@ class Starts:
             if not folder.job_file.exists():
                 self.admission.fill(job, self.admission.settings(job.kind, job.spec))
             folder.claim_attempt(new.attempt)
+            self.attempts.at[job.id] = nodes
             ref = self.engine.start(new, folder, nodes)
         except LoraMvpError as error:
             _logger.warning("job %s was not started: %s", job.id, error)

@@ -70,6 +70,11 @@ class Members:
             sign = Sign(attempt=self.attempt, number=self.number, node=self.member.node, exit_code=exit_code)
             self.folder.give_sign(self.member.rank, sign)
 
+    def told(self) -> bytes:  # a line of the log, or nothing
+        "Where this part of the attempt is."
+        rank, count, _, node = self.member
+        return f"on the node {node}, {rank + 1} of {count}\n".encode() if count > 1 else b""
+
     def trouble(self) -> str | None:
         "Why the attempt cannot go on, as far as another member is the reason."
         others = (rank for rank in range(self.member.count) if rank != self.member.rank)

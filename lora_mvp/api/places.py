@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/6_api/20a_places.ipynb #617f8f36
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -74,7 +75,8 @@ def impossible(
         return "no node is there to run jobs; try again when one is."
     if holding or spec.nodes > len(fitting):
         there = "is 1" if holding == 1 else f"are {holding}"
-        return f"{spec.nodes} nodes with {room_text(need)} each are asked for, and there {there}."
+        label = f" and the label {spec.node_label}" if spec.node_label else ""
+        return f"{spec.nodes} nodes with {room_text(need)} each{label} are asked for, and there {there} now."
     largest = max(fitting, key=lambda node: (node.total.gpus, node.total.memory_gb))
     return f"{room_text(need)} on one node are asked for, and the largest has {room_text(largest.total)}."
 
@@ -86,13 +88,14 @@ def find_places(
     spec: JobSpec,
     nodes: list[Node],
     kept: dict[str, Room],  # machine -> what is kept there for older jobs
+    missed: Counter[str] | None = None,  # machine -> how often an attempt at the job could not begin there
 ) -> list[Node]:
     "The machines on which a job can start now, as many as it asks for; none where there are fewer."
-    need, found = need_of(spec, nodes), []
+    need, found, missed = need_of(spec, nodes), [], missed or Counter()
     for node in with_label(spec, nodes):
         free = Room(*(there - held for there, held in zip(node.free, kept.get(node.name, NOTHING))))
         found += [] if lacking(need, free) else [node]
-    found.sort(key=lambda node: (node.free.gpus, -node.free.slots, node.name))
+    found.sort(key=lambda node: (missed[node.name], node.free.gpus, -node.free.slots, node.name))
     return found[: spec.nodes] if len(found) >= spec.nodes else []
 
 # %% ../../nbs/6_api/20a_places.ipynb #726ee6d3
@@ -106,7 +109,7 @@ def keep_places(
     "What is kept for a job whose turn it is."
     need, found = need_of(spec, nodes), {}
     fitting = [node for node in with_label(spec, nodes) if not lacking(need, node.total)]
-    fitting.sort(key=lambda node: (-node.free.gpus, len(lacking(need, node.free)), node.name))
+    fitting.sort(key=lambda node: (len(lacking(need, node.free)), -node.free.gpus, node.name))
     for node in fitting[: spec.nodes] if len(fitting) >= spec.nodes else ():
         short = lacking(need, node.free)
         found[node.name] = Room(*(ALL if name in short else wanted for name, wanted in zip(Room._fields, need)))

@@ -162,17 +162,24 @@ class Ending:
         patience: float,  # seconds between the last SIGTERM and SIGKILL
         clock: Callable[[], float],
     ):
-        self.clock, self.kill, every = clock, partial(end_all, mark, descendants=True), partial(marked, mark)
+        self.clock, self.kill = clock, partial(end_all, mark, descendants=True)
+        self.trainers, self.every = trainers if grace else partial(marked, mark), partial(marked, mark)
         self.steps: list[tuple[float, Callable[[], None]]] = [
-            (clock(), partial(self.terminate, trainers if grace else every)),
-            (clock() + grace, partial(self.terminate, every)),
+            (clock(), self.ask),
+            (clock() + grace, partial(self.terminate, self.every)),
             (clock() + grace + patience, self.kill),
         ]
 
-    def terminate(self, found: Callable[[], list[psutil.Process]]) -> None:
+    def ask(self) -> None:
+        "Ask the trainers to end; where a launcher has not started them yet, in a moment again."
+        if not self.terminate(self.trainers) and len(self.steps) == 2:
+            self.steps.insert(0, (self.clock() + 0.5, self.ask))
+
+    def terminate(self, found: Callable[[], list[psutil.Process]]) -> int:  # how many
         "Ask processes to end."
-        for process in found():
+        for process in (processes := found()):
             send_signal(process, signal.SIGTERM)
+        return len(processes)
 
     def go_on(self) -> None:
         "Do what is due; after the last step everything is killed once more each second."
@@ -331,6 +338,7 @@ class Runner:
     def start(self) -> None:
         "Start the trainer."
         self.say("starting")
+        self.log.write(self.members.told())
         if self.first:
             keep_room(self.reserve)
         command = trainer_command(self.folder, self.attempt, self.work, self.job.spec.gpus, self.members.member)
@@ -366,9 +374,9 @@ class Runner:
             self.reason = "cancelled"
         elif self.told_to_end:
             self.reason = "stopped"
-        elif self.api.max_runtime and now - self.began > self.api.max_runtime:
+        elif self.first and self.api.max_runtime and now - self.began > self.api.max_runtime:
             self.reason = "deadline_exceeded"
-        elif now - self.signs.came > self.api.stall_seconds:
+        elif self.first and now - self.signs.came > self.api.stall_seconds:
             self.reason = "stalled"
         elif text := self.members.trouble():
             self.reason, self.parted = "parted", text
