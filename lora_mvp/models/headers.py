@@ -50,6 +50,7 @@ _SIGNS = (  # first bytes, in lower case -> what a file is
     (b"7z\xbc\xaf", "is an archive; unpack it first"),
     (b"{", "is a JSON text"),
 )
+_LONGEST = 100_000_000  # bytes that the safetensors library allows a table
 
 # %% ../../nbs/2_models/01b_headers.ipynb #bf306684
 def sign_of(
@@ -58,6 +59,8 @@ def sign_of(
     "What a file is that begins so, if it is none of weights; None where the bytes do not say."
     if not start:
         return "is empty (0 bytes): the download or the disk broke off; get it again"
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST:
+        return None  # a table, whatever its length looks like; no other format has these zeros before a brace
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for sign, what in _SIGNS:
         if text.startswith(sign):
@@ -144,7 +147,7 @@ def read_header(file: str | Path) -> Header:
             if what := sign_of(start):
                 raise LoraMvpError("adapter_unreadable", f"{shown(file)} {what}.")
             length = int.from_bytes(start[:8], "little")
-            if size < 8 or length > min(size - 8, 100_000_000):
+            if size < 8 or length > min(size - 8, _LONGEST):
                 raise ValueError(f"a header of {length:,} bytes is announced, and the file has {size:,}")
             opened.seek(8)
             header = _parse(opened.read(length), 8 + length)
