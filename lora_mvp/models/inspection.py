@@ -41,7 +41,9 @@ _COUSINS = (
     "modulation_linear",
     "joint_transformer_blocks",
 )
-_NEXT = re.compile(r"(?:layers|noise_refiner|context_refiner)_\d+_(?:attention|feed_forward|adaLN_modulation)_")
+_NEXT = re.compile(
+    r"(?:layers|noise_refiner|context_refiner)_\d+_(?:attention|feed_forward|adaLN_modulation)_|cap_embedder_\d"
+)
 
 
 def _transformer(names: list[str]) -> str | None:
@@ -258,6 +260,9 @@ def untrue_settings(contents: Contents) -> list[str]:
     return told
 
 # %% ../../nbs/2_models/08_inspection.ipynb #ea6e2133
+_RENAMED = re.compile(r"x_embedder$|final_layer_")  # Z-Image's own names, which diffusers (0.42) does not make its own
+
+
 def _refused(contents: Contents, family: str | None, kohya: bool) -> bool:
     "Whether diffusers ends with an error."
     sgm = (
@@ -268,7 +273,8 @@ def _refused(contents: Contents, family: str | None, kohya: bool) -> bool:
     left = [name for name in contents.beside if kohya or "lora" not in name]
     whole = any(whole_numbers(contents, layer) for layer in contents.layers)
     small = kohya and family == "flux" and not _as_wide_as_flux(contents)  # it goes by the published sizes
-    return bool(contents.wrong or left or untrue_settings(contents)) or sgm or whole or small
+    first_or_last = family == "zimage" and any(map(_RENAMED.match, (x for _, x in contents.layers)))
+    return bool(contents.wrong or left or untrue_settings(contents)) or sgm or whole or small or first_or_last
 
 # %% ../../nbs/2_models/08_inspection.ipynb #e6c8395a
 _APART = re.compile(r"_(?:to|add)_[qkv](?:_proj)?$")  # layers that the original code has as one
