@@ -21,9 +21,22 @@ from .names import Piece, algorithms_of, no_adapter, taken_apart
 WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers names an adapter's file
 
 
+def _check_place(source: Path) -> None:
+    "`LoraMvpError` (`adapter_unknown`) for a checkpoint of a training, or a file of one."
+    folder = source if source.is_dir() else source.parent
+    if not (folder / "checkpoint.json").is_file() or not (folder / "adapter.safetensors").is_file():
+        return
+    run = folder.absolute().parent
+    advice = f"Take {shown(run)}, which is finished." if (run / "run.json").is_file() else ""
+    advice = advice or "Let `lora-mvp train --resume` finish the training, and take its output folder."
+    text = f"{shown(source)} is of a checkpoint, which does not say how strongly it acts. {advice}"
+    raise LoraMvpError("adapter_unknown", text)
+
+
 def adapter_file(source: str | Path) -> Path:
     "The weights of an adapter, given as a file, a folder or the output folder of a training."
     source = Path(source)
+    _check_place(source)
     if not source.is_dir():
         return source
     if (source / "run.json").is_file() and (source / "lora_adapter" / WEIGHTS).is_file():

@@ -277,6 +277,20 @@ def _refused(contents: Contents, family: str | None, kohya: bool) -> bool:
     return bool(contents.wrong or left or untrue_settings(contents)) or sgm or whole or small or first_or_last
 
 # %% ../../nbs/2_models/08_inspection.ipynb #e6c8395a
+_NETWORKS = {  # family -> layers for which sd-scripts' network has a place
+    "sd3": re.compile(
+        r"joint_blocks_\d+_\w+|context_embedder|[txy]_embedder_\w+|final_layer_(?:adaLN_modulation_1|linear)"
+    ),
+    "flux": re.compile(r"(?:double|single)_blocks_\d+_\w+|(?:img|txt)_in|(?:time|vector|guidance)_in_\w+"),
+}
+
+
+def _outside_networks(contents: Contents, family: str | None) -> bool:
+    "Whether sd-scripts would pass over a layer without a word."
+    there = _NETWORKS.get(family)
+    return there is None or not all(part == "unet" and there.fullmatch(name) for part, name in contents.layers)
+
+
 _APART = re.compile(r"_(?:to|add)_[qkv](?:_proj)?$")  # layers that the original code has as one
 
 
@@ -302,6 +316,7 @@ def _question(contents: Contents, family: str | None) -> Question:
         text_attention_cut=bool(attention) and not any(name.endswith("out_proj") for name in attention),
         embeddings=any(map(is_embedding, contents.beside)),
         beside_blocks=not all(part == "unet" and re.search(r"blocks_\d", name) for part, name in contents.layers),
+        outside_networks=_outside_networks(contents, family),
         strange=family not in WITHOUT_UNET and bool(_strange(contents)) or unheard,
         diffusers_refuses=_refused(contents, family, style == "kohya"),
         broken=broken_layers(contents),

@@ -77,6 +77,7 @@ class Question:
     text_attention_cut: bool = False  # kohya's names, and a text encoder's attention without out_proj
     embeddings: bool = False  # textual inversions beside the layers
     beside_blocks: bool = False  # layers that are in no block of a transformer, and those of text encoders
+    outside_networks: bool = False  # layers for which sd-scripts' networks for transformers have no place
     strange: bool = False  # layers that the family does not have, or tensors that no table knows
     diffusers_refuses: bool = False  # settings that are none, tensors or names that it does not take
     broken: list[str] = field(default_factory=list)  # what no program can load
@@ -124,7 +125,10 @@ def answers(q: Question) -> tuple[dict[str, bool | None], list[str]]:  # program
     if q.dora and kohya:
         notes.append(_NOTES[q.dora])
     elif (
-        kohya and q.family in _NETWORKS and q.algorithms == ["LoRA"] and not (q.beside_blocks or q.strange or q.broken)
+        kohya
+        and q.family in _NETWORKS
+        and q.algorithms == ["LoRA"]
+        and not (q.outside_networks or q.strange or q.broken)
     ):
         notes.append(_NOTES["sd-scripts"])
     return {name: {"y": True, "n": False, "?": None}[letter] for name, letter in zip(PROGRAMS, letters)}, [

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 
 from ..errors import LoraMvpError
 from .adapters import adapter_layers
-from .families import Pipeline
+from .families import Pipeline, family_of
 from .keys import ADAPTER
 from .reading import REST, Factors, has_row_lengths, read_lora, without_lengths
 
@@ -33,6 +33,18 @@ def take_over(layer: LoraLayer, f: Factors) -> None:
         magnitude = layer.lora_magnitude_vector[ADAPTER].weight
         magnitude.copy_(length.reshape(magnitude.shape))
 
+# %% ../../nbs/2_models/09b_starting.ipynb #156206fd
+def _advice(pipe: Pipeline, lost: list[str]) -> str:
+    "What lets layers be trained that are not."
+    family = family_of(pipe)
+    if all(name.startswith(f"{family.denoiser}.") for name in lost):
+        return "Widen training.lora_targets."
+    if family.text_learns:
+        return "Widen training.lora_targets, or set text_encoder_learning_rate for a text encoder."
+    return (
+        f"The text encoders of {family.title} are not trained here: begin with an adapter that has no layers of them."
+    )
+
 # %% ../../nbs/2_models/09b_starting.ipynb #011093d6
 def start_from(
     pipe: Pipeline,  # holds the new adapter of `add_lora`
@@ -49,8 +61,7 @@ def start_from(
     found |= without_lengths(pipe, {name: f for name, f in found.items() if not (dora and has_row_lengths(f))})
     if lost := [name for name in found if name not in layers]:
         text = f"training.init_adapter: {len(lost)} of its {len(found)} layers are not trained here, such as {lost[0]}."
-        advice = "Widen training.lora_targets, or set text_encoder_learning_rate for a text encoder."
-        raise LoraMvpError("init_adapter", f"{text} {advice}")
+        raise LoraMvpError("init_adapter", f"{text} {_advice(pipe, lost)}")
     highest = max(f.rank for f in found.values())
     if large := [name for name, f in found.items() if f.rank > layers[name].r[ADAPTER]]:
         text = f"training.init_adapter: {large[0]} has rank {found[large[0]].rank}, more than training.lora_rank."
