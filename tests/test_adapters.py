@@ -170,9 +170,9 @@ NAMED = {  # an adapter with something about it -> tensors, metadata, what is sa
     "zeros": (kohya_with(lora_up=torch.zeros(320, RANK)), None, "changes nothing, because its numbers are all 0", True),
     "alpha0": (kohya_with(alpha=torch.tensor(0.0)), None, "changes nothing, because alpha is 0", True),
     "alpha2": (kohya_with(alpha=torch.tensor([1.0, 2.0])), None, "alpha is not one number", False),
-    "nan": (kohya_with(lora_up=torch.full((320, RANK), torch.nan)), None, f"lora_up.weight: {320 * RANK} NaN", True),
+    "nan": (kohya_with(lora_up=torch.full((320, RANK), torch.nan)), None, f"lora_up.weight: {320 * RANK} NaN", False),
     "nan_alpha": (kohya_with(alpha=torch.tensor(torch.nan)), None, "alpha: 1 NaN", False),
-    "inf": (kohya_with(lora_up=torch.tensor([[torch.inf] * RANK] * 320).bfloat16()), None, "1280 infinite", True),
+    "inf": (kohya_with(lora_up=torch.tensor([[torch.inf] * RANK] * 320).bfloat16()), None, "1280 infinite", False),
     "null_alpha": (
         AB,
         {META: json.dumps(SETTINGS | {"unet.lora_alpha": None})},

@@ -388,10 +388,30 @@ def _claims(contents: Contents) -> dict:
     }
 
 # %% ../../nbs/2_models/08_inspection.ipynb #80bbf17d
+_JOINED = re.compile(r"_(?:qkv|linear1)$")
+
+
+def _two_names(contents: Contents) -> list[str]:
+    "Sentences for layers that are or may be in the file under two names, which programs add or leave out."
+    twice, said = [name for name in contents.beside if name in contents.pieces], []
+    if twice:
+        said.append(
+            f"{len(twice)} tensors of layers that the file has under another name as well, such as {shown(twice[0], 80)}"
+        )
+    ways = [next((x for _, x in contents.layers if way.search(x)), None) for way in (_JOINED, _APART)]
+    if all(ways):
+        names = " and ".join(shown(x, 80) for x in ways)
+        said.append(
+            f"matrices that join query, key and value, and others that do not: {names}; a layer of both has two names"
+        )
+    return said
+
+
 def _remarks(contents: Contents, q: Question, odd: dict) -> list[str]:
     "What else there is to know."
     said = [*contents.wrong, *untrue_settings(contents)]
-    beside = [name for name in contents.beside if not is_embedding(name)]
+    beside = [name for name in contents.beside if not is_embedding(name) and name not in contents.pieces]
+    said += _two_names(contents)
     if any(whole_numbers(contents, layer) for layer in contents.layers):
         said.append("its matrices hold whole numbers, which mean nothing without a scale")
     if nothing := _changes_nothing(contents, odd):
@@ -402,7 +422,7 @@ def _remarks(contents: Contents, q: Question, odd: dict) -> list[str]:
         )
     if beside:
         said.append(f"{len(beside)} tensors of no known kind, such as {shown(beside[0], 80)}")
-    if q.strange and (strange := _strange(contents)):
+    if q.strange and q.family not in WITHOUT_UNET and (strange := _strange(contents)):
         said.append(f"{len(strange)} layers that no base with a UNet has, such as {shown(strange[0][1], 80)}")
     if (
         q.style != "kohya"
@@ -421,6 +441,8 @@ def inspect_adapter(source: str | Path) -> AdapterFacts:
     tensors, family = contents.header.tensors, _family(contents)
     q, odd = _question(contents, family), oddities(contents.file, tensors)
     readers, reasons = answers(q)
+    if broken_numbers(odd):
+        readers, reasons = dict.fromkeys(readers, False), q.broken
     remarks = [*reasons, *_remarks(contents, q, odd)]
     facts = {
         "file": str(contents.file),

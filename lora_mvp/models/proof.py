@@ -235,6 +235,8 @@ def unrounded(pipe: Pipeline):
 def own_reader(file: Path) -> bool:
     "Whether a file is read in full by this package only, as DoRA and several alphas in kohya's form are; also where nothing is known of diffusers and kohya's names."
     facts = inspect_adapter(file)
+    if facts.not_finite:
+        return False  # nobody reads it; the comparison says why
     return facts.readers["diffusers"] is False or (facts.readers["diffusers"] is None and facts.form == "kohya")
 
 # %% ../../nbs/2_models/10_proof.ipynb #91e687bd
