@@ -207,3 +207,15 @@ def strength_of(contents: Contents, layer: Layer) -> float:
     if not rank or alpha is None:
         return 1.0
     return alpha / (math.sqrt(rank) if contents.settings.get(layer[0], {}).get("use_rslora") else rank)
+
+# %% ../../nbs/2_models/01d_contents.ipynb #fc158bbd
+def larger_than_whole(contents: Contents) -> bool:
+    "Whether the matrices of plain LoRAs take more bytes than their products in float32, which `--to diff` writes."
+    taken = products = 0
+    for layer, kinds in contents.layers.items():
+        up, down = contents.shape(layer, "up"), contents.shape(layer, "down")
+        if algorithms_of(kinds) == ["LoRA"] and up and down:
+            entries = [contents.header.tensors[kinds[kind]] for kind in ("up", "down")]
+            taken += sum(entry.end - entry.start for entry in entries)
+            products += 4 * up[0] * math.prod(down[1:])
+    return taken > products

@@ -18,6 +18,7 @@ from .families import Pipeline, family_of
 from .keys import ADAPTER
 from .kohya import kohya_alpha, kohya_header, write_kohya
 from .matrices import CODE, Matrix, matrices
+from .reading import Factors, whole
 
 # %% ../../nbs/2_models/09c_fused.ipynb #a70559a1
 def _up(layer: torch.nn.Module) -> torch.Tensor:
@@ -25,6 +26,13 @@ def _up(layer: torch.nn.Module) -> torch.Tensor:
     if not isinstance(layer, LoraLayer):
         return torch.zeros(layer.out_features, 0)
     return layer.lora_B[ADAPTER].weight.detach().cpu()
+
+
+def _fewest(up: torch.Tensor, down: torch.Tensor, strength: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+    "up, down and alpha of the same product in as many ranks as its shorter side has."
+    f = Factors(down, up.flatten(1), strength * len(down))
+    left, right = whole(f.delta())
+    return left.reshape(*left.shape, *up.shape[2:]), right, float(len(right))
 
 
 def _joined(matrix: Matrix, own: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
@@ -37,6 +45,8 @@ def _joined(matrix: Matrix, own: list[torch.nn.Module]) -> dict[str, torch.Tenso
         ups = [up * next(each) if up.shape[1] else up for up in ups]
     down = torch.cat([layer.lora_A[ADAPTER].weight.detach().cpu() for layer in adapted])
     up = matrix.turned(ups[0]) if len(ups) == 1 else torch.block_diag(*ups)
+    if rank > min(len(up), down[0].numel()):  # no product of this size needs as many
+        up, down, alpha = _fewest(up, down, alpha / rank)
     return {"alpha": torch.tensor(alpha), "lora_down.weight": down, "lora_up.weight": up}
 
 # %% ../../nbs/2_models/09c_fused.ipynb #4caea4fc

@@ -13,11 +13,20 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from .contents import Contents, Layer, alpha_of, open_adapter, rank_of, recorded_base, strength_of
+from lora_mvp.models.contents import (
+    Contents,
+    Layer,
+    alpha_of,
+    larger_than_whole,
+    open_adapter,
+    rank_of,
+    recorded_base,
+    strength_of,
+)
 from .headers import broken_numbers, oddities, shown
 from .kinds import FAMILIES
 from .names import algorithms_of, group_of, is_embedding, reads_text, style_of
-from .readers import WITHOUT_UNET, Question, answers
+from .readers import WITHOUT_UNET, Question, answers, outside_networks
 
 # %% ../../nbs/2_models/08_inspection.ipynb #e5ae0b4a
 def _layers(layers: list[Layer]) -> dict[str, dict[str, int]]:  # part -> group -> layers
@@ -277,20 +286,6 @@ def _refused(contents: Contents, family: str | None, kohya: bool) -> bool:
     return bool(contents.wrong or left or untrue_settings(contents)) or sgm or whole or small or first_or_last
 
 # %% ../../nbs/2_models/08_inspection.ipynb #e6c8395a
-_NETWORKS = {  # family -> layers for which sd-scripts' network has a place
-    "sd3": re.compile(
-        r"joint_blocks_\d+_\w+|context_embedder|[txy]_embedder_\w+|final_layer_(?:adaLN_modulation_1|linear)"
-    ),
-    "flux": re.compile(r"(?:double|single)_blocks_\d+_\w+|(?:img|txt)_in|(?:time|vector|guidance)_in_\w+"),
-}
-
-
-def _outside_networks(contents: Contents, family: str | None) -> bool:
-    "Whether sd-scripts would pass over a layer without a word."
-    there = _NETWORKS.get(family)
-    return there is None or not all(part == "unet" and there.fullmatch(name) for part, name in contents.layers)
-
-
 _APART = re.compile(r"_(?:to|add)_[qkv](?:_proj)?$")  # layers that the original code has as one
 
 
@@ -316,7 +311,7 @@ def _question(contents: Contents, family: str | None) -> Question:
         text_attention_cut=bool(attention) and not any(name.endswith("out_proj") for name in attention),
         embeddings=any(map(is_embedding, contents.beside)),
         beside_blocks=not all(part == "unet" and re.search(r"blocks_\d", name) for part, name in contents.layers),
-        outside_networks=_outside_networks(contents, family),
+        outside_networks=outside_networks(list(contents.layers), family),
         strange=family not in WITHOUT_UNET and bool(_strange(contents)) or unheard,
         diffusers_refuses=_refused(contents, family, style == "kohya"),
         broken=broken_layers(contents),
@@ -412,6 +407,8 @@ def _remarks(contents: Contents, q: Question, odd: dict) -> list[str]:
     said = [*contents.wrong, *untrue_settings(contents)]
     beside = [name for name in contents.beside if not is_embedding(name) and name not in contents.pieces]
     said += _two_names(contents)
+    if larger_than_whole(contents):
+        said.append("its factors are larger than what they make; `lora-mvp export --to diff` writes a smaller file")
     if any(whole_numbers(contents, layer) for layer in contents.layers):
         said.append("its matrices hold whole numbers, which mean nothing without a scale")
     if nothing := _changes_nothing(contents, odd):

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/2_models/01e_readers.ipynb #917b8d98
+import re
 from dataclasses import dataclass, field
 
 # %% ../../nbs/2_models/01e_readers.ipynb #e3c5c32b
@@ -60,7 +61,12 @@ _NOTES = {
     "embeddings": "diffusers refuses a file with embeddings, ComfyUI leaves them out",
     "sd-scripts": "sd-scripts (as of commit 48d368fa) loads it as well",
 }
-_NETWORKS = ("sd3", "flux")  # families for which sd-scripts has a network
+_NETWORKS = {  # family -> layers for which sd-scripts' network has a place
+    "sd3": re.compile(
+        r"joint_blocks_\d+_\w+|context_embedder|[txy]_embedder_\w+|final_layer_(?:adaLN_modulation_1|linear)"
+    ),
+    "flux": re.compile(r"(?:double|single)_blocks_\d+_\w+|(?:img|txt)_in|(?:time|vector|guidance)_in_\w+"),
+}
 
 # %% ../../nbs/2_models/01e_readers.ipynb #76f3cbb8
 @dataclass(frozen=True)
@@ -81,6 +87,12 @@ class Question:
     strange: bool = False  # layers that the family does not have, or tensors that no table knows
     diffusers_refuses: bool = False  # settings that are none, tensors or names that it does not take
     broken: list[str] = field(default_factory=list)  # what no program can load
+
+# %% ../../nbs/2_models/01e_readers.ipynb #289f60c1
+def outside_networks(layers: list[tuple[str, str]], family: str | None) -> bool:
+    "Whether sd-scripts would pass over a layer without a word; it has no network for other families."
+    there = _NETWORKS.get(family)
+    return there is None or not all(part == "unet" and there.fullmatch(name) for part, name in layers)
 
 # %% ../../nbs/2_models/01e_readers.ipynb #84c10a64
 def _least(*answers: str) -> str:
@@ -117,6 +129,7 @@ def answers(q: Question) -> tuple[dict[str, bool | None], list[str]]:  # program
     unknown = "????" if q.strange or q.family is None else "yyyy"
     refused = "nyyy" if q.diffusers_refuses else "yyyy"
     letters = _least(*_by_form(q), *spoilt.values(), unknown, refused, "nnnn" if q.broken else "yyyy")
+    plain = kohya and q.algorithms == ["LoRA"] and not (q.outside_networks or q.strange or q.broken)
     notes = [_NOTES[why] for why, letter in spoilt.items() if letter != "yyyy"]
     if q.style == "diffusers" and q.algorithms == ["LoRA"] and ours:
         notes.append(_NOTES["diffusers"])
@@ -124,12 +137,7 @@ def answers(q: Question) -> tuple[dict[str, bool | None], list[str]]:  # program
         notes.append(_NOTES["nowhere"])
     if q.dora and kohya:
         notes.append(_NOTES[q.dora])
-    elif (
-        kohya
-        and q.family in _NETWORKS
-        and q.algorithms == ["LoRA"]
-        and not (q.outside_networks or q.strange or q.broken)
-    ):
+    elif plain and q.family in _NETWORKS:
         notes.append(_NOTES["sd-scripts"])
     return {name: {"y": True, "n": False, "?": None}[letter] for name, letter in zip(PROGRAMS, letters)}, [
         *q.broken,
