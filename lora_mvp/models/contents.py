@@ -32,6 +32,8 @@ def adapter_file(source: str | Path) -> Path:
     if len(found) == 1:
         return found[0]
     text = f"{source} holds {len(found) or 'no'} safetensors files; name one file, or a folder with {WEIGHTS}."
+    if not found and (source / "start.json").is_file():
+        text = f"{source} is a run that has not ended; `lora-mvp train --manifest M --resume` goes on with it, and a checkpoint's adapter.safetensors can be given as a file."
     raise LoraMvpError("adapter_not_found", text)
 
 # %% ../../nbs/2_models/01d_contents.ipynb #b963cf03
@@ -49,6 +51,16 @@ def recorded_base(file: str | Path) -> str | None:
     "The base that `adapter_config.json` beside the file names."
     base = (note_beside(file) or {}).get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None
+
+# %% ../../nbs/2_models/01d_contents.ipynb #a89c61ca
+def certificate_beside(file: str | Path) -> dict:
+    "What `certificate.json` beside a file says; `{}` where there is none for this file."
+    try:
+        known = json.loads(Path(file).with_name("certificate.json").read_bytes())
+        names = [form["file"] for form in known["forms"].values()]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return {}
+    return known if Path(file).name in names else {}
 
 # %% ../../nbs/2_models/01d_contents.ipynb #cf9d16bc
 _SETTINGS = "lora_adapter_metadata"  # diffusers' name for them

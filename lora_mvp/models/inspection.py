@@ -6,6 +6,7 @@
 __all__ = ['inspect_adapter']
 
 # %% ../../nbs/2_models/08_inspection.ipynb #10b470b8
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -13,17 +14,27 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from .contents import Contents, Layer, alpha_of, open_adapter, rank_of, recorded_base, strength_of
+from lora_mvp.models.contents import (
+    Contents,
+    Layer,
+    alpha_of,
+    certificate_beside,
+    open_adapter,
+    rank_of,
+    recorded_base,
+    strength_of,
+)
 from .headers import broken_numbers, oddities, shown
 from .kinds import FAMILIES
 from .names import algorithms_of, group_of, is_embedding, reads_text, style_of
 from .readers import WITHOUT_UNET, Question, answers
 
 # %% ../../nbs/2_models/08_inspection.ipynb #e5ae0b4a
-def _layers(layers: list[Layer]) -> dict[str, dict[str, int]]:  # part -> group -> layers
-    "How many layers of which kind an adapter has."
+def _layers(layers: list[Layer], family: str | None) -> dict[str, dict[str, int]]:  # part -> group -> layers
+    "How many layers of which kind an adapter has; kohya's names begin with `lora_unet` for transformers too."
     found = {}
     for part, name in layers:
+        part = "transformer" if part == "unet" and family in WITHOUT_UNET else part
         found.setdefault(part, Counter())[group_of(name)] += 1
     return found
 
@@ -76,13 +87,37 @@ def _text_width(contents: Contents, layer: Layer) -> int | None:
     return whole[1] if len(whole) == 2 else None
 
 # %% ../../nbs/2_models/08_inspection.ipynb #d090bcb7
-def _claimed(metadata: dict[str, str]) -> str | None:
+def _in_header(metadata: dict[str, str]) -> str | None:
     "The family that the header names."
     said = {metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "").removesuffix("/lora")}
     for family in FAMILIES.values():
         if said & {*family.base_version.values(), *family.architecture.values()}:
             return family.name
     return next((name for start, name in _CLAIMED.items() for text in said if text.startswith(start)), None)
+
+# %% ../../nbs/2_models/08_inspection.ipynb #6fc5ac2f
+def _pipeline_of(base: str) -> str:
+    "The name of a base's pipeline, as its folder says; empty where there is none."
+    try:
+        return str(json.loads((Path(base) / "model_index.json").read_bytes())["_class_name"])
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return ""
+
+
+def _beside(file: Path) -> str | None:
+    "The family that a certificate beside a file names, else the one of the base that peft's note names."
+    if isinstance(said := certificate_beside(file).get("family"), str) and said in FAMILIES:
+        return said
+    if not (base := recorded_base(file)):
+        return None
+    hub = [family.name for family in FAMILIES.values() if family.hub_id == base]
+    found = hub or [family.name for family in FAMILIES.values() if family.pipeline_name == _pipeline_of(base)]
+    return found[0] if len(found) == 1 else None  # those of SD 1.x and 2.x share a pipeline
+
+
+def _claimed(contents: Contents) -> str | None:
+    "The family that the header names, else what lies beside the file."
+    return _in_header(contents.header.metadata) or _beside(contents.file)
 
 # %% ../../nbs/2_models/08_inspection.ipynb #e30ebd4c
 def _widths(contents: Contents, pattern: str) -> set[int]:
@@ -99,7 +134,7 @@ def _one_of_flux(contents: Contents) -> str:
     "FLUX.1, or only a diffusion transformer."
     said = contents.header.metadata.get("modelspec.architecture", "flux-1").lower()
     alike = said.startswith(("flux-1", "flux.1", "flux1")) and not any(".img_attn_qkv." in x for x in contents.pieces)
-    own = _as_wide_as_flux(contents) or _claimed(contents.header.metadata) == "flux"
+    own = _as_wide_as_flux(contents) or _claimed(contents) == "flux"
     return "flux" if alike and own else "transformer"
 
 
@@ -107,7 +142,7 @@ def _one_of_zimage(contents: Contents) -> str:
     "Z-Image, or only a diffusion transformer, such as Lumina with the same names."
     apart = any(re.search(r"_attention_to_", name) for _, name in contents.layers)  # as only diffusers has them
     wide = _widths(contents, r"\w+_\d+_(?:attention_qkv|attention_out|feed_forward_w[13])$") == {3840}
-    return "zimage" if apart or wide or _claimed(contents.header.metadata) == "zimage" else "transformer"
+    return "zimage" if apart or wide or _claimed(contents) == "zimage" else "transformer"
 
 # %% ../../nbs/2_models/08_inspection.ipynb #49d726f9
 def _family(contents: Contents) -> str | None:
@@ -116,15 +151,15 @@ def _family(contents: Contents) -> str | None:
     if known := _transformer(names):
         return {"flux": _one_of_flux, "zimage": _one_of_zimage}.get(known, lambda contents: known)(contents)
     if any(part == "transformer" for part, _ in contents.layers):
-        wide = _widths(contents, r"transformer_blocks_\d+_attn_to_[qkv]") & {1536, 2432}
-        return "sd3" if wide or _claimed(contents.header.metadata) == "sd3" else "transformer"
+        if _widths(contents, r"transformer_blocks_\d+_attn_to_[qkv]") & {1536, 2432}:
+            return "sd3"
+        said, blocks = _claimed(contents), any(name.startswith("transformer_blocks_") for name in names)
+        return said if said in WITHOUT_UNET and not (blocks and said == "zimage") else "transformer"
     widths = {_text_width(contents, layer) for layer in contents.layers if reads_text(layer[1])} - {None}
     known = [family.name for family in FAMILIES.values() if widths == {family.text_width}]
     if known:
         return known[0]
-    return (
-        "sdxl" if any(part == "text_encoder_2" for part, _ in contents.layers) else _claimed(contents.header.metadata)
-    )
+    return "sdxl" if any(part == "text_encoder_2" for part, _ in contents.layers) else _claimed(contents)
 
 # %% ../../nbs/2_models/08_inspection.ipynb #f74442b1
 _NEEDED = {  # algorithm -> groups of kinds; of each group one must be complete
@@ -381,7 +416,7 @@ def _remarks(contents: Contents, q: Question, odd: dict) -> list[str]:
         )
     if beside:
         said.append(f"{len(beside)} tensors of no known kind, such as {shown(beside[0], 80)}")
-    if q.strange and (strange := _strange(contents)):
+    if q.strange and q.family not in WITHOUT_UNET and (strange := _strange(contents)):
         said.append(f"{len(strange)} layers that no base with a UNet has, such as {shown(strange[0][1], 80)}")
     if (
         q.style != "kohya"
@@ -409,7 +444,7 @@ def inspect_adapter(source: str | Path) -> AdapterFacts:
     }
     facts["dtype"] = ", ".join(sorted({entry.dtype for name, entry in tensors.items() if not name.endswith(".alpha")}))
     facts |= _numbers(contents) | _claims(contents)
-    facts |= {"layers": _layers(list(contents.layers)), "family": family, "not_finite": broken_numbers(odd)}
+    facts |= {"layers": _layers(list(contents.layers), family), "family": family, "not_finite": broken_numbers(odd)}
     return AdapterFacts(
         **facts, readers=readers, remarks=remarks, metadata=dict(sorted(contents.header.metadata.items()))
     )
