@@ -25,6 +25,10 @@ class Member(NamedTuple):
         "The mark of what belongs to this member, where `attempt` is that of all."
         return f"{attempt}/{self.rank}" if self.rank else attempt
 
+    def told(self) -> bytes:  # a line of the log, or nothing
+        "Where this part of an attempt is."
+        return f"on the node {self.node}, {self.rank + 1} of {self.count}\n".encode() if self.count > 1 else b""
+
 # %% ../../nbs/6_api/19a_members.ipynb #dfe61876
 def port_of(attempt: str) -> int:
     "The port at which the members of an attempt meet, from 20000 to 29999."
@@ -69,11 +73,6 @@ class Members:
             self.number += 1
             sign = Sign(attempt=self.attempt, number=self.number, node=self.member.node, exit_code=exit_code)
             self.folder.give_sign(self.member.rank, sign)
-
-    def told(self) -> bytes:  # a line of the log, or nothing
-        "Where this part of the attempt is."
-        rank, count, _, node = self.member
-        return f"on the node {node}, {rank + 1} of {count}\n".encode() if count > 1 else b""
 
     def trouble(self) -> str | None:
         "Why the attempt cannot go on, as far as another member is the reason."

@@ -338,7 +338,7 @@ class Runner:
     def start(self) -> None:
         "Start the trainer."
         self.say("starting")
-        self.log.write(self.members.told())
+        self.log.write(self.members.member.told())
         if self.first:
             keep_room(self.reserve)
         command = trainer_command(self.folder, self.attempt, self.work, self.job.spec.gpus, self.members.member)
