@@ -18,7 +18,7 @@ from lora_mvp.models.contents import (
     Contents,
     Layer,
     alpha_of,
-    certificate_beside,
+    family_beside,
     open_adapter,
     rank_of,
     recorded_base,
@@ -96,28 +96,9 @@ def _in_header(metadata: dict[str, str]) -> str | None:
     return next((name for start, name in _CLAIMED.items() for text in said if text.startswith(start)), None)
 
 # %% ../../nbs/2_models/08_inspection.ipynb #6fc5ac2f
-def _pipeline_of(base: str) -> str:
-    "The name of a base's pipeline, as its folder says; empty where there is none."
-    try:
-        return str(json.loads((Path(base) / "model_index.json").read_bytes())["_class_name"])
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
-        return ""
-
-
-def _beside(file: Path) -> str | None:
-    "The family that a certificate beside a file names, else the one of the base that peft's note names."
-    if isinstance(said := certificate_beside(file).get("family"), str) and said in FAMILIES:
-        return said
-    if not (base := recorded_base(file)):
-        return None
-    hub = [family.name for family in FAMILIES.values() if family.hub_id == base]
-    found = hub or [family.name for family in FAMILIES.values() if family.pipeline_name == _pipeline_of(base)]
-    return found[0] if len(found) == 1 else None  # those of SD 1.x and 2.x share a pipeline
-
-
 def _claimed(contents: Contents) -> str | None:
     "The family that the header names, else what lies beside the file."
-    return _in_header(contents.header.metadata) or _beside(contents.file)
+    return _in_header(contents.header.metadata) or family_beside(contents.file)
 
 # %% ../../nbs/2_models/08_inspection.ipynb #e30ebd4c
 def _widths(contents: Contents, pattern: str) -> set[int]:
