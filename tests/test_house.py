@@ -221,7 +221,6 @@ LONG_CELLS = {
     "3_train/watch",
     "3_train/cache",
     "6_api/json_store",
-    "2_models/exports",
     "5_eval/scores",
     "5_eval/verdicts",
     "5_eval/features",

@@ -87,7 +87,7 @@ def cmd_resize(args: argparse.Namespace) -> None:
     _merge(args, [(args.adapter, 1.0)])
 
 # %% ../../nbs/2_models/11b_adapter_commands.ipynb #3bedabaf
-_TO = "the form to write: kohya for ComfyUI, A1111, Forge and sd-scripts; diff for a DoRA there; diffusers; fused into its base"
+_TO = "the form to write: kohya for sd-scripts, ComfyUI, A1111 and Forge, as far as they know the base; diff for a DoRA there, in float32; diffusers; fused into its base"
 
 
 def add_adapters(commands) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..errors import LoraMvpError
 from .headers import Header, read_header, shown, values_in
+from .kinds import FAMILIES
 from .names import Piece, algorithms_of, no_adapter, taken_apart
 
 # %% ../../nbs/2_models/01d_contents.ipynb #53d0add6
@@ -45,6 +46,8 @@ def adapter_file(source: str | Path) -> Path:
     if len(found) == 1:
         return found[0]
     text = f"{source} holds {len(found) or 'no'} safetensors files; name one file, or a folder with {WEIGHTS}."
+    if not found and (source / "start.json").is_file():
+        text = f"{source} is a run that has not ended; `lora-mvp train --manifest M --resume` goes on with it."
     raise LoraMvpError("adapter_not_found", text)
 
 # %% ../../nbs/2_models/01d_contents.ipynb #b963cf03
@@ -62,6 +65,35 @@ def recorded_base(file: str | Path) -> str | None:
     "The base that `adapter_config.json` beside the file names."
     base = (note_beside(file) or {}).get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None
+
+# %% ../../nbs/2_models/01d_contents.ipynb #a89c61ca
+def certificate_beside(file: str | Path) -> dict:
+    "What `certificate.json` beside a file says; `{}` where there is none for this file."
+    try:
+        known = json.loads(Path(file).with_name("certificate.json").read_bytes())
+        names = [form["file"] for form in known["forms"].values()]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return {}
+    return known if Path(file).name in names else {}
+
+# %% ../../nbs/2_models/01d_contents.ipynb #da7b5ed1
+def _pipeline_of(base: str) -> str:
+    "The name of a base's pipeline, as its folder says; empty where there is none."
+    try:
+        return str(json.loads((Path(base) / "model_index.json").read_bytes())["_class_name"])
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return ""
+
+# %% ../../nbs/2_models/01d_contents.ipynb #b6d2a543
+def family_beside(file: Path) -> str | None:
+    "The family that a certificate beside a file names, else the one of the base that peft's note names."
+    if isinstance(said := certificate_beside(file).get("family"), str) and said in FAMILIES:
+        return said
+    if not (base := recorded_base(file)):
+        return None
+    hub = [family.name for family in FAMILIES.values() if family.hub_id == base]
+    found = hub or [family.name for family in FAMILIES.values() if family.pipeline_name == _pipeline_of(base)]
+    return found[0] if len(found) == 1 else None  # those of SD 1.x and 2.x share a pipeline
 
 # %% ../../nbs/2_models/01d_contents.ipynb #cf9d16bc
 _SETTINGS = "lora_adapter_metadata"  # diffusers' name for them

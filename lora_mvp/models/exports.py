@@ -21,11 +21,12 @@ from ..errors import LoraMvpError
 from ..files import atomic_write, make_folder, no_bars
 from .adapters import adapter_layers, fuse, safetensors_bytes, save_adapter
 from .base import load_base
+from .contents import adapter_file
 from .families import Pipeline, denoiser, family_of, networks, text_parts
 from .fused import write_fused
 from .inspection import inspect_adapter
 from .keys import ADAPTER, kohya_name
-from .kohya import kohya_header
+from .kohya import facts_told, kohya_header, precision_of
 from .proof import ROUNDING, demand, differences, effect_of, probe, prove
 from .reading import base_for, decomposed, load_lora
 
@@ -127,7 +128,7 @@ def write_diff(
     return atomic_write(file, safetensors_bytes(diff_state(pipe), header))
 
 # %% ../../nbs/2_models/11_exports.ipynb #41c18c48
-FILES = {"kohya": write_fused, "diff": write_diff}  # forms that are one file
+FILES = ("kohya", "diff")  # forms that are one file
 
 
 def _check_name(to: str, out: str | Path) -> None:
@@ -136,6 +137,23 @@ def _check_name(to: str, out: str | Path) -> None:
         raise LoraMvpError("output_name", f"{out}: a file in the form {to} must end in .safetensors.")
     if to not in FILES and Path(out).suffix == ".safetensors":
         raise LoraMvpError("output_name", f"{out}: the form {to} is a folder, whose name must not end so.")
+
+# %% ../../nbs/2_models/11_exports.ipynb #b376f1e9
+def _precision(pipe: Pipeline, source: str | Path) -> torch.dtype:
+    "Half precision where the source has it and the loaded matrices, with the source's one strength, fit into it."
+    dtype, strength = precision_of([adapter_file(source)]), inspect_adapter(source).strength
+    layers = adapter_layers(pipe).values()
+    weights = [side[ADAPTER].weight for layer in layers for side in (layer.lora_A, layer.lora_B)]
+    fits = all(torch.equal(weight, weight.to(dtype).to(weight.dtype)) for weight in weights)
+    return dtype if fits and strength and strength[0] == strength[1] else torch.float32
+
+# %% ../../nbs/2_models/11_exports.ipynb #c737c172
+def _write(pipe: Pipeline, source: str | Path, to: str, out: Path, base: str, facts: dict) -> Path:  # the weights' file
+    "Write the adapter that a pipeline holds in another form than its source's."
+    if to == "diff":
+        return write_diff(pipe, out, facts)
+    dtype = _precision(pipe, source)
+    return write_fused(pipe, out, facts, dtype) if to == "kohya" else save_adapter(pipe, out, base, dtype)
 
 # %% ../../nbs/2_models/11_exports.ipynb #bf4918df
 def export_adapter(
@@ -149,7 +167,7 @@ def export_adapter(
 ) -> Path:
     "Write an adapter in another form, and compare before it is put in place."
     _check_name(to, out)
-    base, found = base_for(source, base), inspect_adapter(source)
+    base = base_for(source, base)
     if to == "fused":
         return export_fused(
             load_base(base, dtype=None if dtype != torch.float32 else dtype), source, out, dtype, partial
@@ -158,10 +176,7 @@ def export_adapter(
     load_lora(pipe, source, partial)
     wanted, _, tolerance = effect_of(pipe)
     with staged(out) as stage:
-        if to in FILES:
-            known = {"title": Path(out).stem, "base": base, "trigger": found.trigger}
-            file = FILES[to](pipe, stage, known | (facts or {}))
-        else:
-            file = save_adapter(pipe, stage, base)
+        known = facts_told(source) | {"title": Path(out).stem, "base": base} | (facts or {})
+        file = _write(pipe, source, to, stage, base, known)
         prove(pipe, file, wanted, tolerance, str(out))
     return Path(out)

@@ -6,6 +6,7 @@
 __all__ = ['inspect_adapter']
 
 # %% ../../nbs/2_models/08_inspection.ipynb #10b470b8
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -17,6 +18,7 @@ from lora_mvp.models.contents import (
     Contents,
     Layer,
     alpha_of,
+    family_beside,
     larger_than_whole,
     open_adapter,
     rank_of,
@@ -29,10 +31,11 @@ from .names import algorithms_of, group_of, is_embedding, reads_text, style_of
 from .readers import WITHOUT_UNET, Question, answers, outside_networks
 
 # %% ../../nbs/2_models/08_inspection.ipynb #e5ae0b4a
-def _layers(layers: list[Layer]) -> dict[str, dict[str, int]]:  # part -> group -> layers
-    "How many layers of which kind an adapter has."
+def _layers(layers: list[Layer], family: str | None) -> dict[str, dict[str, int]]:  # part -> group -> layers
+    "How many layers of which kind an adapter has; kohya's names begin with `lora_unet` for transformers too."
     found = {}
     for part, name in layers:
+        part = "transformer" if part == "unet" and family in WITHOUT_UNET else part
         found.setdefault(part, Counter())[group_of(name)] += 1
     return found
 
@@ -42,14 +45,8 @@ _CLAIMED = {"sd_1.5": "sd1", "sd_v1": "sd1", "sdxl": "sdxl", "flux1": "flux", "f
 
 
 _FLUX = re.compile(r"(?:double_blocks|single_blocks|single_transformer_blocks)_(\d+)_")
-_COUSINS = (
-    "token_refiner",
-    "distilled_guidance",
-    "to_qkv_mlp",
-    "stream_modulation",
-    "modulation_linear",
-    "joint_transformer_blocks",
-)
+_COUSINS = ("token_refiner", "distilled_guidance", "to_qkv_mlp", "joint_transformer_blocks")
+_COUSINS += ("stream_modulation", "modulation_linear")
 _NEXT = re.compile(
     r"(?:layers|noise_refiner|context_refiner)_\d+_(?:attention|feed_forward|adaLN_modulation)_|cap_embedder_\d"
 )
@@ -87,13 +84,18 @@ def _text_width(contents: Contents, layer: Layer) -> int | None:
     return whole[1] if len(whole) == 2 else None
 
 # %% ../../nbs/2_models/08_inspection.ipynb #d090bcb7
-def _claimed(metadata: dict[str, str]) -> str | None:
+def _in_header(metadata: dict[str, str]) -> str | None:
     "The family that the header names."
     said = {metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "").removesuffix("/lora")}
     for family in FAMILIES.values():
         if said & {*family.base_version.values(), *family.architecture.values()}:
             return family.name
     return next((name for start, name in _CLAIMED.items() for text in said if text.startswith(start)), None)
+
+# %% ../../nbs/2_models/08_inspection.ipynb #6fc5ac2f
+def _claimed(contents: Contents) -> str | None:
+    "The family that the header names, else what lies beside the file."
+    return _in_header(contents.header.metadata) or family_beside(contents.file)
 
 # %% ../../nbs/2_models/08_inspection.ipynb #e30ebd4c
 def _widths(contents: Contents, pattern: str) -> set[int]:
@@ -110,7 +112,7 @@ def _one_of_flux(contents: Contents) -> str:
     "FLUX.1, or only a diffusion transformer."
     said = contents.header.metadata.get("modelspec.architecture", "flux-1").lower()
     alike = said.startswith(("flux-1", "flux.1", "flux1")) and not any(".img_attn_qkv." in x for x in contents.pieces)
-    own = _as_wide_as_flux(contents) or _claimed(contents.header.metadata) == "flux"
+    own = _as_wide_as_flux(contents) or _claimed(contents) == "flux"
     return "flux" if alike and own else "transformer"
 
 
@@ -118,7 +120,7 @@ def _one_of_zimage(contents: Contents) -> str:
     "Z-Image, or only a diffusion transformer, such as Lumina with the same names."
     apart = any(re.search(r"_attention_to_", name) for _, name in contents.layers)  # as only diffusers has them
     wide = _widths(contents, r"\w+_\d+_(?:attention_qkv|attention_out|feed_forward_w[13])$") == {3840}
-    return "zimage" if apart or wide or _claimed(contents.header.metadata) == "zimage" else "transformer"
+    return "zimage" if apart or wide or _claimed(contents) == "zimage" else "transformer"
 
 # %% ../../nbs/2_models/08_inspection.ipynb #49d726f9
 def _family(contents: Contents) -> str | None:
@@ -127,15 +129,15 @@ def _family(contents: Contents) -> str | None:
     if known := _transformer(names):
         return {"flux": _one_of_flux, "zimage": _one_of_zimage}.get(known, lambda contents: known)(contents)
     if any(part == "transformer" for part, _ in contents.layers):
-        wide = _widths(contents, r"transformer_blocks_\d+_attn_to_[qkv]") & {1536, 2432}
-        return "sd3" if wide or _claimed(contents.header.metadata) == "sd3" else "transformer"
+        if _widths(contents, r"transformer_blocks_\d+_attn_to_[qkv]") & {1536, 2432}:
+            return "sd3"
+        said, blocks = _claimed(contents), any(name.startswith("transformer_blocks_") for name in names)
+        return said if said in WITHOUT_UNET and not (blocks and said == "zimage") else "transformer"
     widths = {_text_width(contents, layer) for layer in contents.layers if reads_text(layer[1])} - {None}
     known = [family.name for family in FAMILIES.values() if widths == {family.text_width}]
     if known:
         return known[0]
-    return (
-        "sdxl" if any(part == "text_encoder_2" for part, _ in contents.layers) else _claimed(contents.header.metadata)
-    )
+    return "sdxl" if any(part == "text_encoder_2" for part, _ in contents.layers) else _claimed(contents)
 
 # %% ../../nbs/2_models/08_inspection.ipynb #f74442b1
 _NEEDED = {  # algorithm -> groups of kinds; of each group one must be complete
@@ -449,7 +451,7 @@ def inspect_adapter(source: str | Path) -> AdapterFacts:
     }
     facts["dtype"] = ", ".join(sorted({entry.dtype for name, entry in tensors.items() if not name.endswith(".alpha")}))
     facts |= _numbers(contents) | _claims(contents)
-    facts |= {"layers": _layers(list(contents.layers)), "family": family, "not_finite": broken_numbers(odd)}
+    facts |= {"layers": _layers(list(contents.layers), family), "family": family, "not_finite": broken_numbers(odd)}
     return AdapterFacts(
         **facts, readers=readers, remarks=remarks, metadata=dict(sorted(contents.header.metadata.items()))
     )

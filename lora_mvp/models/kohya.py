@@ -9,14 +9,18 @@ __all__ = []
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import torch
 from peft.tuners.lora import LoraLayer
 
+from ..errors import LoraMvpError
 from ..files import atomic_write
 from .adapters import adapter_layers, in_precision, safetensors_bytes
+from .contents import adapter_file, certificate_beside, open_adapter
 from .families import Pipeline, family_of, native_size
+from .headers import read_header
 from .keys import ADAPTER, kohya_name
 
 # %% ../../nbs/2_models/09_kohya.ipynb #7080d161
@@ -112,6 +116,46 @@ def kohya_header(
         for name in FACTS[fact] if value is not None else ():
             header[name] = json.dumps(value, sort_keys=True) if isinstance(value, dict) else str(value)
     return header | ({"ss_resolution": f"({size}, {size})"} if "resolution" in facts else {})
+
+# %% ../../nbs/2_models/09_kohya.ipynb #dfb37a6c
+_SQUARE = re.compile(r"\((\d+), ?\1\)")
+
+
+def _told(metadata: dict[str, str]) -> dict[str, str]:
+    "The facts in a header; a size only where it is that of a square."
+    named = [(fact, metadata.get(name, "None")) for fact, names in FACTS.items() for name in names]
+    found = {fact: value for fact, value in named if value != "None"}  # as sd-scripts writes what is not set
+    square = _SQUARE.fullmatch(found.pop("resolution", ""))
+    return found | ({"resolution": square[1]} if square else {})
+
+# %% ../../nbs/2_models/09_kohya.ipynb #0e9a684f
+def facts_told(source: str | Path) -> dict[str, str]:  # a key of `FACTS` -> value
+    "What an adapter's file says about its training, or the file that its run wrote beside it."
+    file = adapter_file(source)
+    if told := _told(read_header(file).metadata):
+        return told
+    forms = certificate_beside(file).get("forms", {})
+    other = file.absolute().parent.parent / Path(str(forms.get("kohya", {}).get("file", ""))).name
+    try:
+        return _told(read_header(other).metadata) if other.suffix == ".safetensors" else {}
+    except LoraMvpError:
+        return {}
+
+# %% ../../nbs/2_models/09_kohya.ipynb #634a4c29
+_HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def precision_of(
+    files: list[Path],  # of adapters
+) -> torch.dtype:
+    "Half precision where the matrices of all files are in the same one."
+    kinds = {
+        entry.dtype
+        for file in files
+        for name, entry in open_adapter(file).header.tensors.items()
+        if not name.endswith((".alpha", "magnitude_vector", "dora_scale"))
+    }
+    return _HALVES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
 # %% ../../nbs/2_models/09_kohya.ipynb #97cd781b
 def write_kohya(

@@ -16,11 +16,11 @@ from pydantic import BaseModel
 from ..files import atomic_write, file_sha256
 from .adapters import adapter_layers, fuse, save_adapter
 from .base import load_base
-from .contents import adapter_file, open_adapter
+from .contents import adapter_file
 from .exports import staged
 from .families import Pipeline
 from .keys import ADAPTER
-from .kohya import write_kohya
+from .kohya import facts_told, precision_of, write_kohya
 from .proof import demand, differences, effect_of, probe, prove
 from .reading import Factors, base_for, put_factors, read_lora, whole, without_lengths
 
@@ -92,25 +92,11 @@ def _one_by_one(base: str, some: list[dict[str, Factors]], weights: list[float])
         fuse(pipe, weight)
     return probe(pipe)
 
-# %% ../../nbs/2_models/11a_merging.ipynb #8a7a8180
-_HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _dtype_of(sources: list[Path]) -> torch.dtype:
-    "Half precision where all sources are in the same one."
-    kinds = {
-        entry.dtype
-        for source in sources
-        for name, entry in open_adapter(source).header.tensors.items()
-        if not name.endswith((".alpha", "magnitude_vector", "dora_scale"))
-    }
-    return _HALVES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
-
 # %% ../../nbs/2_models/11a_merging.ipynb #ccf38785
-def _written(pipe: Pipeline, place: Path, base: str, dtype: torch.dtype, title: str) -> Path:  # the weights' file
+def _written(pipe: Pipeline, place: Path, base: str, dtype: torch.dtype, facts: dict) -> Path:  # the weights' file
     "The adapter in kohya's form where the name is that of a file, else in diffusers'."
     if place.suffix == ".safetensors":
-        return write_kohya(pipe, place, {"title": title, "base": base}, dtype)
+        return write_kohya(pipe, place, facts | {"base": base}, dtype)
     return save_adapter(pipe, place, base, dtype)
 
 # %% ../../nbs/2_models/11a_merging.ipynb #f3a22404
@@ -161,7 +147,8 @@ def merge_adapters(
     if rank is None:
         demand(differences(wanted, mine), tolerance, "the sum")
     with staged(out) as stage:
-        written = _written(pipe, stage, base, _dtype_of(files), out.stem)
+        known = (facts_told(files[0]) if len(files) == 1 else {}) | {"title": out.stem}
+        written = _written(pipe, stage, base, precision_of(files), known)
         prove(pipe, written, mine, tolerance, str(out))
         digest = file_sha256(written)
     origins = [MergeSource(file=f.name, sha256=file_sha256(f), weight=w) for f, w in zip(files, weights, strict=True)]

@@ -143,8 +143,8 @@ def style_of(names: Iterable[str], pieces: Iterable[Piece]) -> str:
 
 # %% ../../nbs/2_models/01c_names.ipynb #06aa2704
 _GROUPS = {
-    "attention": r"attn|attention[._]to_",
-    "feed-forward": r"[._]ff[._]|feed_forward|mlp|proj_in|proj_out",
+    "attention": r"attn|attention[._](?:to_|qkv|out)",
+    "feed-forward": r"[._]ff[._]|feed_forward|(?<!embedder_)mlp|proj_in|[._]proj_out",  # proj_out alone is a transformer's end
     "convolution": r"conv|in_layers|out_layers|skip_connection|[._]op$",
 }
 

@@ -182,7 +182,8 @@ def training_facts(ending: FinishedRun) -> dict:
         label: dict(Counter(row.caption for row in train if row.label == label)) for label in {r.label for r in train}
     }
     word = as_words(ending.config.data.trigger)
-    called = word if word and any(word in row.caption for row in train) else ", ".join(sorted(captions))
+    labels = sorted({row.label for row in train if row.label in row.caption})
+    called = word if word and any(word in row.caption for row in train) else ", ".join(labels) or None
     return {name: getattr(t, name) for name in names} | {
         "title": ending.folder.kohya.stem,
         "trigger": called,
