@@ -164,6 +164,7 @@ class Attempts:
             self.give_up(job, result.error or JobError(code="worker_lost", message="The attempt was lost."))
         else:
             self.records.move(job, result.outcome, error=result.error)
+            self.missed.pop(job.id, None)
             self.forget(job)
 
     def forget(self, job: Job) -> None:
@@ -185,6 +186,7 @@ class Attempts:
             self.missed.setdefault(job.id, Counter()).update(self.at.get(job.id, ()))
         if job.status != "cancelling" and job.attempt - job.stops >= self.api.max_attempts:
             self.fence(job)
+            self.missed.pop(job.id, None)
             self.records.move(job, "failed", error=error)
         else:
             self.again(job, error=error)
