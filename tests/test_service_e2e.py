@@ -86,12 +86,8 @@ def story(home, token, by_command):
         follower = Client(url, token, patience=120)
         thread = threading.Thread(target=collect, args=(follower, job["job_id"], seen), daemon=True)
         thread.start()
-        found = wait_for(lambda: trainers(job["job_id"]), 120)
-        for trainer in found:
-            trainer.suspend()  # or it may have ended before somebody has looked at it
         told["watched"] = watched_until_ctrl_c(url, token, job["job_id"], home)
-        for trainer in found:
-            trainer.resume()
+        found = wait_for(lambda: trainers(job["job_id"]), 120)
         folder = JobFolder(home / "jobs" / job["job_id"])  # quicker than the network
         wait_for(lambda: (folder.progress() or {"step": 0})["step"] > 8, 180)  # beyond the first checkpoint
         for trainer in found:
