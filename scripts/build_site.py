@@ -199,6 +199,15 @@ class Page(HTMLParser):
         self.links += [attrs[key] for key in ("href", "src") if attrs.get(key)]
 
 
+def foldable(html: str) -> str:
+    """A page whose long names in cells of tables may go on in the next line, behind a dot or an underscore."""
+
+    def in_cell(cell: re.Match) -> str:
+        return re.sub(r"<code>([^<]+)", lambda code: re.sub(r"(?<=\w[._])(?=\w)", "<wbr>", code[0]), cell[0])
+
+    return re.sub(r"<td\b.*?</td>", in_cell, html, flags=re.DOTALL)
+
+
 def broken_links(site: Path) -> list[str]:
     """Links and pictures of the built site that lead nowhere; other sites are not asked."""
     pages = {file: Page(file.read_text(encoding="utf-8")) for file in sorted(site.rglob("*.html"))}
@@ -235,6 +244,8 @@ def main() -> int:
                 return int(sys.version_info >= (3, 11))
             shutil.rmtree(OUT, ignore_errors=True)
             shutil.move(Path(temp) / "_docs", OUT)
+            for page in OUT.rglob("*.html"):
+                page.write_text(foldable(page.read_text(encoding="utf-8")), encoding="utf-8")
         print(f"{len(list(OUT.rglob('*.html')))} pages in {OUT.relative_to(ROOT)}, rendered by {by}")
     broken = broken_links(OUT)
     print("\n".join([*broken, f"{len(broken)} broken links"]))

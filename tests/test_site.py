@@ -89,6 +89,12 @@ def test_every_extra_is_on_the_page_that_says_how_to_install():
     assert "heic" in extras and extras <= set(re.findall(r"(?m)^\| `([\w-]+)` \|", text))
 
 
+def test_a_long_name_in_a_table_may_be_folded():
+    page = "<td>see <code>training.lora_rank</code>, 0.1</td><code>a_b</code><td><a href='a_b.html'>a_b</a></td>"
+    folded = "<td>see <code>training.<wbr>lora_<wbr>rank</code>, 0.1</td>"
+    assert build_site.foldable(page) == folded + page.partition("</td>")[2]
+
+
 def test_a_broken_link_on_the_site_is_found(tmp_path):
     (tmp_path / "part").mkdir()
     (tmp_path / "index.html").write_text('<a href="part/">a</a><a href="part/index.html#there">b</a><img src="data:,">')
