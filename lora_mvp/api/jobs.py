@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -92,7 +92,12 @@ class JobError(FrozenRecord):
     signal: str | None = None  # "SIGKILL"
 
 # %% ../../nbs/6_api/01_jobs.ipynb #5fec28ad
-NODE_LABEL = r"^[\w./-]+=[\w./-]+$"  # as `ray start --labels` takes them
+Gpus = Annotated[int | None, Field(ge=0, le=64, description="on each of its nodes; null: one where there is one")]
+Memory = Annotated[float | None, Field(gt=0, le=100_000, description="kept for the job on each; null: none is")]
+Nodes = Annotated[int, Field(ge=1, le=64, description="machines that train together")]
+LABEL = r"^[\w./-]+=[\w./-]+$"  # as `ray start --labels` takes them
+WILL_DO = "key=value of the nodes that will do; null: any"
+NodeLabel = Annotated[str | None, Field(pattern=LABEL, max_length=128, description=WILL_DO)]
 
 
 class JobSpec(FrozenRecord):
@@ -104,12 +109,10 @@ class JobSpec(FrozenRecord):
     config: dict[str, Any] = Field(
         default={}, description='settings to change, as "section.key": value; at most 64 KiB of JSON'
     )
-    gpus: int | None = Field(None, ge=0, le=64, description="on each of its nodes; null: one where there is one")
-    memory_gb: float | None = Field(None, gt=0, le=100_000, description="kept for the job on each; null: none is")
-    nodes: int = Field(1, ge=1, le=64, description="machines that train together")
-    node_label: str | None = Field(
-        None, pattern=NODE_LABEL, max_length=128, description="key=value of the nodes that will do; null: any"
-    )
+    gpus: Gpus = None
+    memory_gb: Memory = None
+    nodes: Nodes = 1
+    node_label: NodeLabel = None
 
 # %% ../../nbs/6_api/01_jobs.ipynb #79ffec15
 class Job(FrozenRecord):

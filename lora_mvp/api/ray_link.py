@@ -226,15 +226,20 @@ def find_keepers(ray: Any, names: list[str]) -> dict[str, Any]:
     return found
 
 # %% ../../nbs/6_api/21b_ray_link.ipynb #9ad88487
+def all_keepers(ray: Any, attempts: list[str]) -> list[Any]:
+    "Those of the keepers of attempts that are still there."
+    return list(find_keepers(ray, [own for name in attempts for own in keepers_of(name)]).values())
+
+# %% ../../nbs/6_api/21b_ray_link.ipynb #614f5e4a
 def stop_keepers(ray: Any, names: list[str]) -> None:
     "Have the runners of attempts save what they have, and end."
-    for keeper in find_keepers(ray, [own for name in names for own in keepers_of(name)]).values():
+    for keeper in all_keepers(ray, names):
         keeper.stop.remote()
 
 # %% ../../nbs/6_api/21b_ray_link.ipynb #84a0632d
 def drop_keepers(ray: Any, names: list[str]) -> None:
     "End the keepers of attempts with all that they keep; those that do not answer are killed. Their places are free."
-    found = find_keepers(ray, [own for name in names for own in keepers_of(name)]).values()
+    found = all_keepers(ray, names)
     ends = [keeper.end.remote() for keeper in found]
     ray.wait(ends, num_returns=len(ends), timeout=3.0) if ends else None
     for keeper in found:

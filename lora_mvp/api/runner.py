@@ -162,11 +162,11 @@ class Ending:
         patience: float,  # seconds between the last SIGTERM and SIGKILL
         clock: Callable[[], float],
     ):
-        self.clock, self.kill = clock, partial(end_all, mark, descendants=True)
-        self.trainers, self.every = trainers if grace else partial(marked, mark), partial(marked, mark)
+        self.clock, self.kill, every = clock, partial(end_all, mark, descendants=True), partial(marked, mark)
+        self.trainers = trainers if grace else every
         self.steps: list[tuple[float, Callable[[], None]]] = [
             (clock(), self.ask),
-            (clock() + grace, partial(self.terminate, self.every)),
+            (clock() + grace, partial(self.terminate, every)),
             (clock() + grace + patience, self.kill),
         ]
 

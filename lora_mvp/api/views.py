@@ -14,7 +14,7 @@ from fastapi import Header
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .artifacts import Artifact, ArtifactKind
-from .jobs import NODE_LABEL, TERMINAL, Job, JobError, JobSpec, Kind, Status
+from .jobs import TERMINAL, Gpus, Job, JobError, JobSpec, Kind, Memory, NodeLabel, Nodes, Status
 from .outcomes import EvaluationResult
 from .plain import plain
 from .service import Service
@@ -40,12 +40,10 @@ class TrainRequest(_Asked):
     config: PlainConfig = Field(
         {}, description='settings to change, as "section.key"', examples=[{"training.max_train_steps": 20}]
     )
-    gpus: int | None = Field(None, ge=0, le=64, description="on each of its nodes; null: one where there is one")
-    memory_gb: float | None = Field(None, gt=0, le=100_000, description="kept for the job on each; null: none is")
-    nodes: int = Field(1, ge=1, le=64, description="machines that train together")
-    node_label: str | None = Field(
-        None, pattern=NODE_LABEL, max_length=128, description="key=value of the nodes that will do; null: any"
-    )
+    gpus: Gpus = None
+    memory_gb: Memory = None
+    nodes: Nodes = 1
+    node_label: NodeLabel = None
 
 # %% ../../nbs/6_api/28_views.ipynb #74d380e6
 class EvaluateRequest(_Asked):
